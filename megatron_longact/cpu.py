@@ -1,0 +1,389 @@
+"""Megatron-core 0.19 and its `megatron.training` on a machine without a GPU.
+
+`enable_cpu_mode()` makes this process run Megatron on the CPU over gloo. It is for the quick start, for CI
+and for reading the numbers, it is applied only when asked for, and nothing else in the package imports it.
+What it replaces, and why:
+
+Environment (read when torch and Megatron are imported)
+    CUDA_VISIBLE_DEVICES=""          a GPU that is there must not be initialised by accident
+    CUDA_DEVICE_MAX_CONNECTIONS=1    Megatron's arguments ask for it as soon as TP > 1
+    TORCHDYNAMO_DISABLE=1            `jit_fuser` is `torch.compile`; compiling costs minutes and a C++ compiler
+    transformer_engine, apex, amp_C  hidden from import: their kernels need a GPU, and Megatron prefers them
+                                     (`local` layers, torch's norms, torch's Adam are what is left)
+
+Devices in torch
+    factory functions, `Tensor.to`, `Tensor.new_*`, `*_like`, `torch.load`
+                                     "cuda" as a device means the CPU. Wrapped one by one instead of a
+                                     `TorchFunctionMode`: a mode is per thread, is off inside `Tensor.backward`
+                                     (so in recomputation), and costs microseconds at every `x.shape`
+    `Tensor.cuda`, `Module.cuda`, `pin_memory`
+                                     identity
+    `Tensor.type()`                  Megatron's optimizers sort parameters by the strings "torch.cuda.FloatTensor",
+                                     "torch.cuda.HalfTensor" and "torch.cuda.BFloat16Tensor"
+
+torch.cuda
+    `is_available`                   True where Megatron asserts it (`megatron.training.initialize`), False for all others
+    `current_device`                 `torch.device("cpu")`, because it is passed on as `device=`
+    `device_count`                   1: with 0 Megatron's seeding does not set up its random-number tracker
+    devices, streams, events, memory counters, nvtx
+                                     stand-ins that do nothing; events measure wall time
+    `manual_seed`, `get/set_rng_state`
+                                     the CPU's generator, so that dropout and initialisation draw from Megatron's
+                                     tracker; `tensor_parallel.random._get/_set_cuda_rng_state` reach past
+                                     `torch.cuda` into its generators, so they are replaced as well
+
+Megatron
+    `datasets.utils.compile_helpers` runs `make` in a folder whose Makefile the wheel lacks; not needed where the
+                                     compiled helper imports
+    `WrappedTorchNorm`               refuses `--sequence-parallel`; here its weights are marked `sequence_parallel`,
+                                     which is what Megatron's gradient reduction goes by
+    `sharded_state_dict`             of the optimizers: torch's Adam and SGD make their state in the first step, so before
+                                     that a load has nothing to load into (an assertion on `step`, or lost momentum),
+                                     and neither has a save after nothing but skipped steps. The state is made first, without
+                                     `_init_optimizer_states_with_dummy_values()`, whose step would decay the weights
+    `DistributedOptimizer.load_state_dict`
+                                     leaves one `step` tensor shared by all parameters, or the dummy's step: each parameter
+                                     gets its own, with the value that was saved
+
+`CPU_MODE_FLAGS` are the Megatron flags that go with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+CPU_MODE_FLAGS: list[str] = [
+    "--distributed-backend=gloo",
+    "--use-cpu-initialization",
+    "--transformer-impl=local",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+]
+"""Megatron flags that a CPU run needs, one element a flag."""
+
+_CPU = torch.device("cpu")
+_HIDDEN_MODULES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+_ASSERTS_CUDA = ("megatron.training.initialize",)
+_enabled = False
+
+
+def enable_cpu_mode() -> None:
+    """Make this process run Megatron on the CPU (see the module's docstring); a second call does nothing.
+
+    Call it before the first import of `megatron`, which it imports itself. Lasts as long as the process.
+    """
+    global _enabled
+    if _enabled:
+        return
+    _enabled = True
+    _set_environment()
+    _redirect_factories()
+    _redirect_tensor_methods()
+    _replace_torch_cuda()
+    _replace_rng()
+    _replace_dataset_compilation()
+    _replace_norm()
+    _replace_optimizer_checkpointing()
+
+
+def missing_cpu_flags(argv: list[str]) -> list[str]:
+    """Those of `CPU_MODE_FLAGS` that `argv` does not give itself, with whatever value."""
+    given = {argument.split("=", 1)[0] for argument in argv}
+    return [flag for flag in CPU_MODE_FLAGS if flag.split("=", 1)[0] not in given]
+
+
+def _set_environment() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+    for name in _HIDDEN_MODULES:
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
+# --- devices -----------------------------------------------------------------------------------------------------
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+def _to_cpu(value: Any) -> Any:
+    return _CPU if _is_cuda(value) else value
+
+
+def _on_cpu(function: Callable[..., Any], *, keyword: str = "device") -> Callable[..., Any]:
+    """`function` with a CUDA device in keyword `keyword` replaced by the CPU, and never pinned memory."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get(keyword)):
+            kwargs[keyword] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _redirect_factories() -> None:
+    # The set is cached in torch and compares functions by identity (`with torch.device("meta")` uses it), so it has
+    # to be taken before the functions are replaced.
+    from torch.utils._device import _device_constructors
+
+    likes = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+    names = {f.__name__ for f in _device_constructors()} | set(likes)
+    for name in sorted(names):
+        if hasattr(torch, name):
+            setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.load = _on_cpu(torch.load, keyword="map_location")
+
+
+def _redirect_tensor_methods() -> None:
+    Tensor = torch.Tensor
+    to, type_, module_to = Tensor.to, Tensor.type, torch.nn.Module.to
+
+    def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return to(self, *map(_to_cpu, args), **{k: _to_cpu(v) for k, v in kwargs.items()})
+
+    def module_to_cpu(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        return module_to(self, *map(_to_cpu, args), **{k: _to_cpu(v) for k, v in kwargs.items()})
+
+    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return type_(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return type_(self, dtype, *args, **kwargs)
+
+    Tensor.to = tensor_to  # type: ignore[method-assign, assignment]
+    Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
+    Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
+        setattr(Tensor, name, _on_cpu(getattr(Tensor, name)))
+    torch.nn.Module.to = module_to_cpu  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+
+
+# --- torch.cuda --------------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """A CUDA stream's methods, doing nothing: on the CPU everything has happened already."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None: ...
+
+
+class _Event:
+    """A CUDA event's methods; `elapsed_time` is the wall time between two `record`s in ms."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time_s = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self._time_s = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._time_s - self._time_s) * 1000.0
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _DeviceProperties:
+    name, major, minor = "cpu", 8, 0
+    multi_processor_count = os.cpu_count() or 1
+    total_memory = 0
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    """A new function each time: torch._dynamo's rules forbid one function under two names of torch."""
+    return lambda *args, **kwargs: value
+
+
+def _is_available() -> bool:
+    """True only where Megatron asserts that there is a GPU (the assertion's own module is the caller)."""
+    return sys._getframe(1).f_globals.get("__name__") in _ASSERTS_CUDA
+
+
+def _replace_torch_cuda() -> None:
+    stream = _Stream()
+    replacements: dict[str, Any] = {
+        "is_available": _is_available,
+        "is_initialized": _constant(False),
+        "init": _constant(None),
+        "current_device": _constant(_CPU),
+        "set_device": _constant(None),
+        "device_count": _constant(1),
+        "device": _constant(nullcontext()),
+        "get_device_properties": _constant(_DeviceProperties()),
+        "get_device_name": _constant(_DeviceProperties.name),
+        "get_device_capability": _constant((_DeviceProperties.major, _DeviceProperties.minor)),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": _constant(nullcontext()),
+        "current_stream": _constant(stream),
+        "default_stream": _constant(stream),
+        "set_stream": _constant(None),
+        "synchronize": _constant(None),
+        "empty_cache": _constant(None),
+        "ipc_collect": _constant(None),
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "memory_snapshot": lambda *args, **kwargs: [],
+        "reset_peak_memory_stats": _constant(None),
+        "mem_get_info": _constant((0, 0)),
+        "is_current_stream_capturing": _constant(False),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": _seed,
+        "manual_seed_all": lambda seed: _seed(seed),
+    }
+    counters = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    replacements |= {name: _constant(0) for name in (*counters, "device_memory_used")}
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
+        setattr(torch.cuda.random, name, replacements[name])
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _constant(None))
+    torch.cuda.nvtx.range = _constant(nullcontext())  # type: ignore[assignment]
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would call back
+
+
+# --- Megatron ----------------------------------------------------------------------------------------------------
+
+
+def _replace_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+
+
+def _replace_dataset_compilation() -> None:
+    from megatron.core.datasets import utils
+
+    compile_helpers = utils.compile_helpers
+
+    def compile_unless_there() -> None:
+        try:
+            from megatron.core.datasets import helpers_cpp  # noqa: F401
+        except ImportError:
+            compile_helpers()
+
+    utils.compile_helpers = compile_unless_there
+
+
+def _replace_norm() -> None:
+    import copy
+
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    new = WrappedTorchNorm.__new__
+
+    def new_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = new(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = new_marked  # type: ignore[method-assign]
+
+
+def _replace_optimizer_checkpointing() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for cls in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
+        _make_state_before(cls, "sharded_state_dict")
+    _own_step_after(DistributedOptimizer, "load_state_dict")
+
+
+def _make_state_before(cls: type, name: str) -> None:
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_stub_optimizer:
+            _make_state(self.optimizer)
+        return method(self, *args, **kwargs)
+
+    setattr(cls, name, call)
+
+
+def _make_state(inner: torch.optim.Optimizer) -> None:
+    """Give every parameter of torch's Adam(W) or SGD the state that its first step would begin with."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            state = inner.state[parameter]
+            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and "step" not in state:
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if isinstance(inner, torch.optim.SGD) and group["momentum"] and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _own_step_after(cls: type, name: str) -> None:
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def call(self: Any, state_dict: dict[str, Any]) -> None:
+        method(self, state_dict)
+        if self.is_stub_optimizer:
+            return
+        saved = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
+        for state in self.optimizer.state.values():
+            if "step" in state and saved:
+                state["step"] = torch.tensor(float(max(saved)), dtype=torch.float32)
+
+    setattr(cls, name, call)
