@@ -1,0 +1,142 @@
+"""LongAct in any program built on `megatron.training`: the seams, held open by one context manager.
+
+| seam of megatron.training | what LongAct does there |
+|---|---|
+| `arguments.parse_args` | knows the `--longact-*` flags, and refuses at once what does not work |
+| `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
+| `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
+| `training.training_log` | writes LongAct's scalars to TensorBoard |
+"""
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+from megatron.training import arguments, training
+from megatron.training.global_vars import get_args, get_tensorboard_writer
+
+from megatron_longact.arguments import add_longact_args, longact_config_from_args
+from megatron_longact.checkpointing import carry_state
+from megatron_longact.longact import LongAct
+from megatron_longact.refusals import check_settings, check_tap
+
+
+@contextmanager
+def attached() -> Iterator[None]:
+    """While this is open, a Megatron program that is given `--longact` runs with LongAct.
+
+    Raises in the program: `ValueError` with one clear line for flags that do not make sense or do not work
+    together. On leaving, Megatron's functions are as before and every LongAct is detached.
+    """
+    instances: list[LongAct] = []
+    _show_log()
+    with ExitStack() as seams:
+        seams.callback(_detach_all, instances)
+        seams.enter_context(_replaced(arguments, "parse_args", _parsing))
+        seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances))
+        seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
+        seams.enter_context(_replaced(training, "training_log", _logging, instances))
+        yield
+
+
+def _detach_all(instances: list[LongAct]) -> None:
+    for instance in instances:
+        instance.detach()
+
+
+@contextmanager
+def _replaced(module: Any, name: str, wrap: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, wrap(original, *arguments))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def check_args(args: Namespace) -> None:
+    """Raise `ValueError` if the flags make no sense or do not work with LongAct."""
+    config = longact_config_from_args(args)
+    if config is not None:
+        check_settings(args)
+        check_tap(config, args)
+
+
+def _show_log() -> None:
+    logger = logging.getLogger("megatron_longact")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.propagate = False
+
+
+def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
+    @wraps(original)
+    def parse_args(
+        extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Namespace:
+        def add_args(parser: ArgumentParser) -> ArgumentParser:
+            return add_longact_args(parser if extra_args_provider is None else extra_args_provider(parser))
+
+        args = original(add_args, *rest, **kwargs)
+        check_args(args)
+        return args
+
+    return parse_args
+
+
+def _attaching(original: Callable[..., Any], instances: list[LongAct]) -> Callable[..., Any]:
+    @wraps(original)
+    def get_megatron_optimizer(config: Any, model_chunks: Any, *rest: Any, **kwargs: Any) -> Any:
+        optimizer = original(config, model_chunks, *rest, **kwargs)
+        longact_config = longact_config_from_args(get_args())
+        if longact_config is not None:
+            instances.append(LongAct.attach(model_chunks, optimizer, longact_config))
+        return optimizer
+
+    return get_megatron_optimizer
+
+
+def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def get_optimizer_param_scheduler(optimizer: Any, *rest: Any, **kwargs: Any) -> Any:
+        scheduler = original(optimizer, *rest, **kwargs)
+        longact = LongAct.of(optimizer)
+        if longact is not None:
+            carry_state(scheduler, "longact", longact)
+        return scheduler
+
+    return get_optimizer_param_scheduler
+
+
+def _logging(original: Callable[..., Any], instances: list[LongAct]) -> Callable[..., Any]:
+    @wraps(original)
+    def training_log(
+        loss_dict: Any,
+        total_loss_dict: Any,
+        learning_rate: Any,
+        iteration: int,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if iteration % get_args().tensorboard_log_interval == 0:
+            for instance in instances:
+                write_scalars(instance.metrics(), iteration)
+        return original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
+
+    return training_log
+
+
+def write_scalars(scalars: dict[str, float | None], iteration: int) -> None:
+    """Write scalars to Megatron's TensorBoard writer, on the rank that has one; None is left out."""
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        for name, value in scalars.items():
+            if value is not None:
+                writer.add_scalar(name, value, iteration)

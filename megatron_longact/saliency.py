@@ -1,0 +1,250 @@
+"""Saliency: forward hooks that reduce Q and K activations over tokens into fp32 accumulators.
+
+Shape letters: sq sequence on this rank, b micro-batch, t = sq * b tokens, np/ng query heads/groups, hn
+kv_channels, L layers of this rank, n accumulated channels of this rank.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_longact.config import LongActConfig, Statistic
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.tokens import TokenRules, counted_tokens
+
+_CHUNKS = 8  # temporaries of a reduction hold at most this fraction of its input
+
+
+@dataclass(frozen=True)
+class QKVLayer:
+    """One self-attention layer of this rank: Megatron's 1-based global layer number and its module."""
+
+    layer_number: int
+    attention: nn.Module
+
+    @property
+    def linear_qkv(self) -> nn.Module:
+        """The fused projection."""
+        return self.attention.linear_qkv  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Its weight: [rows of this shard, h]."""
+        return self.linear_qkv.weight  # type: ignore[return-value]
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that have a row (an element) a channel and are trained: weight, and bias if any."""
+        for parameter in (self.weight, getattr(self.linear_qkv, "bias", None)):
+            if parameter is not None and parameter.numel() and parameter.requires_grad:
+                yield parameter
+
+
+def reduce_tokens(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
+    """Sum over tokens of |x|, of x², or the maximum of |x|: x [t, n] -> fp32 [n].
+
+    counted: bool [t], the tokens that count; None: all. What the others hold, NaN included, does not
+    matter. Reads x once and holds at most an eighth of it at a time.
+    """
+    step = max(1, -(-x.shape[0] // _CHUNKS))
+    total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step]
+        if counted is not None:
+            part = torch.where(counted[start : start + step].view(-1, *(1,) * (x.dim() - 1)), part, 0)
+        if statistic == "max-abs":
+            # amax alone drops NaN on some devices; maximum and amax of torch propagate it.
+            total = torch.maximum(total, part.abs().amax(0).float())
+        elif statistic == "rms":
+            total += part.float().square().sum(0)
+        else:
+            total += part.abs().sum(0, dtype=torch.float32)
+    return total
+
+
+class Accumulator:
+    """fp32 sums of one pass for all layers of this rank: `sums` [L, n + 1], the last column counts tokens."""
+
+    def __init__(self, num_layers: int, num_channels: int, *, statistic: Statistic, device: torch.device) -> None:
+        self.statistic = statistic
+        self.sums = torch.zeros(num_layers, num_channels + 1, dtype=torch.float32, device=device)
+
+    def add(self, layer: int, start: int, x: Tensor, counted: Tensor | None) -> None:
+        """Add activations x [sq, b, ...] of the channels that begin at `start`; counted: bool [sq, b]."""
+        x = x.detach().flatten(0, 1)  # [sq, b, ...] -> [t, ...]
+        tokens = None if counted is None else counted.reshape(-1)
+        value = reduce_tokens(x, tokens, statistic=self.statistic).flatten()
+        into = self.sums[layer, start : start + value.numel()]
+        if self.statistic == "max-abs":
+            torch.maximum(into, value, out=into)
+        else:
+            into += value
+
+    def count(self, layer: int, num_tokens: int, counted: Tensor | None) -> None:
+        """Count the tokens of a forward once."""
+        self.sums[layer, -1] += num_tokens if counted is None else counted.sum()
+
+    def reset(self) -> None:
+        """Begin a new pass."""
+        self.sums.zero_()
+
+
+class SaliencyCapture:
+    """Reads the Q and K channels of every layer in training forwards; never changes an output.
+
+    A forward counts if gradients were enabled when the model chunk was entered: rollouts and log-prob
+    forwards do not count, and activation recomputation, which runs outside, does not count again.
+    """
+
+    def __init__(
+        self,
+        model_chunks: Sequence[nn.Module],
+        layers: Sequence[Sequence[QKVLayer]],
+        layout: QKVLayout,
+        config: LongActConfig,
+        *,
+        tp_rank: int,
+        tp_size: int,
+        cp_rank: int,
+        cp_size: int,
+        device: torch.device,
+        clock: AbstractContextManager[Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        """model_chunks: unwrapped; layers: those of each chunk. `clock` times the hooks' own work."""
+        self.enabled = False
+        self.training_forwards = 0
+        self._rules = TokenRules(config.min_context, config.skip_first_tokens)
+        self._tap, self._layout = config.tap, layout
+        self._tp_rank, self._tp_size, self._cp_rank, self._cp_size = (
+            tp_rank,
+            tp_size,
+            cp_rank,
+            cp_size,
+        )
+        self._clock, self._warn = clock, warn
+        self._ranges = layout.local_qk_ranges(tp_rank, tp_size)
+        self._named: Tensor | None = None
+        self._names_tokens = False
+        self._counting, self._packed = False, False
+        self._counted: Tensor | None = None
+        num_layers = sum(len(chunk) for chunk in layers)
+        self.accumulator = Accumulator(num_layers, self._num_channels(), statistic=config.statistic, device=device)
+        self._handles: list[Any] = []
+        for model in model_chunks:
+            self._watch(model)
+        for index, layer in enumerate(layer for chunk in layers for layer in chunk):
+            self._tap_layer(index, layer)
+
+    def set_tokens(self, token_mask: Tensor) -> None:
+        """Name the tokens of the next micro-batch that count: bool [b, s], the whole sequences."""
+        if token_mask.dim() != 2:
+            raise ValueError(
+                f"token_mask has shape {tuple(token_mask.shape)}; it must be [b, s], True where a token counts"
+            )
+        self._named, self._names_tokens = token_mask.bool(), True
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, model: nn.Module) -> None:
+        signature = inspect.signature(model.forward)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named, self._named = self._named, None
+            self.training_forwards += torch.is_grad_enabled()
+            self._counting = self.enabled and torch.is_grad_enabled()
+            if self._counting:
+                with self._clock, torch.no_grad():
+                    arguments = signature.bind_partial(*args, **kwargs).arguments
+                    self._counted = self._tokens(named, arguments)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._counting, self._counted = False, None
+
+        self._handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(leave, always_call=True))
+
+    def _tokens(self, named: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
+        if named is None and self._names_tokens:
+            raise ValueError(
+                "LongAct.set_tokens was called for earlier micro-batches but not for this one; call it for each"
+            )
+        packed, padding = arguments.get("packed_seq_params"), arguments.get("padding_mask")
+        self._packed = packed is not None
+        if named is None and packed is None and padding is None:
+            self._warn(
+                "LongAct counts all tokens, padding included: the model was given neither packed_seq_params nor "
+                "padding_mask; call LongAct.set_tokens(token_mask) before each forward to name those that count"
+            )
+        return counted_tokens(
+            rules=self._rules,
+            named=named,
+            packed_seq_params=packed,
+            padding_mask=padding,
+            cp_rank=self._cp_rank,
+            cp_size=self._cp_size,
+        )
+
+    def _num_channels(self) -> int:
+        if self._tap == "projection":
+            return self._layout.rows_per_partition(self._tp_size)
+        return self._local_q_channels() + self._local_k_channels()
+
+    def _local_q_channels(self) -> int:
+        return self._layout.num_q_channels // self._tp_size
+
+    def _local_k_channels(self) -> int:
+        return max(self._layout.num_query_groups // self._tp_size, 1) * self._layout.kv_channels
+
+    def _tap_layer(self, index: int, layer: QKVLayer) -> None:
+        if self._tap == "projection":
+            self._hook(layer.linear_qkv, index, self._add_projection)
+            return
+        split = self._local_q_channels()
+        self._hook(layer.attention.q_layernorm, index, lambda i, x: self._add_heads(i, 0, x))
+        self._hook(layer.attention.k_layernorm, index, lambda i, x: self._add_heads(i, split, x))
+
+    def _hook(self, module: Any, index: int, add: Callable[[int, Tensor], None]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._counting:
+                with self._clock, torch.no_grad():
+                    add(index, output[0] if isinstance(output, tuple) else output)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _add_projection(self, index: int, x: Tensor) -> None:
+        """Add x [sq, b, rows of this shard]: channel j comes from local row j, whatever the layout."""
+        self._fit_tokens(x)
+        for start, end in self._ranges:
+            self.accumulator.add(index, start, x[..., start:end], self._counted)
+        self.accumulator.count(index, x.shape[0] * x.shape[1], self._counted)
+
+    def _add_heads(self, index: int, start: int, x: Tensor) -> None:
+        """Add x [sq, b, heads, hn]: Q (start 0) or K after its layernorm."""
+        self._fit_tokens(x)
+        self.accumulator.add(index, start, x, self._counted)
+        if start == 0:
+            self.accumulator.count(index, x.shape[0] * x.shape[1], self._counted)
+
+    def _fit_tokens(self, x: Tensor) -> None:
+        """Hold the token mask against what attention saw; padding behind the last packed sequence is not in it."""
+        if self._counted is None or self._counted.shape == x.shape[:2]:
+            return
+        missing = x.shape[0] - self._counted.shape[0]
+        if self._packed and missing > 0 and self._cp_size == 1:
+            self._counted = nn.functional.pad(self._counted, (0, 0, 0, missing))
+            return
+        raise ValueError(
+            f"the token mask covers {tuple(self._counted.shape)} tokens [sq, b], but attention saw "
+            f"{tuple(x.shape[:2])}; give LongAct.set_tokens the [b, s] mask of the very micro-batch "
+            "that the model gets"
+        )

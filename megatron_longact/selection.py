@@ -1,0 +1,169 @@
+"""Selection: sums of all ranks become one global saliency, and the saliency becomes masks.
+
+Every rank ends with the same global tensors, so that masks, metrics and checkpoints need no further
+communication. Shape letters: L layers of the whole model, L_r of this rank, nq = np * hn Q channels, nk =
+ng * hn K channels, n accumulated channels of this rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_longact.config import LongActConfig, Scope, Select
+from megatron_longact.qkv_layout import QKVLayout
+
+
+class QK(NamedTuple):
+    """One tensor of Q channels [L, nq] and one of K channels [L, nk]."""
+
+    q: Tensor
+    k: Tensor
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """The process groups of a model chunk (Megatron's `ProcessGroupCollection`); all sizes may be 1."""
+
+    tp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+
+    @classmethod
+    def from_collection(cls, collection: Any) -> "ModelGroups":
+        """Take the groups out of a `ProcessGroupCollection`."""
+        return cls(tp=collection.tp, dp_cp=collection.dp_cp, pp=collection.pp, cp=collection.cp)
+
+
+def num_selected(ratio: float, n: int) -> int:
+    """`floor(ratio * n + 0.5)` in exact decimal, at least 1."""
+    share = Decimal(str(ratio)) * n + Decimal("0.5")
+    return max(1, min(n, int(share.to_integral_value(rounding=ROUND_FLOOR))))
+
+
+def select_salient_channels(scores: Tensor, *, ratio: float, select: Select = "high") -> Tensor:
+    """The salient channels of each row of scores: fp32 [..., n] -> bool [..., n].
+
+    Exactly `num_selected(ratio, n)` are True in each row: the highest scores, or with select="low" the
+    lowest; "random" and "weight-norm" rank the scores they are given like "high". Equal scores go to the
+    lower index. Raises `ValueError` for a ratio outside (0, 1] and for scores that are not finite.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio is {ratio!r}; it must be a share in (0, 1]")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores hold NaN or Inf; no channel can be selected from them")
+    order = scores.argsort(dim=-1, descending=select != "low", stable=True)
+    chosen = order[..., : num_selected(ratio, scores.shape[-1])]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def select_masks(saliency: QK, *, layout: QKVLayout, config: LongActConfig) -> QK:
+    """Masks of the salient channels of the whole model, Q and K ranked apart; bool [L, nq], [L, nk]."""
+    return QK(
+        *(
+            select_salient_channels(
+                _units(scores, layout.kv_channels, config.scope),
+                ratio=config.ratio,
+                select=config.select,
+            ).view_as(scores)
+            for scores in saliency
+        )
+    )
+
+
+def _units(scores: Tensor, hn: int, scope: Scope) -> Tensor:
+    """Cut [L, n] into the units of a scope: [L, n], [L, heads, hn] or [1, L * n]."""
+    if scope == "head":
+        return scores.unflatten(1, (-1, hn))  # [L, heads * hn] -> [L, heads, hn]
+    return scores.reshape(1, -1) if scope == "model" else scores
+
+
+def random_saliency(num_layers: int, layout: QKVLayout, *, seed: int, refresh: int) -> QK:
+    """Scores of the random selector: the same on every rank and layout, new at each refresh."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + refresh)
+    return QK(
+        torch.rand(num_layers, layout.num_q_channels, generator=generator),
+        torch.rand(num_layers, layout.num_k_channels, generator=generator),
+    )
+
+
+class GlobalSaliency:
+    """Turns this rank's sums into the saliency of the whole model, in few small collectives.
+
+    One reduction over data- and context-parallel ranks, one gather over tensor-parallel ranks, and, with
+    pipeline parallelism, one sum over its stages: each for all layers together.
+    """
+
+    def __init__(
+        self,
+        groups: ModelGroups,
+        layout: QKVLayout,
+        config: LongActConfig,
+        *,
+        layer_numbers: Sequence[int],
+        local_layers: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """layer_numbers: all of the model, ascending; local_layers: those of this rank, in its order."""
+        self._groups, self._layout, self._config, self._device = groups, layout, config, device
+        self.num_layers = len(layer_numbers)
+        self._places = [list(layer_numbers).index(number) for number in local_layers]
+
+    def from_sums(self, sums: Tensor) -> tuple[QK, bool]:
+        """Saliency and whether it can be used (some token counted, nothing NaN or Inf), alike on all ranks.
+
+        sums: fp32 [L_r, n + 1], one pass's sums and in the last column its token count. A count beyond
+        2^24 is rounded, alike for all channels of a layer: the ranking does not change.
+        """
+        is_max = self._config.statistic == "max-abs"
+        sums = sums.clone()
+        dist.all_reduce(sums, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=self._groups.dp_cp)
+        gathered = self._gather_tp(sums)  # [tp, L_r, n + 1]
+        tokens = gathered[:1, :, -1:]
+        scores = gathered[..., :-1] if is_max else gathered[..., :-1] / tokens
+        if self._config.statistic == "rms":
+            scores = scores.sqrt()
+        tap_norm = self._config.tap == "norm"
+        saliency = self._share_pp(self._assemble_heads(scores) if tap_norm else self._assemble_rows(scores))
+        return saliency, bool(torch.isfinite(saliency.q).all() & torch.isfinite(saliency.k).all())
+
+    def from_rows(self, rows: Tensor) -> QK:
+        """Saliency from one score a local row of the fused weight: fp32 [L_r, rows of this shard]."""
+        return self._share_pp(self._assemble_rows(self._gather_tp(rows)))
+
+    def _gather_tp(self, local: Tensor) -> Tensor:
+        size = self._groups.tp.size()
+        gathered = local.new_empty(size, *local.shape)
+        dist.all_gather_into_tensor(gathered.view(-1), local.contiguous().view(-1), group=self._groups.tp)
+        return gathered
+
+    def _assemble_rows(self, gathered: Tensor) -> QK:
+        """[tp, L_r, rows of a shard] -> Q [L_r, nq], K [L_r, nk]: shards are contiguous chunks of rows."""
+        rows = gathered.transpose(0, 1).flatten(1)  # [L_r, tp * rows of a shard]
+        device = rows.device
+        return QK(rows[:, self._layout.q_rows.to(device)], rows[:, self._layout.k_rows.to(device)])
+
+    def _assemble_heads(self, gathered: Tensor) -> QK:
+        """[tp, L_r, nq / tp + K channels of a rank] -> Q [L_r, nq], K [L_r, nk].
+
+        With ng < tp, tp / ng neighbouring ranks hold the same K group; the first of them is taken.
+        """
+        tp, split = gathered.shape[0], self._layout.num_q_channels // gathered.shape[0]
+        stride = max(tp // self._layout.num_query_groups, 1)
+        q, k = gathered[..., :split], gathered[::stride, :, split:]
+        return QK(q.transpose(0, 1).flatten(1), k.transpose(0, 1).flatten(1))
+
+    def _share_pp(self, local: QK) -> QK:
+        """Put this stage's layers in their places of the whole model: [L_r, ...] -> [L, ...]."""
+        nq, nk = self._layout.num_q_channels, self._layout.num_k_channels
+        whole = torch.zeros(self.num_layers, nq + nk, dtype=torch.float32, device=self._device)
+        if self._places:
+            whole[self._places] = torch.cat(local, dim=1)
+        if self._groups.pp.size() > 1:
+            dist.all_reduce(whole, group=self._groups.pp)
+        return QK(*whole.split([nq, nk], dim=1))
