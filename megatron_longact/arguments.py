@@ -5,6 +5,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_longact.config import LongActConfig, flag
@@ -24,7 +25,8 @@ def field_docs() -> dict[str, str]:
 def add_longact_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--longact` and one flag a field of `LongActConfig`; returns the parser.
 
-    A flag that was not given is None in the namespace: the default stands in the dataclass alone.
+    A flag that was not given is None in the namespace: the default stands in the dataclass alone. Values
+    are judged by `longact_config_from_args`, in one line, without the parser's long usage text.
     """
     group = parser.add_argument_group(title="longact")
     group.add_argument("--longact", action="store_true", help="Update only the salient rows of Q and K.")
@@ -35,11 +37,18 @@ def add_longact_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         group.add_argument(
             flag(field.name),
             default=None,
-            type=str if choice else hint,
-            choices=get_args(hint) if choice else None,
+            type=str if choice else partial(_converted, hint),
+            metavar="{" + ",".join(get_args(hint)) + "}" if choice else hint.__name__.upper(),
             help=f"{docs[field.name]} Default: {field.default}.".replace("%", "%%"),
         )
     return parser
+
+
+def _converted(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return text  # for LongActConfig to name
 
 
 def longact_config_from_args(args: argparse.Namespace) -> LongActConfig | None:

@@ -13,6 +13,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import wraps
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.checkpointing import carry_state
+from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
 from megatron_longact.refusals import check_settings, check_tap
 
@@ -58,12 +60,13 @@ def _replaced(module: Any, name: str, wrap: Callable[..., Any], *arguments: Any)
         setattr(module, name, original)
 
 
-def check_args(args: Namespace) -> None:
-    """Raise `ValueError` if the flags make no sense or do not work with LongAct."""
+def check_args(args: Namespace) -> LongActConfig | None:
+    """The configuration that the flags ask for; `ValueError` if it makes no sense or does not work."""
     config = longact_config_from_args(args)
     if config is not None:
         check_settings(args)
         check_tap(config, args)
+    return config
 
 
 def _show_log() -> None:
@@ -85,7 +88,9 @@ def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
             return add_longact_args(parser if extra_args_provider is None else extra_args_provider(parser))
 
         args = original(add_args, *rest, **kwargs)
-        check_args(args)
+        config = check_args(args)
+        if config is not None:  # Megatron prints and saves the values that are in force
+            vars(args).update({f"longact_{name}": value for name, value in asdict(config).items()})
         return args
 
     return parse_args

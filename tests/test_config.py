@@ -1,7 +1,10 @@
 """LongActConfig and its flags."""
 
 import argparse
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +92,16 @@ def test_bad_value_is_one_line_with_the_flag_and_the_value(field: str, value: An
         LongActConfig(**{field: value})
     assert repr(value) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--longact-ratio", "a third"), ("--longact-select", "best"), ("--longact-seed", "1.5")]
+)
+def test_bad_flag_value_reaches_the_one_line_message(flags: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} is '{flags[1]}'; it must be"):
+        longact_config_from_args(parse("--longact", *flags))
+
+
+def test_flags_doc_is_up_to_date() -> None:
+    tool = Path(__file__).resolve().parent.parent / "tools" / "generate_flags_doc.py"
+    subprocess.run([sys.executable, tool, "--check"], check=True, timeout=60)
