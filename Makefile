@@ -1,0 +1,37 @@
+# make            what can be done
+# DENSE=1 make demo   the same run without LongAct
+
+PYTHON_BIN := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu lint format docs clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: setup ## train a small model with GRPO and LongAct on this machine; results in runs/demo (DENSE=1: without LongAct)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo/run.sh
+
+test: lint ## everything that CI checks: lint, types, tests
+	@$(PYTHON_BIN) -m pytest -m "not gpu"
+
+test-gpu: setup ## the tests that need a CUDA GPU
+	@$(PYTHON_BIN) -m pytest -m gpu
+
+lint: setup ## ruff, formatting, mypy
+	@$(PYTHON_BIN) -m ruff check .
+	@$(PYTHON_BIN) -m ruff format --check .
+	@$(PYTHON_BIN) -m mypy
+
+format: setup ## format the code and mend what ruff can mend
+	@$(PYTHON_BIN) -m ruff check --fix-only .
+	@$(PYTHON_BIN) -m ruff format .
+
+docs: setup ## write docs/flags.md again from LongActConfig
+	@$(PYTHON_BIN) tools/write_flags_doc.py
+
+setup: ## make .venv from constraints.txt, if it is not there
+	@bash scripts/setup.sh
+
+clean: ## remove .venv, caches and build folders (runs/ stays)
+	rm -rf .venv .cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
