@@ -1,49 +1,56 @@
 """Megatron-core 0.19 and its `megatron.training` on a machine without a GPU.
 
-`enable_cpu_mode()` makes this process run Megatron on the CPU over gloo. It is for the quick start, for CI
-and for reading the numbers, it is applied only when asked for, and nothing else in the package imports it.
-What it replaces, and why:
+`enable_cpu_mode()` makes this process run Megatron on the CPU over gloo. It is for the quick start,
+for CI and for reading the numbers; it is applied only when asked for, and nothing else in the
+package imports it. What it changes, and why:
 
-Environment (read when torch and Megatron are imported)
-    CUDA_VISIBLE_DEVICES=""          a GPU that is there must not be initialised by accident
-    CUDA_DEVICE_MAX_CONNECTIONS=1    Megatron's arguments ask for it as soon as TP > 1
-    TORCHDYNAMO_DISABLE=1            `jit_fuser` is `torch.compile`; compiling costs minutes and a C++ compiler
-    transformer_engine, apex, amp_C  hidden from import: their kernels need a GPU, and Megatron prefers them
-                                     (`local` layers, torch's norms, torch's Adam are what is left)
+Environment
+    CUDA_VISIBLE_DEVICES=""         a GPU that is there must not be initialised by accident
+    CUDA_DEVICE_MAX_CONNECTIONS=1   Megatron's arguments ask for it as soon as TP > 1
+    TORCHDYNAMO_DISABLE=1           `jit_fuser` is `torch.compile`: minutes, and a C++ compiler
+    transformer_engine, apex        hidden from import: their kernels need a GPU, and Megatron takes
+                                    their norms and their Adam wherever it finds them
 
 Devices in torch
-    factory functions, `Tensor.to`, `Tensor.new_*`, `*_like`, `torch.load`
-                                     "cuda" as a device means the CPU. Wrapped one by one instead of a
-                                     `TorchFunctionMode`: a mode is per thread, is off inside `Tensor.backward`
-                                     (so in recomputation), and costs microseconds at every `x.shape`
-    `Tensor.cuda`, `Module.cuda`, `pin_memory`
-                                     identity
-    `Tensor.type()`                  Megatron's optimizers sort parameters by the strings "torch.cuda.FloatTensor",
-                                     "torch.cuda.HalfTensor" and "torch.cuda.BFloat16Tensor"
+    factory functions, `*_like`, `Tensor.to`, `Tensor.new_*`, `Module.to`, `torch.load`
+                                    the device "cuda" means the CPU. Wrapped one by one instead of
+                                    a `TorchFunctionMode`: a mode is per thread, is off inside
+                                    `Tensor.backward` (so in recomputation), and costs time at
+                                    every `x.shape`
+    `cuda()`, `pin_memory`          identity
+    `Tensor.type()`                 Megatron's optimizers sort parameters by the name of their type,
+                                    such as "torch.cuda.BFloat16Tensor"
 
 torch.cuda
-    `is_available`                   True where Megatron asserts it (`megatron.training.initialize`), False for all others
-    `current_device`                 `torch.device("cpu")`, because it is passed on as `device=`
-    `device_count`                   1: with 0 Megatron's seeding does not set up its random-number tracker
+    `is_available`                  True where Megatron asserts it (`megatron.training.initialize`),
+                                    False for everybody else
+    `current_device`                the CPU, because it is passed on as `device=`
+    `device_count`                  1: with 0 Megatron does not seed its random-number tracker
     devices, streams, events, memory counters, nvtx
-                                     stand-ins that do nothing; events measure wall time
-    `manual_seed`, `get/set_rng_state`
-                                     the CPU's generator, so that dropout and initialisation draw from Megatron's
-                                     tracker; `tensor_parallel.random._get/_set_cuda_rng_state` reach past
-                                     `torch.cuda` into its generators, so they are replaced as well
+                                    stand-ins that do nothing; events measure wall time
+    `manual_seed`, `get_rng_state`, `set_rng_state`
+                                    the CPU's generator, so that initialisation and dropout draw from
+                                    Megatron's tracker. `_get_cuda_rng_state`, `_set_cuda_rng_state`
+                                    of `tensor_parallel.random` reach past `torch.cuda`, so they too
 
 Megatron
-    `datasets.utils.compile_helpers` runs `make` in a folder whose Makefile the wheel lacks; not needed where the
-                                     compiled helper imports
-    `WrappedTorchNorm`               refuses `--sequence-parallel`; here its weights are marked `sequence_parallel`,
-                                     which is what Megatron's gradient reduction goes by
-    `sharded_state_dict`             of the optimizers: torch's Adam and SGD make their state in the first step, so before
-                                     that a load has nothing to load into (an assertion on `step`, or lost momentum),
-                                     and neither has a save after nothing but skipped steps. The state is made first, without
-                                     `_init_optimizer_states_with_dummy_values()`, whose step would decay the weights
+    `datasets.utils.compile_helpers`
+                                    runs `make` in a folder whose Makefile the wheel lacks; skipped
+                                    where the compiled helper imports
+    `WrappedTorchNorm`              refuses `--sequence-parallel`; here its weights are marked
+                                    `sequence_parallel`, which is what the gradient reduction reads
+    optimizers' `sharded_state_dict`
+                                    torch's Adam and SGD make their state in the first step: before
+                                    it a load has nothing to load into (an assertion on `step`, or
+                                    lost momentum), nor has a save after skipped steps only. The state
+                                    is made first, without `_init_optimizer_states_with_dummy_values`,
+                                    whose step decays the weights and runs the step hooks
+    `DistributedOptimizer._set_main_param_and_optimizer_states`
+                                    takes torch's `step` for a sharded tensor: a `KeyError` in one
+                                    checkpoint format, a step of 0 in another
     `DistributedOptimizer.load_state_dict`
-                                     leaves one `step` tensor shared by all parameters, or the dummy's step: each parameter
-                                     gets its own, with the value that was saved
+                                    leaves one `step` tensor that all parameters share, so that each
+                                    step would count once a parameter
 
 `CPU_MODE_FLAGS` are the Megatron flags that go with it.
 """
@@ -290,7 +297,7 @@ def _replace_torch_cuda() -> None:
         setattr(torch.cuda.random, name, replacements[name])
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _constant(None))
-    torch.cuda.nvtx.range = _constant(nullcontext())  # type: ignore[assignment]
+    torch.cuda.nvtx.range = _constant(nullcontext())
 
 
 def _seed(seed: int) -> None:
@@ -336,7 +343,7 @@ def _replace_norm() -> None:
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
-    WrappedTorchNorm.__new__ = new_marked  # type: ignore[method-assign]
+    WrappedTorchNorm.__new__ = new_marked
 
 
 def _replace_optimizer_checkpointing() -> None:
@@ -345,6 +352,7 @@ def _replace_optimizer_checkpointing() -> None:
 
     for cls in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
         _make_state_before(cls, "sharded_state_dict")
+    _keep_step_within(DistributedOptimizer, "_set_main_param_and_optimizer_states")
     _own_step_after(DistributedOptimizer, "load_state_dict")
 
 
@@ -373,17 +381,27 @@ def _make_state(inner: torch.optim.Optimizer) -> None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def _keep_step_within(cls: type, name: str) -> None:
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def call(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        state = self.optimizer.state[main_param]
+        method(self, model_param, tensors | {k: state[k] for k in ("step",) if k in state})
+
+    setattr(cls, name, call)
+
+
 def _own_step_after(cls: type, name: str) -> None:
     method = getattr(cls, name)
 
     @functools.wraps(method)
     def call(self: Any, state_dict: dict[str, Any]) -> None:
         method(self, state_dict)
-        if self.is_stub_optimizer:
-            return
-        saved = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
-        for state in self.optimizer.state.values():
-            if "step" in state and saved:
-                state["step"] = torch.tensor(float(max(saved)), dtype=torch.float32)
+        for state in [] if self.is_stub_optimizer else self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
     setattr(cls, name, call)
