@@ -20,30 +20,17 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_longact import metrics
 from megatron_longact.config import LongActConfig, flag
-from megatron_longact.masked_update import (
-    FrozenRows,
-    RowIndex,
-    StrictFreeze,
-    gradient_squares,
-    mask_gradients,
-)
+from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_squares, mask_gradients
 from megatron_longact.optimizer_shards import chained, resolve_shards
-from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.refusals import check_chunks, check_linear_qkv, check_settings, check_tap
-from megatron_longact.saliency import QKVLayer, SaliencyCapture
-from megatron_longact.selection import (
-    QK,
-    GlobalSaliency,
-    ModelGroups,
-    random_saliency,
-    select_masks,
-)
+from megatron_longact.qkv_layers import QKVModel
+from megatron_longact.refusals import check_chunks, check_settings, check_tap
+from megatron_longact.saliency import SaliencyCapture
+from megatron_longact.selection import QK, GlobalSaliency, random_saliency, select_masks
 
 logger = logging.getLogger(__name__)
 
@@ -89,39 +76,18 @@ class LongAct:
         self._started = False
         self._metrics_of_step: dict[str, float | None] | None = None
 
-        models = unwrap_model(list(model_chunks))
-        model_config = get_model_config(model_chunks[0])
-        self.layout = QKVLayout.from_transformer_config(model_config)
-        self._groups = _groups(model_chunks[0])
-        self._tp_rank, self._tp_size = self._groups.tp.rank(), self._groups.tp.size()
-        layers = [self._find_layers(model) for model in models]
-        self._layers = [layer for chunk in layers for layer in chunk]
-        self.layer_numbers = self._all_layer_numbers()
-        self._device = next(models[0].parameters()).device
-        self._clock = metrics.Stopwatch(self._device)
+        self._model = QKVModel.find(model_chunks)
+        self._clock = metrics.Stopwatch(self._model.device)
         self._saliency = GlobalSaliency(
-            self._groups,
-            self.layout,
+            self._model.groups,
+            self._model.layout,
             config,
-            layer_numbers=self.layer_numbers,
-            local_layers=[layer.layer_number for layer in self._layers],
-            device=self._device,
+            layer_numbers=self._model.layer_numbers,
+            local_layers=[layer.layer_number for layer in self._model.layers],
         )
+        self._every_row = self._model.frozen_rows(self._model.channels(False))
         self._freezes = self._strict_freezes()
-        self._qk_rows = self._local_rows(self._all_channels(False))
-        self._capture = SaliencyCapture(
-            models,
-            layers,
-            self.layout,
-            config,
-            tp_rank=self._tp_rank,
-            tp_size=self._tp_size,
-            cp_rank=self._groups.cp.rank(),
-            cp_size=self._groups.cp.size(),
-            device=self._device,
-            clock=self._clock,
-            warn=self._warn_once,
-        )
+        self._capture = SaliencyCapture(self._model, config, clock=self._clock, warn=self._warn_once)
         self._capture.enabled = self._capture_next_step()
 
     # -- attach and detach -------------------------------------------------------------------------
@@ -170,37 +136,13 @@ class LongAct:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _find_layers(self, model: nn.Module) -> list[QKVLayer]:
-        """The decoder's self-attention layers of one chunk; MTP and vision layers train densely."""
-        found = []
-        for name, module in model.named_modules():
-            is_decoder = not {"mtp", "vision_model", "vision_projection"} & set(name.split("."))
-            if is_decoder and name.endswith("self_attention") and hasattr(module, "linear_qkv"):
-                layout = QKVLayout.from_transformer_config(module.config)
-                if layout != self.layout:
-                    raise ValueError(f"{name} has {layout}, other layers {self.layout}; LongAct needs one QKV layout")
-                check_linear_qkv(f"{name}.linear_qkv", module.linear_qkv, layout, self._tp_size)
-                found.append(QKVLayer(int(module.layer_number), module))
-        return found
-
-    def _all_layer_numbers(self) -> list[int]:
-        local = [layer.layer_number for layer in self._layers]
-        stages: list[list[int]] = [local] * self._groups.pp.size()
-        if self._groups.pp.size() > 1:
-            dist.all_gather_object(stages, local, group=self._groups.pp)
-        numbers = sorted(number for stage in stages for number in stage)
-        if not numbers:
-            raise ValueError("no rank holds a self_attention.linear_qkv: LongAct has nothing to select in this model")
-        return numbers
-
     def _strict_freezes(self) -> list[StrictFreeze]:
         optimizers = chained(self._optimizer)
         if not optimizers:
             raise ValueError("a rank has no trainable parameter: LongAct cannot tell its successful steps there")
-        parameters = [parameter for layer in self._layers for parameter in layer.parameters]
         freezes = []
         for optimizer in optimizers:
-            shards = resolve_shards(optimizer, parameters, self.config)
+            shards = resolve_shards(optimizer, self._every_row, self.config)
             freezes.append(StrictFreeze(shards, optimizer.optimizer, self.config))
         return freezes
 
@@ -276,28 +218,19 @@ class LongAct:
         if state.saliency is not None and self.config.ema > 0 and self.config.select != "random":
             old = self.config.ema
             saliency = QK(*(old * a + (1 - old) * b for a, b in zip(state.saliency, saliency, strict=True)))
-        masks = None if self._in_warmup(state) else self._target(self._select(saliency))
+        masks = None
+        if not self._in_warmup(state):
+            masks = self._target(select_masks(saliency, layout=self._model.layout, config=self.config))
         return replace(state, refreshes=state.refreshes + 1, saliency=saliency, masks=masks)
 
     def _measure(self, state: LongActState) -> tuple[QK, bool]:
         if self.config.select == "random":
-            return random_saliency(
-                self._saliency.num_layers,
-                self.layout,
-                seed=self.config.seed,
-                refresh=state.refreshes,
-            ), True
+            layers = len(self._model.layer_numbers)
+            return random_saliency(layers, self._model.layout, seed=self.config.seed, refresh=state.refreshes), True
         if self.config.select == "weight-norm":
-            rows = self.layout.rows_per_partition(self._tp_size)
-            norms = [torch.linalg.vector_norm(layer.weight.detach().float(), dim=1) for layer in self._layers]
-            saliency = self._saliency.from_rows(
-                torch.stack(norms) if norms else torch.empty(0, rows, device=self._device)
-            )
+            saliency = self._saliency.from_rows(self._model.weight_norms())
             return saliency, all(bool(torch.isfinite(scores).all()) for scores in saliency)
         return self._saliency.from_sums(self._capture.accumulator.sums)
-
-    def _select(self, saliency: QK) -> QK:
-        return select_masks(saliency, layout=self.layout, config=self.config)
 
     def _target(self, masks: QK) -> QK:
         """All True for a projection that is not a target."""
@@ -309,10 +242,10 @@ class LongAct:
 
     def _mask_gradients(self) -> None:
         self._frozen = self._frozen_rows()
-        rows = (self._frozen, self._qk_rows)
+        rows = (self._frozen, self._every_row)
         self._gradient_squares = sum(
-            (gradient_squares(freeze.shards, rows, self._device) for freeze in self._freezes),
-            start=torch.zeros(len(rows), device=self._device),
+            (gradient_squares(freeze.shards, rows, self._model.device) for freeze in self._freezes),
+            start=torch.zeros(len(rows), device=self._model.device),
         )
         mask_gradients(self._frozen)
 
@@ -321,24 +254,8 @@ class LongAct:
         state = self._pending
         if state.masks is not None and state.masks is self._frozen_masks:
             return self._frozen
-        active = state.masks or self._target(self._all_channels(self._in_warmup(state)))
         self._frozen_masks = state.masks
-        return self._local_rows(active)
-
-    def _all_channels(self, active: bool) -> QK:
-        sizes = self.layout.num_q_channels, self.layout.num_k_channels
-        return QK(*(torch.full((self._saliency.num_layers, size), active) for size in sizes))
-
-    def _local_rows(self, active: QK) -> FrozenRows:
-        """The rows of each parameter of this rank that are Q or K and not active."""
-        frozen = ~self.layout.fused(active.q.cpu(), active.k.cpu(), fill=True)  # [L, rows]
-        frozen = frozen[:, self.layout.partition(self._tp_rank, self._tp_size)]
-        rows = {}
-        for layer in self._layers:
-            index = frozen[self.layer_numbers.index(layer.layer_number)].nonzero().flatten()
-            for parameter in layer.parameters:
-                rows[parameter] = RowIndex(index, parameter.device)
-        return rows
+        return self._model.frozen_rows(state.masks or self._target(self._model.channels(self._in_warmup(state))))
 
     def _before_step(self, freeze: StrictFreeze) -> Any:
         def before(*_: Any) -> None:
@@ -391,7 +308,7 @@ class LongAct:
     def _by_layer(self, pair: QK | None) -> dict[int, dict[str, Tensor]]:
         if pair is None:
             return {}
-        return {n: {"q": pair.q[i], "k": pair.k[i]} for i, n in enumerate(self.layer_numbers)}
+        return {n: {"q": pair.q[i], "k": pair.k[i]} for i, n in enumerate(self._model.layer_numbers)}
 
     def metrics(self) -> dict[str, float | None]:
         """Scalars of the last step, named as in `megatron_longact.metrics`; collective, alike on all ranks.
@@ -421,7 +338,8 @@ class LongAct:
         if self._gradient_squares is None:
             return None
         squares = self._gradient_squares.clone()
-        for group in (self._groups.tp, self._groups.dp_cp, self._groups.pp):
+        groups = self._model.groups
+        for group in (groups.tp, groups.dp_cp, groups.pp):
             dist.all_reduce(squares, group=group)
         masked, total = squares.tolist()
         return (masked / total) ** 0.5 if total > 0 else None
@@ -436,8 +354,8 @@ class LongAct:
         state = self._state
         return {
             "config": asdict(self.config),
-            "layout": asdict(self.layout),
-            "layer_numbers": list(self.layer_numbers),
+            "layout": asdict(self._model.layout),
+            "layer_numbers": list(self._model.layer_numbers),
             "updates": state.updates,
             "refreshes": state.refreshes,
             "rejected": state.rejected,
@@ -451,7 +369,7 @@ class LongAct:
         Raises `ValueError` for another model shape, and for another configuration unless
         `on_mismatch="use-flags"`; the message names what differs.
         """
-        shape = {"layout": asdict(self.layout), "layer_numbers": list(self.layer_numbers)}
+        shape = {"layout": asdict(self._model.layout), "layer_numbers": list(self._model.layer_numbers)}
         for name, value in shape.items():
             if state_dict[name] != value:
                 raise ValueError(f"the checkpoint's LongAct state has {name} {state_dict[name]}, this model {value}")
@@ -460,8 +378,8 @@ class LongAct:
             updates=state_dict["updates"],
             refreshes=state_dict["refreshes"],
             rejected=state_dict["rejected"],
-            saliency=_from(state_dict["saliency"], self._device),
-            masks=_from(state_dict["masks"], self._device),
+            saliency=_from(state_dict["saliency"], self._model.device),
+            masks=_from(state_dict["masks"], self._model.device),
         )
         self._unstepped, self._frozen_masks = set(), None
         self._capture.accumulator.reset()
@@ -485,11 +403,6 @@ class LongAct:
             self._warned.add(message)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 logger.warning(message)
-
-
-def _groups(chunk: nn.Module) -> ModelGroups:
-    collection = get_attr_wrapped_model(chunk, "pg_collection", allow_none=True)
-    return ModelGroups.from_collection(collection or ProcessGroupCollection.use_mpu_process_groups())
 
 
 def _to(pair: QK | None, device: str) -> dict[str, Tensor] | None:

@@ -5,44 +5,18 @@ kv_channels, L layers of this rank, n accumulated channels of this rank.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_longact.config import LongActConfig, Statistic
-from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.qkv_layers import QKVLayer, QKVModel
 from megatron_longact.tokens import TokenRules, counted_tokens
 
 _CHUNKS = 8  # temporaries of a reduction hold at most this fraction of its input
-
-
-@dataclass(frozen=True)
-class QKVLayer:
-    """One self-attention layer of this rank: Megatron's 1-based global layer number and its module."""
-
-    layer_number: int
-    attention: nn.Module
-
-    @property
-    def linear_qkv(self) -> nn.Module:
-        """The fused projection."""
-        return self.attention.linear_qkv  # type: ignore[return-value]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """Its weight: [rows of this shard, h]."""
-        return self.linear_qkv.weight  # type: ignore[return-value]
-
-    @property
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that have a row (an element) a channel and are trained: weight, and bias if any."""
-        for parameter in (self.weight, getattr(self.linear_qkv, "bias", None)):
-            if parameter is not None and parameter.numel() and parameter.requires_grad:
-                yield parameter
 
 
 def reduce_tokens(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
@@ -103,43 +77,33 @@ class SaliencyCapture:
 
     def __init__(
         self,
-        model_chunks: Sequence[nn.Module],
-        layers: Sequence[Sequence[QKVLayer]],
-        layout: QKVLayout,
+        model: QKVModel,
         config: LongActConfig,
         *,
-        tp_rank: int,
-        tp_size: int,
-        cp_rank: int,
-        cp_size: int,
-        device: torch.device,
         clock: AbstractContextManager[Any],
         warn: Callable[[str], None],
     ) -> None:
-        """model_chunks: unwrapped; layers: those of each chunk. `clock` times the hooks' own work."""
+        """Put the hooks on; `clock` times their own work."""
         self.enabled = False
         self.training_forwards = 0
         self._rules = TokenRules(config.min_context, config.skip_first_tokens)
-        self._tap, self._layout = config.tap, layout
-        self._tp_rank, self._tp_size, self._cp_rank, self._cp_size = (
-            tp_rank,
-            tp_size,
-            cp_rank,
-            cp_size,
-        )
+        self._tap, self._layout = config.tap, model.layout
+        self._tp_size, self._cp = model.groups.tp.size(), model.groups.cp
         self._clock, self._warn = clock, warn
-        self._ranges = layout.local_qk_ranges(tp_rank, tp_size)
+        self._ranges = model.layout.local_qk_ranges(model.groups.tp.rank(), self._tp_size)
         self._named: Tensor | None = None
         self._names_tokens = False
         self._counting, self._packed = False, False
         self._counted: Tensor | None = None
-        num_layers = sum(len(chunk) for chunk in layers)
-        self.accumulator = Accumulator(num_layers, self._num_channels(), statistic=config.statistic, device=device)
+        self.accumulator = Accumulator(
+            len(model.layers), self._num_channels(), statistic=config.statistic, device=model.device
+        )
         self._handles: list[Any] = []
-        for model in model_chunks:
-            self._watch(model)
-        for index, layer in enumerate(layer for chunk in layers for layer in chunk):
-            self._tap_layer(index, layer)
+        if config.reads_activations:
+            for index, layer in enumerate(model.layers):
+                self._tap_layer(index, layer)
+        for chunk in model.chunks:
+            self._watch(chunk)
 
     def set_tokens(self, token_mask: Tensor) -> None:
         """Name the tokens of the next micro-batch that count: bool [b, s], the whole sequences."""
@@ -190,8 +154,8 @@ class SaliencyCapture:
             named=named,
             packed_seq_params=packed,
             padding_mask=padding,
-            cp_rank=self._cp_rank,
-            cp_size=self._cp_size,
+            cp_rank=self._cp.rank(),
+            cp_size=self._cp.size(),
         )
 
     def _num_channels(self) -> int:
@@ -240,7 +204,7 @@ class SaliencyCapture:
         if self._counted is None or self._counted.shape == x.shape[:2]:
             return
         missing = x.shape[0] - self._counted.shape[0]
-        if self._packed and missing > 0 and self._cp_size == 1:
+        if self._packed and missing > 0 and self._cp.size() == 1:
             self._counted = nn.functional.pad(self._counted, (0, 0, 0, missing))
             return
         raise ValueError(

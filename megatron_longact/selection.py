@@ -107,11 +107,10 @@ class GlobalSaliency:
         *,
         layer_numbers: Sequence[int],
         local_layers: Sequence[int],
-        device: torch.device,
     ) -> None:
         """layer_numbers: all of the model, ascending; local_layers: those of this rank, in its order."""
-        self._groups, self._layout, self._config, self._device = groups, layout, config, device
-        self.num_layers = len(layer_numbers)
+        self._groups, self._layout, self._config = groups, layout, config
+        self._num_layers = len(layer_numbers)
         self._places = [list(layer_numbers).index(number) for number in local_layers]
 
     def from_sums(self, sums: Tensor) -> tuple[QK, bool]:
@@ -161,7 +160,7 @@ class GlobalSaliency:
     def _share_pp(self, local: QK) -> QK:
         """Put this stage's layers in their places of the whole model: [L_r, ...] -> [L, ...]."""
         nq, nk = self._layout.num_q_channels, self._layout.num_k_channels
-        whole = torch.zeros(self.num_layers, nq + nk, dtype=torch.float32, device=self._device)
+        whole = torch.zeros(self._num_layers, nq + nk, dtype=torch.float32, device=local.q.device)
         if self._places:
             whole[self._places] = torch.cat(local, dim=1)
         if self._groups.pp.size() > 1:
