@@ -1,0 +1,84 @@
+"""Train the demo's SentencePiece tokenizer on its own training text; writes tokenizer.model.
+
+    python examples/demo/make_tokenizer.py [--output examples/demo/tokenizer.model]
+
+Pieces that the needle tasks lean on are fixed instead of learnt, so that a key is two tokens
+(" amber", "-falcon") and a value is two (" 47", "81"). Id 0 is the unknown piece: RL code exists
+that takes id 0 for "nothing here", so neither padding nor end-of-text may have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_longact.rl.tasks import ADJECTIVES, NOUNS, NeedleGenerator, sentences_of
+
+VOCAB_SIZE = 1024
+NUM_TEMPLATES = 300
+
+
+class _Words:
+    """Stands in for the tokenizer while there is none: one id a word, enough to make prompts."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, int] = {}
+        self._words: list[str] = []
+
+    def tokenize(self, text: str) -> list[int]:
+        for word in text.split():
+            if word not in self._ids:
+                self._ids[word] = len(self._words)
+                self._words.append(word)
+        return [self._ids[word] for word in text.split()]
+
+    def detokenize(self, ids: list[int]) -> str:
+        return " ".join(self._words[i] for i in ids)
+
+
+def fixed_pieces() -> list[str]:
+    """Key words and the halves of four-digit values, each one piece."""
+    keys = [f"▁{word}" for word in ADJECTIVES] + [f"-{word}" for word in NOUNS]
+    return keys + [f"▁{n}" for n in range(10, 100)] + [f"{n:02d}" for n in range(100)]
+
+
+def training_text() -> list[str]:
+    """The prose of the training split, and prompts with answers."""
+    generator = NeedleGenerator(_Words(), lengths=[120], seed=0)
+    samples = [generator.sample(0, index) for index in range(NUM_TEMPLATES)]
+    return [*sentences_of("train"), *(s.prompt + s.answer for s in samples)]
+
+
+def train_tokenizer() -> bytes:
+    """The serialised SentencePiece model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(training_text()),
+        model_writer=model,
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        character_coverage=1.0,
+        user_defined_symbols=fixed_pieces(),
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=1,
+    )
+    return model.getvalue()
+
+
+def main() -> None:
+    """Write the model to --output."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tokenizer.model"))
+    args = parser.parse_args()
+    args.output.write_bytes(train_tokenizer())
+    print(f"{args.output}: {args.output.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
