@@ -292,7 +292,7 @@ def _hide(
     for sentence in sentences:
         bounds.append(bounds[-1] + len(sentence))
     wanted = sorted(rng.random() for _ in needles)
-    places = [min(bounds, key=lambda b, d=depth: abs(b - d * bounds[-1])) for depth in wanted]
+    places = [_nearest(bounds, depth * bounds[-1]) for depth in wanted]
     flat = [i for sentence in sentences for i in sentence]
     ids: list[int] = []
     begins: list[int] = []
@@ -304,6 +304,10 @@ def _hide(
         done = place
     ids += flat[done:]
     return ids, tuple(begin / len(ids) for begin in begins)
+
+
+def _nearest(bounds: Sequence[int], place: float) -> int:
+    return min(bounds, key=lambda bound: abs(bound - place))
 
 
 def _and_list(words: Sequence[str]) -> str:
