@@ -27,7 +27,7 @@ format: setup ## format the code and mend what ruff can mend
 	@$(PYTHON_BIN) -m ruff format .
 
 docs: setup ## write docs/flags.md again from LongActConfig
-	@$(PYTHON_BIN) tools/write_flags_doc.py
+	@$(PYTHON_BIN) tools/generate_flags_doc.py
 
 setup: ## make .venv from constraints.txt, if it is not there
 	@bash scripts/setup.sh

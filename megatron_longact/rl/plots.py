@@ -1,0 +1,174 @@
+"""Pictures of a run: the saliency of every Q and K channel with the chosen ones marked, and the training curve.
+
+Needs matplotlib (the `plots` extra). Figures are made without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+from torch import Tensor
+
+ChannelValues = Mapping[int, Mapping[str, Tensor]]
+"""By 1-based global layer number, then "q" [np * hn] and "k" [ng * hn], head by head."""
+
+WIDTH_IN, DPI = 9.0, 200  # shown about 900 px wide, so 9 pt is 12 px there
+INK, FAINT_INK = "#222222", "#555555"
+
+# Saliency: light to dark, blue or orange: apart for every kind of colour vision, also where both are light.
+FROZEN, CHOSEN = (
+    ListedColormap(matplotlib.colormaps[name](np.linspace(start, 1, 256)), name=f"longact-{name.lower()}")
+    for name, start in (("Blues", 0.1), ("Oranges", 0.3))
+)
+
+# Inches: around and between the panels of the saliency figure.
+LEFT, RIGHT, COLUMN_GAP, ROW_GAP, TOP, BOTTOM = 0.55, 0.15, 0.65, 0.55, 1.25, 0.5
+
+
+def plot_saliency(
+    saliency: ChannelValues,
+    masks: ChannelValues,
+    *,
+    num_attention_heads: int,
+    num_query_groups: int,
+    kv_channels: int,
+    path: Path,
+    statistic: str = "mean |activation|",
+) -> None:
+    """Write the figure of `saliency_figure` as a PNG."""
+    heads = {"q": num_attention_heads, "k": num_query_groups}
+    saliency_figure(saliency, masks, heads=heads, kv_channels=kv_channels, statistic=statistic).savefig(path, dpi=DPI)
+
+
+def saliency_figure(
+    saliency: ChannelValues,
+    masks: ChannelValues,
+    *,
+    heads: Mapping[str, int],
+    kv_channels: int,
+    statistic: str = "mean |activation|",
+) -> Figure:
+    """Heat maps head × channel, a row of two panels (Q, K) a layer, on one logarithmic scale.
+
+    Channels that `masks` holds True are orange, the others blue. heads: the number of heads of "q" and of
+    "k". Raises ValueError if nothing in `saliency` is finite and above 0.
+    """
+    layers = sorted(saliency)
+    norm = _scale([values for layer in saliency.values() for values in layer.values()])
+    panel = min(max(0.22 * max(heads.values()), 0.8), 4.0)
+    height = TOP + len(layers) * (panel + ROW_GAP) - ROW_GAP + BOTTOM
+    width = (WIDTH_IN - LEFT - RIGHT - COLUMN_GAP * (len(heads) - 1)) / len(heads)
+    figure = Figure(figsize=(WIDTH_IN, height), facecolor="white")
+    for row, number in enumerate(layers):
+        for column, (part, num_heads) in enumerate(heads.items()):
+            left, top = LEFT + column * (width + COLUMN_GAP), TOP + row * (panel + ROW_GAP)
+            axes = _axes(figure, left=left, top=top, width=width, height=panel)
+            shape = num_heads, kv_channels
+            values, chosen = (of[number][part].detach().cpu().reshape(shape) for of in (saliency, masks))
+            _draw_panel(axes, values.float(), chosen.bool(), norm)
+            axes.set_title(f"layer {number} · {part.upper()}", fontsize=10.5, fontweight="bold", loc="left")
+            axes.set_title(f"{int(chosen.sum())} of {chosen.numel()} chosen", fontsize=9, loc="right", color=FAINT_INK)
+            if number == layers[-1]:
+                axes.set_xlabel("channel", fontsize=10)
+    _add_scales(figure, norm, statistic)
+    return figure
+
+
+def _axes(figure: Figure, *, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches, counted from the top left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def _scale(values: Sequence[Tensor]) -> LogNorm:
+    """One scale for all panels: from the 1st percentile of what is above 0 to the largest value."""
+    shown = torch.cat([value.detach().float().flatten().cpu() for value in values]) if values else torch.empty(0)
+    shown = shown[shown.isfinite() & (shown > 0)]
+    if not len(shown):
+        raise ValueError("no saliency to draw: no activation was counted yet")
+    top = shown.max().item()
+    low = shown.sort().values[len(shown) // 100].item()
+    return LogNorm(min(low, top / 2), top, clip=True)
+
+
+def _draw_panel(axes: Axes, values: Tensor, chosen: Tensor, norm: LogNorm) -> None:
+    """One panel; values and chosen: [heads, channels]."""
+    num_heads, channels = values.shape
+    for colours, hidden in ((FROZEN, chosen), (CHOSEN, ~chosen)):
+        cells = np.ma.masked_array(values.numpy(), mask=hidden.numpy())
+        axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", label=colours.name)
+    for edge in range(1, num_heads):
+        axes.axhline(edge - 0.5, color="white", linewidth=1.2)
+    axes.set_yticks(range(0, num_heads, ceil(num_heads / 8)))
+    axes.set_xticks(range(0, channels, ceil(channels / 8)))
+    axes.tick_params(labelsize=9, length=2.5, colors=INK)
+    axes.set_ylabel("head", fontsize=10)
+
+
+def _add_scales(figure: Figure, norm: LogNorm, statistic: str) -> None:
+    """The two colour bars, one under the other, with one row of numbers for both."""
+    low, high = float(norm.vmin or 1), float(norm.vmax or 1)
+    figure.text(
+        5.0 / WIDTH_IN,
+        1 - 0.2 / figure.get_figheight(),
+        f"{statistic} (log scale)",
+        ha="center",
+        fontsize=10,
+        color=INK,
+    )
+    for line, (colours, label) in enumerate(((CHOSEN, "chosen, row is updated"), (FROZEN, "row is frozen"))):
+        axes = _axes(figure, left=3.0, top=0.27 + 0.2 * line, width=4.0, height=0.16)
+        bar = figure.colorbar(ScalarMappable(norm, colours), cax=axes, orientation="horizontal")
+        bar.set_ticks([low * (high / low) ** (i / 4) for i in range(5)] if line else [])
+        bar.minorticks_off()
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        axes.tick_params(labelsize=9, length=2.5, colors=INK)
+        axes.text(-0.02, 0.5, label, transform=axes.transAxes, ha="right", va="center", fontsize=10, color=INK)
+
+
+def plot_reward(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], *, path: Path) -> None:
+    """Write the figure of `reward_figure` as a PNG."""
+    reward_figure(rows, evaluations).savefig(path, dpi=DPI)
+
+
+def reward_figure(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> Figure:
+    """Two panels over iterations: reward and accuracy of the rollouts; accuracy on the held-out tasks.
+
+    rows: those of metrics.jsonl; evaluations: those of evaluations.jsonl.
+    """
+    figure = Figure(figsize=(WIDTH_IN, 3.2), layout="constrained", facecolor="white")
+    rollouts, heldout = figure.subplots(1, 2)
+    for name, label, colour in (("reward_mean", "mean reward", "#0072b2"), ("accuracy", "accuracy", "#d55e00")):
+        rollouts.plot(
+            [row["iteration"] for row in rows], [row[name] for row in rows], color=colour, label=label, linewidth=1.5
+        )
+    iterations = [row["iteration"] for row in evaluations]
+    lengths = sorted({int(length) for row in evaluations for length in row["accuracy_by_length"]})
+    for length, colour in zip(
+        lengths, matplotlib.colormaps["viridis"](np.linspace(0.85, 0, len(lengths))), strict=True
+    ):
+        by_length = [row["accuracy_by_length"][str(length)] for row in evaluations]
+        heldout.plot(iterations, by_length, color=colour, marker="o", markersize=4, label=f"{length} tokens")
+    overall = [row["accuracy"] for row in evaluations]
+    heldout.plot(iterations, overall, color=INK, marker="o", markersize=4, linewidth=2.5, label="all")
+    heldout.set_ylim(-0.02, 1.02)
+    heldout.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes, title in ((rollouts, "rollouts"), (heldout, "held-out accuracy by context length")):
+        axes.set_title(title, fontsize=10.5, fontweight="bold", loc="left")
+        axes.set_xlabel("iteration", fontsize=10)
+        axes.tick_params(labelsize=9, colors=INK)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9, frameon=False)
+    return figure

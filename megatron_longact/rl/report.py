@@ -1,0 +1,114 @@
+"""What a run came to, in numbers: the table at its end and report.md. Pure; no Megatron, no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXPECTED_GAIN_POINTS = 10.0
+"""What the demo is made to reach in overall held-out accuracy; a report says so when a run does not."""
+
+
+@dataclass(frozen=True)
+class HeldOutAccuracy:
+    """Accuracy in [0, 1] on held-out tasks: over all, and by context length in tokens."""
+
+    overall: float
+    by_length: Mapping[int, float]
+    prompts: int
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> HeldOutAccuracy:
+        """Out of a row of evaluations.jsonl."""
+        by_length = {int(length): accuracy for length, accuracy in row["accuracy_by_length"].items()}
+        return cls(row["accuracy"], dict(sorted(by_length.items())), row["prompts"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The numbers of a finished run.
+
+    rows: Q and K rows of the model; moved: those that differ from the start weights; frozen: those that no
+    mask ever let through; frozen_changed: frozen rows that differ from the start weights all the same.
+    longact_time_share: of the optimizer steps' time, in [0, 1]; None for a run without LongAct.
+    """
+
+    before: HeldOutAccuracy
+    after: HeldOutAccuracy
+    iterations: int
+    rows: int
+    moved: int
+    frozen: int
+    frozen_changed: int
+    longact_time_share: float | None
+
+    @property
+    def gain_points(self) -> float:
+        """Overall gain in percentage points, to the tenth that is shown."""
+        return round(100 * (self.after.overall - self.before.overall), 1)
+
+    def verdict(self) -> str:
+        """One sentence on the gain, which does not claim more than was reached."""
+        gain, needed = self.gain_points, EXPECTED_GAIN_POINTS
+        moved = f"rose by {gain:.1f}" if gain >= 0 else f"fell by {-gain:.1f}"
+        sentence = f"Held-out accuracy {moved} points in {self.iterations} iterations"
+        return f"{sentence}." if gain >= needed else f"{sentence}: LESS than the {needed:.0f} points to expect here."
+
+
+def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
+    """Context length, before, after and gain in points, as text; the last row is over all."""
+    before, after = summary.before, summary.after
+    pairs = [(f"{length} tokens", before.by_length[length], after.by_length[length]) for length in after.by_length]
+    pairs.append((f"all {after.prompts} tasks", before.overall, after.overall))
+    return [(name, f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f}") for name, old, new in pairs]
+
+
+def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    """What was counted, and the count, as text."""
+    moved = f"{summary.moved} of {summary.rows} ({summary.moved / summary.rows:.1%})"
+    if summary.longact_time_share is None:
+        return [("LongAct", "off: every Q/K row trains"), ("Q/K rows that moved", moved)]
+    return [
+        ("Q/K rows that moved", moved),
+        ("frozen rows changed", f"{summary.frozen_changed} of {summary.frozen}, against the start weights"),
+        ("step time that LongAct took", f"{summary.longact_time_share:.1%}"),
+    ]
+
+
+def render_table(summary: RunSummary) -> str:
+    """The table for a terminal, several lines without the last newline."""
+    accuracy = [("held-out accuracy", "before", "after", "gain"), *accuracy_rows(summary)]
+    lines = [f"{name:<28}{old:>9}{new:>9}{gain:>9}" for name, old, new, gain in accuracy]
+    facts = [f"{name:<30}{value}" for name, value in fact_rows(summary)]
+    rule = "-" * len(lines[0])
+    return "\n".join([rule, lines[0], rule, *lines[1:-1], rule, lines[-1], rule, *facts, rule, summary.verdict()])
+
+
+def render_markdown(summary: RunSummary, *, settings: Mapping[str, object], pictures: Mapping[str, str]) -> str:
+    """The text of report.md.
+
+    settings: what a reader must know to run it again; pictures: caption by file name, relative to the report.
+    """
+    accuracy = [f"| {' | '.join(row)} |" for row in accuracy_rows(summary)]
+    facts = [f"| {name} | {value} |" for name, value in fact_rows(summary)]
+    shown = [f"![{caption}]({name})\n\n{caption}" for name, caption in pictures.items()]
+    chosen = [f"| {name} | `{value}` |" for name, value in settings.items()]
+    parts = [
+        "# Report of the run",
+        summary.verdict(),
+        "\n".join(["| held-out accuracy | before | after | gain in points |", "|---|---:|---:|---:|", *accuracy]),
+        "\n".join(["| counted at the end | |", "|---|---|", *facts]),
+        *shown,
+        "\n".join(["## Settings", "", "| setting | value |", "|---|---|", *chosen]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(
+    path: Path, summary: RunSummary, *, settings: Mapping[str, object], pictures: Mapping[str, str]
+) -> None:
+    """Write `render_markdown` to `path`; pictures that are not beside it are left out."""
+    there = {name: caption for name, caption in pictures.items() if (path.parent / name).is_file()}
+    path.write_text(render_markdown(summary, settings=settings, pictures=there), encoding="utf-8")
