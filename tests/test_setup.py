@@ -1,0 +1,102 @@
+"""The scripts behind `make setup`: which Python they take, and that nothing half-made is left."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+THIS_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+REAL_PYTHON = Path(sys.base_prefix) / "bin" / f"python{THIS_VERSION}"
+TOOLS = ("bash", "cat", "cksum", "dirname", "rm", "sed", "sort", "tail", "tee")
+
+pytestmark = pytest.mark.skipif(not REAL_PYTHON.exists(), reason="the interpreter is not where CPython puts it")
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """An environment with a few tools on the PATH, an empty home and no Python."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in TOOLS:
+        found = shutil.which(name)
+        assert found is not None
+        (tools / name).symlink_to(found)
+    (tmp_path / "home").mkdir()
+    return {"PATH": str(tools), "HOME": str(tmp_path / "home")}
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def real_python(path: Path) -> Path:
+    return script(path, f'#!{shutil.which("bash")}\nexec "{REAL_PYTHON}" "$@"\n')
+
+
+def find_python(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [str(shutil.which("bash")), "scripts/find_python.sh"]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"),
+    [
+        (None, f".pyenv/versions/{THIS_VERSION}.99/bin"),
+        ("PYENV_ROOT", f"versions/{THIS_VERSION}.0/bin"),
+        (None, f".local/share/uv/python/cpython-{THIS_VERSION}.9-linux-x86_64-gnu/bin"),
+        ("UV_PYTHON_INSTALL_DIR", f"cpython-{THIS_VERSION}.9-macos-aarch64-none/bin"),
+    ],
+)
+def test_finds_installed_versions(bare: dict[str, str], tmp_path: Path, variable: str | None, folder: str) -> None:
+    base = Path(bare["HOME"]) if variable is None else tmp_path / "elsewhere"
+    if variable is not None:
+        bare[variable] = str(base)
+    expected = real_python(base / folder / "python")
+    assert find_python(bare).stdout.strip() == str(expected)
+
+
+def test_passes_over_a_shim_that_does_not_answer(bare: dict[str, str], tmp_path: Path) -> None:
+    shims = tmp_path / "shims"
+    for name in ("python3.12", "python3.13", "python3", "python"):
+        script(shims / name, "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n")
+    bare["PATH"] = f"{shims}{os.pathsep}{bare['PATH']}"
+    expected = real_python(Path(bare["HOME"]) / f".pyenv/versions/{THIS_VERSION}.1/bin/python")
+    assert find_python(bare).stdout.strip() == str(expected)
+
+
+def test_takes_a_named_python_and_no_other(bare: dict[str, str], tmp_path: Path) -> None:
+    real_python(Path(bare["HOME"]) / f".pyenv/versions/{THIS_VERSION}.1/bin/python")
+    named = real_python(tmp_path / "mine" / "python")
+    assert find_python(bare | {"PYTHON": str(named)}).stdout.strip() == str(named)
+    assert find_python(bare | {"PYTHON": "/nowhere/python"}).returncode != 0
+
+
+def test_one_line_says_what_to_install(bare: dict[str, str]) -> None:
+    found = find_python(bare)
+    assert found.returncode != 0
+    assert found.stdout == ""
+    assert len(found.stderr.splitlines()) == 1
+    assert "install" in found.stderr
+    assert "3.12" in found.stderr
+
+
+def test_a_setup_that_fails_leaves_no_venv(bare: dict[str, str], tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    for name in ("constraints.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    half_made = project / ".venv" / "bin"
+    half_made.mkdir(parents=True)
+    env = bare | {"PYTHON": str(REAL_PYTHON), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    command = [str(shutil.which("bash")), "scripts/setup.sh"]
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "did not finish" in done.stderr
+    assert not (project / ".venv").exists()
