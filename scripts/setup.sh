@@ -23,11 +23,10 @@ progress() {
 }
 
 give_up() {
-  local status=$?
   if [ -f "$stamp" ]; then return; fi
   if [ -s "$log" ]; then tail -n 15 "$log" >&2; fi
   rm -rf .venv
-  say "did not finish (status $status); the unfinished .venv was removed" >&2
+  say "did not finish; the unfinished .venv was removed" >&2
 }
 
 # One setup at a time, where the system has flock; the lock is on this file, so nothing is left behind.

@@ -1,0 +1,1 @@
+"""Reinforcement learning on Megatron's own training step, with LongAct: tasks, rollouts, objective, outer loop."""
