@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_a_setup_that_fails_leaves_no_venv(bare: dict[str, str], tmp_path: Path)
     assert done.returncode != 0
     assert "did not finish" in done.stderr
     assert not (project / ".venv").exists()
+
+
+def test_an_installation_brings_the_package_alone(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(ROOT, project, ignore=lambda *_: [".venv", ".git", ".cache", "runs", "megatron_longact.egg-info"])
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(project)], check=True, capture_output=True, timeout=100)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"megatron_longact", "megatron_longact-0.1.0.dist-info"}
+    assert {"megatron_longact/py.typed", "megatron_longact/longact.py", "megatron_longact/rl/tasks.py"} <= set(names)
