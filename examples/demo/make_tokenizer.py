@@ -2,20 +2,22 @@
 
     python examples/demo/make_tokenizer.py [--output examples/demo/tokenizer.model]
 
-Pieces that the needle tasks lean on are fixed instead of learnt, so that a key is two tokens
-(" amber", "-falcon") and a value is two (" 47", "81"). Id 0 is the unknown piece: RL code exists
-that takes id 0 for "nothing here", so neither padding nor end-of-text may have it.
+Pieces that the needle tasks lean on are fixed instead of learnt: a key is two tokens (" amber", "-falcon"), a value is
+two (" 47", "81"), and each phrase of the templates that never changes is one. So a needle is 7 tokens, four needles with
+their question fit 64, and a model of 0.7 M parameters learns them there within minutes. Id 0 is the unknown piece: RL
+code exists that takes id 0 for "nothing here", so neither padding nor end-of-text may have it.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 
 import sentencepiece
 
-from megatron_longact.rl.tasks import ADJECTIVES, NOUNS, NeedleGenerator, sentences_of
+from megatron_longact.rl.tasks import ADJECTIVES, NOUNS, TEMPLATES, NeedleGenerator, sentences_of
 
 VOCAB_SIZE = 1024
 NUM_TEMPLATES = 300
@@ -40,9 +42,17 @@ class _Words:
 
 
 def fixed_pieces() -> list[str]:
-    """Key words and the halves of four-digit values, each one piece."""
+    """Key words, the halves of four-digit values and the templates' phrases, each one piece."""
     keys = [f"▁{word}" for word in ADJECTIVES] + [f"-{word}" for word in NOUNS]
-    return keys + [f"▁{n}" for n in range(10, 100)] + [f"{n:02d}" for n in range(100)]
+    values = [f"▁{n}" for n in range(10, 100)] + [f"{n:02d}" for n in range(100)]
+    return keys + values + template_phrases()
+
+
+def template_phrases() -> list[str]:
+    """What stands between the placeholders, as SentencePiece writes it: blanks are "▁", one before each phrase."""
+    parts = [part.strip() for template in TEMPLATES for part in re.split(r"\{\w+\}", template)]
+    phrases = dict.fromkeys("▁" + part.replace(" ", "▁") for part in parts if len(part) > 1)
+    return list(phrases)
 
 
 def training_text() -> list[str]:

@@ -54,6 +54,7 @@ _ANSWER_PREFIXES = {
     False: "The special magic number for {keys} is:",
     True: "The special magic numbers for {keys} are:",
 }
+TEMPLATES = (_INSTRUCTION, NEEDLE, *_QUESTIONS.values(), *_ANSWER_PREFIXES.values())
 
 
 class Tokenizer(Protocol):
