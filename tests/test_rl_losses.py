@@ -62,9 +62,7 @@ def naive_grpo(batch: dict[str, Tensor], config: PolicyLossConfig) -> tuple[floa
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dual_clip", [None, 1.2])
-def test_grpo_is_the_definition(
-    batch: dict[str, Tensor], mode: str, dual_clip: float | None
-) -> None:
+def test_grpo_is_the_definition(batch: dict[str, Tensor], mode: str, dual_clip: float | None) -> None:
     config = PolicyLossConfig(clip_low=0.1, clip_high=0.3, dual_clip=dual_clip, aggregation=mode)
     loss, metrics = POLICY_LOSSES["grpo"](**batch, config=config)
     expected, clip_fraction = naive_grpo(batch, config)
@@ -80,9 +78,7 @@ def test_clip_bounds_act_separately() -> None:
     def loss(low: float, high: float) -> float:
         config = PolicyLossConfig(clip_low=low, clip_high=high)
         log_probs = ratios.log()
-        return POLICY_LOSSES["grpo"](log_probs, torch.zeros(2, 1), advantages, mask, config=config)[
-            0
-        ].item()
+        return POLICY_LOSSES["grpo"](log_probs, torch.zeros(2, 1), advantages, mask, config=config)[0].item()
 
     assert loss(0.1, 0.3) == pytest.approx((-1.3 + 0.9) / 2)
     assert loss(0.3, 0.1) == pytest.approx((-1.1 + 0.7) / 2)
@@ -127,9 +123,7 @@ def test_padding_is_never_read(batch: dict[str, Tensor], mode: str, garbage: flo
 def test_micro_batches_make_up_the_batch(batch: dict[str, Tensor], mode: str) -> None:
     loss, mask = batch["log_probs"], batch["response_mask"]
     parts = [(loss[:2], mask[:2]), (loss[2:3], mask[2:3]), (loss[3:], mask[3:])]
-    weighted = sum(
-        aggregate(part, m, mode=mode) * aggregation_weight(m, mode=mode) for part, m in parts
-    )
+    weighted = sum(aggregate(part, m, mode=mode) * aggregation_weight(m, mode=mode) for part, m in parts)
     total = weighted / aggregation_weight(mask, mode=mode)
     torch.testing.assert_close(total, aggregate(loss, mask, mode=mode))
 

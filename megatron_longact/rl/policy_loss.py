@@ -73,9 +73,7 @@ def grpo_loss(
     Source: GRPO, arXiv 2402.03300, eq. 3, without its KL term; asymmetric clip: DAPO, arXiv
     2503.14476, eq. 10.
     """
-    log_ratio = _masked(log_probs - old_log_probs, response_mask).clamp(
-        -MAX_LOG_RATIO, MAX_LOG_RATIO
-    )
+    log_ratio = _masked(log_probs - old_log_probs, response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(-1)

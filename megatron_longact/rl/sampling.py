@@ -40,9 +40,7 @@ class Sampling:
         if self.max_response_length < 1:
             raise ValueError(f"max_response_length is {self.max_response_length}; it must be >= 1")
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}; it must be positive (greedy has its own flag)"
-            )
+            raise ValueError(f"temperature is {self.temperature}; it must be positive (greedy has its own flag)")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in [0, 1]")
 

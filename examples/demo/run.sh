@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The demo: GRPO on needle tasks over long contexts with LongAct, on two CPU cores (TP=2 over gloo).
+#
+#     bash examples/demo/run.sh                  what `make demo` does: results in runs/demo
+#     DENSE=1 bash examples/demo/run.sh          the same without LongAct, in runs/demo-dense
+#     SEED=2 bash examples/demo/run.sh           other rollouts and training tasks; the held-out tasks stay
+#     RUN_DIR=/tmp/run bash examples/demo/run.sh --train-iters 10     another folder; more flags are passed on
+#
+# DEMO_DIR is the folder of the tokenizer and of the start checkpoint (default: the one of this file).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source examples/demo/model_args.sh
+
+SEED=${SEED:-1}
+if [[ ${DENSE:-0} == 1 ]]; then
+    RUN_DIR=${RUN_DIR:-runs/demo-dense}
+    LONGACT_ARGS=()
+else
+    RUN_DIR=${RUN_DIR:-runs/demo}
+    LONGACT_ARGS=(--longact --longact-ratio 0.30 --longact-refresh-interval 1)
+fi
+
+TASK_ARGS=(
+    --context-lengths 128 256 512      # tokens of a prompt, drawn for each; the start model learnt at 64 alone
+    --max-response-length 16
+    --seq-length 544                   # longest prompt plus response, rounded up
+    --rl-prompts-per-eval 64           # held-out prompts for each context length
+    --eval-interval 1000               # before and after only
+)
+GRPO_ARGS=(
+    --grpo-prompts-per-step 8          # prompts of a rollout batch
+    --grpo-group-size 8                # responses to each
+    --global-batch-size 32             # responses of an optimizer step: two steps a rollout batch
+    --micro-batch-size 8
+    --grpo-iterations 1                # times through a rollout batch
+    --grpo-clamp-eps-lower 0.2
+    --grpo-clamp-eps-upper 0.28        # clip-higher, as DAPO has it
+    --grpo-kl-beta 0
+    --rl-default-temperature 1.0
+    --inference-max-requests 64        # responses made at once
+)
+TRAIN_ARGS=(
+    --tensor-model-parallel-size 2
+    --train-iters 100                  # optimizer steps
+    --lr 1e-4
+    --lr-decay-style constant
+    --lr-warmup-iters 4
+    --weight-decay 0.01
+    --clip-grad 1.0
+    --seed "$SEED"
+    --log-interval 1
+    --pretrained-checkpoint "$DEMO_DIR/start_checkpoint"
+    --load "$RUN_DIR/checkpoints"
+    --save "$RUN_DIR/checkpoints"
+    --save-interval 1000               # the last iteration is always saved
+    --save-first-iteration
+    --ckpt-format torch_dist
+    --tensorboard-dir "$RUN_DIR/tensorboard"
+    --run-dir "$RUN_DIR"
+)
+
+rm -rf "$RUN_DIR"/{checkpoints,tensorboard,metrics.jsonl,evaluations.jsonl,megatron.log,report.md,saliency.png,reward.png}
+mkdir -p "$RUN_DIR"
+export OMP_NUM_THREADS=1               # one core a rank
+export TORCH_CPP_LOG_LEVEL=ERROR       # gloo's warnings about host names
+export PYTHONWARNINGS=ignore           # Megatron warns of each kernel library that a CPU does not have
+exec torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29500}" \
+    -m megatron_longact.run --cpu examples/train_grpo.py \
+    "${MODEL_ARGS[@]}" "${TASK_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"} "$@"

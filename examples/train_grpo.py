@@ -1,0 +1,28 @@
+"""GRPO on needle tasks over long contexts, on Megatron's own engine.
+
+    torchrun --nproc-per-node 2 -m megatron_longact.run --cpu examples/train_grpo.py --longact ...
+
+`examples/demo/run.sh` is a complete command. Without `--longact` every row of Q and K trains.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
+from megatron_longact.rl.program import needle_environment, run
+from megatron_longact.rl.run_log import MEGATRON_LOG, output_in_file
+
+
+def main() -> None:
+    """Run until `--train-iters`; a mistake in the flags ends it before anything is trained."""
+    early, _ = add_rl_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args()
+    with output_in_file(Path(early.run_dir) / MEGATRON_LOG) as terminal:
+        args = parse_and_validate_args(extra_args_provider=add_rl_args)
+        config = grpo_config_from_args(args)
+        run(args, config, needle_environment(config), terminal=terminal)
+
+
+if __name__ == "__main__":
+    main()

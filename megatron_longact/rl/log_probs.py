@@ -1,0 +1,149 @@
+"""Log-probs of responses by the trainer's own forward, on vocabulary shards.
+
+Shapes: b rows of a micro-batch, s tokens of a padded sequence, R response tokens, V padded
+vocabulary, h hidden size.
+
+Only the hidden states that predict a response token reach the output layer, through GPTModel's own
+`output_processor` seam: at a context of s the logits take R/s of the memory and of the time, and
+they are never gathered over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.utils import VocabUtility
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, ReduceOp
+
+from megatron_longact.rl.batches import MicroBatch
+
+
+@dataclass(frozen=True)
+class ResponseScorer:
+    """Turns hidden states into log-probs of response tokens and entropies; an output processor.
+
+    temperature: logits are divided by it, as they were when sampling; vocab_size: entries of the
+    tokenizer: the model's padded ones get no probability, here as there.
+    """
+
+    temperature: float
+    vocab_size: int
+    tp_group: ProcessGroup
+
+    def forward(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """The model's output for a micro-batch: fp32 [2, b, R] on the last pipeline stage.
+
+        [0] is log p of each response token, [1] the entropy where it was chosen, without gradient;
+        both are garbage in the padding. Earlier stages return their hidden states.
+        """
+        return model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            output_processor=self._process,
+            output_processor_context=batch,
+        )
+
+    def _process(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Callable[..., tuple[Tensor, Any]],
+        output_weight: Tensor | None,
+        scale_logits: Callable[[Tensor], Tensor],
+        context: MicroBatch,
+        **unused: Any,
+    ) -> Tensor:
+        index = context.positions.t().unsqueeze(-1)  # [R, b, 1]
+        hidden_states = hidden_states.gather(0, index.expand(-1, -1, hidden_states.shape[-1]))
+        logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
+        logits = scale_logits(logits).float()  # [R, b, V / tp]
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        logits = self._without_padded_entries(logits)
+        entropy = vocab_parallel_entropy(logits, tp_group=self.tp_group)
+        targets = context.targets.t().contiguous()  # [R, b]
+        loss = vocab_parallel_cross_entropy(logits, targets, tp_group=self.tp_group)
+        return torch.stack([-loss.t(), entropy.t()])
+
+    def _without_padded_entries(self, logits: Tensor) -> Tensor:
+        entries = logits.shape[-1]
+        first, last = VocabUtility.vocab_range_from_per_partition_vocab_size(
+            entries, self.tp_group.rank(), self.tp_group.size()
+        )
+        if last <= self.vocab_size:
+            return logits
+        padded = torch.arange(first, last, device=logits.device) >= self.vocab_size
+        return logits.masked_fill(padded, torch.finfo(logits.dtype).min)
+
+
+@torch.no_grad()
+def vocab_parallel_entropy(logits: Tensor, *, tp_group: ProcessGroup) -> Tensor:
+    """Entropy in nats of softmax(logits), [..., V / tp] fp32 shards in, [...] out, no gradient."""
+    largest = logits.max(-1).values
+    torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=tp_group)
+    shifted = logits - largest.unsqueeze(-1)
+    weights = shifted.exp()
+    sums = torch.stack([weights.sum(-1), (weights * shifted).sum(-1)])
+    torch.distributed.all_reduce(sums, group=tp_group)
+    return sums[0].log() - sums[1] / sums[0]
+
+
+@torch.no_grad()
+def score_responses(
+    model: Sequence[nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    *,
+    scorer: ResponseScorer,
+    seq_length: int,
+    micro_batch_size: int,
+    pg_collection: ProcessGroupCollection,
+) -> list[Tensor]:
+    """Log-probs [b, R], fp32, of each micro-batch, in `eval()` and without gradients.
+
+    The same result stands on all tensor- and pipeline-parallel ranks. seq_length and
+    micro_batch_size are Megatron's: shapes between pipeline stages.
+    """
+
+    def forward_step(batches: Any, chunk: GPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
+        output = scorer.forward(chunk, next(batches).cuda())
+        return output, lambda output_tensor, non_loss_data: output_tensor[0]
+
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=list(model),
+        num_microbatches=len(micro_batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    for chunk, training in zip(model, was_training, strict=True):
+        chunk.train(training)
+    return _from_last_stage(outputs, micro_batches, pp_group=pg_collection.pp)
+
+
+def _from_last_stage(
+    outputs: list[Tensor], micro_batches: Sequence[MicroBatch], *, pp_group: ProcessGroup
+) -> list[Tensor]:
+    if pp_group.size() == 1:
+        return outputs
+    source = torch.distributed.get_process_group_ranks(pp_group)[-1]
+    if torch.distributed.get_rank() != source:
+        outputs = [torch.empty(batch.targets.shape).cuda() for batch in micro_batches]
+    outputs = [output.contiguous() for output in outputs]
+    for output in outputs:
+        torch.distributed.broadcast(output, src=source, group=pp_group)
+    return outputs

@@ -1,0 +1,231 @@
+"""The outer RL loop: rollouts on all ranks between optimizer steps, and Megatron's own `train_step`.
+
+    rollout step     tasks -> responses -> rewards -> advantages -> old (and reference) log-probs
+    optimizer steps  several a rollout step: Megatron's `train_step` on micro-batches of it
+
+An iteration is what Megatron means by it: one optimizer step. Rewards and times of a rollout step are
+repeated in each of its iterations.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_longact import metrics as longact_metrics
+from megatron_longact.longact import LongAct
+from megatron_longact.rl.arguments import GRPOConfig
+from megatron_longact.rl.audit import RowAudit, RowCounts
+from megatron_longact.rl.batches import RolloutBatch, StepPlan
+from megatron_longact.rl.collect import BatchLayout, Collector
+from megatron_longact.rl.evaluation import Judge, evaluate_heldout
+from megatron_longact.rl.objective import Objective
+from megatron_longact.rl.rollout import RolloutEngine
+from megatron_longact.rl.run_log import MetricsLog, Progress
+from megatron_longact.rl.state import LoopState
+from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome, StepSize
+
+TIME_SHARE = "longact/time_share"
+"""Share of an optimizer step's wall time that LongAct took."""
+
+STEP_METRICS = ("loss", "clip_fraction", "dual_clip_fraction", "kl_old", "kl", "entropy")
+"""Names that the objective may report, in the order in which pipeline stages exchange them."""
+
+
+class GRPOLoop:
+    """A run from its first to its last iteration; every rank has one and calls the same methods."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        trainer: MegatronTrainer,
+        *,
+        state: LoopState,
+        collector: Collector,
+        objective: Objective,
+        layout: BatchLayout,
+        engine: RolloutEngine,
+        judge: Judge,
+        longact: LongAct | None,
+        audit: RowAudit,
+        metrics_log: MetricsLog,
+        evaluations_log: MetricsLog,
+        progress: Progress | None,
+    ) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._state = state
+        self._collector = collector
+        self._objective = objective
+        self._layout = layout
+        self._engine = engine
+        self._judge = judge
+        self.longact = longact
+        self._audit = audit
+        self._metrics_log = metrics_log
+        self._evaluations_log = evaluations_log
+        self._progress = progress
+        self._times: dict[str, float | None] = {"rollout_time_s": None, "log_prob_time_s": None}
+
+    def run(self) -> bool:
+        """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
+        trainer, args = self._trainer, self._trainer.args
+        trainer.begin()
+        if not self._state.evaluations:
+            self._evaluate()
+        exiting = False
+        while trainer.iteration < args.train_iters and not exiting:
+            exiting = self._iterate()
+        if not exiting:
+            if self._state.evaluations[-1]["iteration"] != trainer.iteration:
+                self._evaluate()
+            if args.save and not trainer.saved_now:
+                trainer.save()
+        trainer.finish()
+        for log in (self._metrics_log, self._evaluations_log):
+            log.close()
+        if self._progress is not None:
+            self._progress.close()
+        return not exiting
+
+    def count_rows(self) -> RowCounts:
+        """Rows of Q and K that moved; collective."""
+        return self._audit.count()
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Held-out results, first to last."""
+        return self._state.evaluations
+
+    def _iterate(self) -> bool:
+        """One optimizer step with all that belongs to it; whether to exit."""
+        state, trainer, args = self._state, self._trainer, self._trainer.args
+        if state.batch is None:
+            self._collect()
+        batch = state.batch
+        assert batch is not None
+        plan = self._layout.plan(batch)[state.updates_done]
+        begun = time.perf_counter()
+        outcome = self._update(batch, plan)
+        step_time = time.perf_counter() - begun
+        if outcome.should_exit:
+            return True
+        state.updates_done += 1
+        if state.updates_done == self._config.updates_per_step:
+            state.batch, state.updates_done = None, 0
+        self._audit.after_step()
+        self._report(batch, outcome, step_time)
+        if args.eval_interval and trainer.iteration % args.eval_interval == 0:
+            self._evaluate()
+        exiting = trainer.save_or_exit()
+        if args.save_first_iteration and trainer.iteration == 1 and not trainer.saved_now:
+            trainer.save()
+        return exiting
+
+    def _collect(self) -> None:
+        begun = time.perf_counter()
+        with self._trainer.between_steps():
+            batch = self._collector.rollouts(self._state.rollout_steps)
+            made = time.perf_counter()
+            self._collector.add_log_probs(batch)
+        self._times = {
+            "rollout_time_s": made - begun,
+            "log_prob_time_s": time.perf_counter() - made,
+        }
+        self._state.batch = batch
+        self._state.rollout_steps += 1
+
+    def _update(self, batch: RolloutBatch, plan: StepPlan) -> StepOutcome:
+        lengths = [batch.total_length(row) for row in plan.rows]
+        return self._trainer.step(
+            self._objective.forward_step(
+                batch.response_mask[list(plan.rows)], num_microbatches=len(plan.micro_batches)
+            ),
+            [self._layout.micro_batch(batch, micro_batch) for micro_batch in plan.micro_batches],
+            size=StepSize(tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
+        )
+
+    def _evaluate(self) -> None:
+        with self._trainer.between_steps():
+            row = evaluate_heldout(self._engine, self._judge, self._config, iteration=self._trainer.iteration)
+        self._state.evaluations.append(row)
+        scalars = {f"heldout/accuracy@{n}": v for n, v in row["accuracy_by_length"].items()}
+        scalars |= {"heldout/accuracy": row["accuracy"], "heldout/reward": row["reward"]}
+        self._evaluations_log.write({**row, **scalars}, iteration=row["iteration"])
+        if self._progress is not None:
+            by_length = "  ".join(f"{n}: {v:.0%}" for n, v in row["accuracy_by_length"].items())
+            self._progress.say(
+                f"held-out accuracy at iteration {row['iteration']}: {row['accuracy']:.1%}"
+                f"  (by context length  {by_length})"
+            )
+
+    def _report(self, batch: RolloutBatch, outcome: StepOutcome, step_time: float) -> None:
+        losses = _from_last_stage(outcome.losses, pp_group=self._trainer.pg_collection.pp)
+        row = {
+            "rollout_step": batch.step,
+            **_rollout_metrics(batch),
+            **losses,
+            "grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
+            **self._longact_metrics(step_time),
+            "step_time_s": step_time,
+            **self._times,
+        }
+        # Megatron has written the losses to TensorBoard, and LongAct its own scalars.
+        written = {*outcome.losses, *(name for name in row if name.startswith("longact/"))}
+        self._metrics_log.write(row, iteration=self._trainer.iteration, in_tensorboard=written - {TIME_SHARE})
+        if self._progress is not None:
+            self._progress.update(
+                self._trainer.iteration,
+                {"reward": f"{row['reward_mean']:.3f}", "accuracy": f"{row['accuracy']:.0%}"},
+            )
+
+    def _longact_metrics(self, step_time: float) -> dict[str, float | None]:
+        if self.longact is None:
+            dense: dict[str, float | None] = {
+                longact_metrics.ACTIVE_FRACTION_Q: 1.0,
+                longact_metrics.ACTIVE_FRACTION_K: 1.0,
+            }
+            nothing = (
+                longact_metrics.MASK_JACCARD,
+                longact_metrics.MASKED_GRAD_NORM_SHARE,
+                longact_metrics.TIME,
+                longact_metrics.REFRESHES,
+                longact_metrics.REJECTED_REFRESHES,
+                TIME_SHARE,
+            )
+            return dense | dict.fromkeys(nothing)
+        values = self.longact.metrics()
+        time_s = values[longact_metrics.TIME]
+        return {**values, TIME_SHARE: None if time_s is None else time_s / step_time}
+
+
+def _rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+    mask = batch.response_mask
+    assert batch.old_log_probs is not None
+    difference = (batch.rollout_log_probs - batch.old_log_probs).abs()[mask]
+    return {
+        "reward_mean": batch.rewards.mean().item(),
+        "reward_std": batch.rewards.std().item(),
+        "accuracy": batch.correct.float().mean().item(),
+        "response_length_mean": batch.lengths.float().mean().item(),
+        "truncated_fraction": 1.0 - batch.finished.float().mean().item(),
+        "rollout_train_logprob_abs_diff": difference.mean().item(),
+        "rollout_train_logprob_abs_diff_max": difference.max().item(),
+    }
+
+
+def _from_last_stage(losses: dict[str, Tensor], *, pp_group: ProcessGroup) -> dict[str, float | None]:
+    """The step's metrics by name on every pipeline stage; None for what was not reported."""
+    nothing = torch.tensor(torch.nan)
+    values = torch.stack([losses.get(name, nothing).float().cpu() for name in STEP_METRICS])
+    if pp_group.size() > 1:
+        on_device = values.cuda()
+        source = torch.distributed.get_process_group_ranks(pp_group)[-1]
+        torch.distributed.broadcast(on_device, src=source, group=pp_group)
+        values = on_device.cpu()
+    numbers = dict(zip(STEP_METRICS, values.tolist(), strict=True))
+    return {name: None if number != number else number for name, number in numbers.items()}

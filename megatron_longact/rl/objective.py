@@ -1,0 +1,92 @@
+"""The objective on micro-batches: Megatron's forward step and loss function.
+
+Losses and metrics are those of the whole optimizer step, whatever its micro-batches and replicas: each
+micro-batch contributes its aggregate with the weight that `aggregation_weight` gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from torch import Tensor, nn
+
+from megatron_longact.longact import LongAct
+from megatron_longact.rl.arguments import GRPOConfig
+from megatron_longact.rl.batches import MicroBatch
+from megatron_longact.rl.log_probs import ResponseScorer
+from megatron_longact.rl.policy_loss import POLICY_LOSSES, aggregate, aggregation_weight, masked_kl
+
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Objective:
+    """A policy loss plus, with `kl_beta`, a KL penalty to the reference.
+
+    scorer: makes log-probs out of the model's forward; longact: is told which tokens count;
+    dp_size: replicas whose gradients Megatron averages.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        scorer: ResponseScorer,
+        longact: LongAct | None,
+        *,
+        dp_size: int,
+    ) -> None:
+        self._config = config
+        self._scorer = scorer
+        self._longact = longact
+        self._dp_size = dp_size
+
+    def forward_step(
+        self, response_mask: Tensor, *, num_microbatches: int
+    ) -> Callable[[Iterator[MicroBatch], nn.Module], tuple[Tensor, LossFunction]]:
+        """The function that `train_step` calls for each micro-batch of one optimizer step.
+
+        response_mask: bool [n, R] of all responses of the step, on all replicas.
+        """
+        weight = aggregation_weight(response_mask, mode=self._config.loss.aggregation)
+        # Megatron divides by the micro-batches, and averages gradients over the replicas.
+        scale = num_microbatches * self._dp_size / max(int(weight), 1)
+
+        def forward(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, LossFunction]:
+            batch = next(batches).cuda()
+            if self._longact is not None:
+                self._longact.set_tokens(batch.token_mask)
+            return self._scorer.forward(model, batch), partial(self._loss, batch, scale)
+
+        return forward
+
+    def _loss(self, batch: MicroBatch, scale: float, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, mask = self._config, batch.response_mask
+        assert batch.old_log_probs is not None
+        log_probs, entropy = output[0], output[1].detach()
+        loss, means = POLICY_LOSSES[config.policy_loss](
+            log_probs, batch.old_log_probs, batch.advantages, mask, config=config.loss
+        )
+        means = dict(means)
+        if batch.ref_log_probs is not None:
+            kl = masked_kl(log_probs, batch.ref_log_probs, mask, kind=config.kl_estimator)
+            loss = loss + config.kl_beta * aggregate(kl, mask, mode=config.loss.aggregation)
+            means["kl"] = aggregate(kl.detach(), mask, mode="token-mean")
+        means["entropy"] = aggregate(entropy, mask, mode="token-mean")
+        _check_finite(loss)
+        weight, tokens = aggregation_weight(mask, mode=config.loss.aggregation), mask.sum()
+        sums = {"loss": torch.stack([loss.detach() * weight, weight.float()])}
+        for name, mean in means.items():
+            sums[name] = torch.stack([mean * tokens, tokens.float()])
+        return loss * weight * scale, sums
+
+
+def _check_finite(loss: Tensor) -> None:
+    get_rerun_state_machine().validate_result(
+        result=loss.detach(),
+        rejection_func=lambda value: not bool(torch.isfinite(value)),
+        message="NaN or Inf in the policy loss",
+        tolerance=0.0,
+        fatal=True,
+    )

@@ -1,0 +1,97 @@
+"""The end of a run: table, report.md and pictures, from what the run left in its folder."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatron_longact import metrics
+from megatron_longact.longact import LongAct
+from megatron_longact.rl.arguments import GRPOConfig
+from megatron_longact.rl.audit import RowCounts
+from megatron_longact.rl.report import HeldOutAccuracy, RunSummary, render_table, write_report
+
+REPORT, SALIENCY, REWARD = "report.md", "saliency.png", "reward.png"
+
+PICTURES = {
+    SALIENCY: "Saliency of each Q and K channel in the last step; orange channels are the ones whose rows trained.",
+    REWARD: "Reward of the rollouts, and accuracy on held-out tasks.",
+}
+
+
+def write_outcome(
+    args: Namespace,
+    config: GRPOConfig,
+    *,
+    evaluations: Sequence[Mapping[str, Any]],
+    rows: RowCounts,
+    longact: LongAct | None,
+) -> str:
+    """Write report.md and the pictures into the run's folder; returns the table. On one rank only."""
+    run_dir = Path(args.run_dir)
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    summary = RunSummary(
+        before=HeldOutAccuracy.from_row(evaluations[0]),
+        after=HeldOutAccuracy.from_row(evaluations[-1]),
+        iterations=evaluations[-1]["iteration"],
+        rows=rows.rows,
+        moved=rows.moved,
+        frozen=rows.never_active,
+        frozen_changed=rows.frozen_changed,
+        longact_time_share=None if longact is None else _time_share(steps),
+    )
+    table = render_table(summary)
+    if find_spec("matplotlib") is None:
+        table += "\nno pictures: matplotlib is missing (pip install 'megatron-longact[plots]')"
+    else:
+        _draw(run_dir, args, steps, evaluations, longact)
+    write_report(run_dir / REPORT, summary, settings=_settings(args, config, longact), pictures=PICTURES)
+    return table
+
+
+def _time_share(steps: Sequence[Mapping[str, Any]]) -> float:
+    return sum(row[metrics.TIME] for row in steps) / sum(row["step_time_s"] for row in steps)
+
+
+def _draw(
+    run_dir: Path,
+    args: Namespace,
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    longact: LongAct | None,
+) -> None:
+    from megatron_longact.rl.plots import plot_reward, plot_saliency
+
+    plot_reward(steps, evaluations, path=run_dir / REWARD)
+    if longact is not None and longact.saliency and longact.masks:
+        plot_saliency(
+            longact.saliency,
+            longact.masks,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups or args.num_attention_heads,
+            kv_channels=args.kv_channels,
+            path=run_dir / SALIENCY,
+        )
+
+
+def _settings(args: Namespace, config: GRPOConfig, longact: LongAct | None) -> dict[str, object]:
+    parallel = f"TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}"
+    settings: dict[str, object] = {
+        "LongAct": "off" if longact is None else longact.config,
+        "parallel layout": f"{parallel}, DP {args.data_parallel_size}",
+        "model": f"{args.num_layers} layers, hidden {args.hidden_size}, {args.params_dtype}",
+        "learning rate": args.lr,
+        "responses a rollout step": f"{config.prompts_per_step} prompts x {config.group_size}",
+        "responses an optimizer step": config.global_batch_size,
+        "times through a rollout batch": config.epochs,
+        "context lengths": config.context_lengths,
+        "sampling": config.sampling,
+        "policy loss": f"{config.policy_loss}, {config.loss}",
+        "KL penalty": f"{config.kl_beta} ({config.kl_estimator})",
+        "seed": config.seed,
+    }
+    return {name: str(value).replace("|", "\\|") for name, value in settings.items()}

@@ -1,0 +1,150 @@
+"""A GRPO run put together from Megatron's arguments."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.initialize import initialize_megatron
+from torch import nn
+
+from megatron_longact.longact import LongAct
+from megatron_longact.rl.arguments import GRPOConfig
+from megatron_longact.rl.audit import RowAudit
+from megatron_longact.rl.collect import BatchLayout, Collector
+from megatron_longact.rl.environment import Environment, NeedleEnvironment
+from megatron_longact.rl.evaluation import Judge
+from megatron_longact.rl.log_probs import ResponseScorer
+from megatron_longact.rl.loop import GRPOLoop
+from megatron_longact.rl.objective import Objective
+from megatron_longact.rl.outcome import REPORT, write_outcome
+from megatron_longact.rl.reference import ReferenceWeights, start_reference
+from megatron_longact.rl.rollout import StaticRolloutEngine
+from megatron_longact.rl.run_log import MetricsLog, Progress
+from megatron_longact.rl.state import LoopState, carried_in_checkpoints
+from megatron_longact.rl.trainer import MegatronTrainer
+
+SEQUENCE_MULTIPLE = 16
+"""Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
+
+
+def needle_environment(config: GRPOConfig) -> NeedleEnvironment:
+    """The needle tasks of a run, with Megatron's tokenizer; raises ValueError for what cannot be."""
+    return NeedleEnvironment(
+        get_tokenizer(),
+        names=config.tasks,
+        lengths=config.context_lengths,
+        heldout_lengths=config.heldout_context_lengths,
+        seed=config.seed,
+    )
+
+
+def run(args: Namespace, config: GRPOConfig, environment: Environment, *, terminal: TextIO) -> None:
+    """Train from the first iteration, or the saved one, to the last; table and report at the end."""
+    loop = build_loop(args, config, environment, terminal=terminal)
+    if not loop.run():
+        return
+    rows = loop.count_rows()
+    if args.rank == 0:
+        table = write_outcome(args, config, evaluations=loop.evaluations, rows=rows, longact=loop.longact)
+        print(f"{table}\nmetrics, checkpoints, pictures and {REPORT} are in {args.run_dir}", file=terminal)
+
+
+def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *, terminal: TextIO) -> GRPOLoop:
+    """Initialise Megatron, build or load model and optimizer, and put the loop around them.
+
+    Attaches nothing by itself: LongAct is found if the launcher's seams are open.
+    """
+    initialize_megatron()
+    state = LoopState()
+    trainer = _trainer(args, state)
+    pgs = trainer.pg_collection
+    reference = start_reference(trainer.model, args) if config.kl_beta > 0 else None
+    judge = Judge(environment, get_tokenizer().detokenize)
+    scorer = ResponseScorer(
+        temperature=config.sampling.temperature, vocab_size=get_tokenizer().vocab_size, tp_group=pgs.tp
+    )
+    layout = BatchLayout(
+        config,
+        pad_token=get_tokenizer().eod,
+        multiple_of=SEQUENCE_MULTIPLE,
+        dp_rank=pgs.dp.rank(),
+        dp_size=pgs.dp.size(),
+        pp_size=pgs.pp.size(),
+    )
+    engine = _engine(args, trainer.model, pgs)
+    longact = LongAct.of(trainer.optimizer)
+    return GRPOLoop(
+        config,
+        trainer,
+        state=state,
+        collector=_collector(config, trainer, engine, judge, scorer, layout, reference),
+        objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
+        layout=layout,
+        engine=engine,
+        judge=judge,
+        longact=longact,
+        audit=RowAudit(trainer.model, longact),
+        **_logs(args, terminal),
+    )
+
+
+def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
+    context: dict[str, Any] = {}
+    with carried_in_checkpoints("rl", state):
+        model, optimizer, scheduler = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            checkpointing_context=context,
+            cfg_container=pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+    return MegatronTrainer(args, model, optimizer, scheduler, checkpointing_context=context)
+
+
+def _engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> StaticRolloutEngine:
+    tokenizer = get_tokenizer()
+    return StaticRolloutEngine(
+        unwrap_model(model[0]),
+        eod=tokenizer.eod,
+        vocab_size=tokenizer.vocab_size,
+        max_batch_size=args.inference_max_requests,
+        dp_group=pgs.dp,
+    )
+
+
+def _collector(
+    config: GRPOConfig,
+    trainer: MegatronTrainer,
+    engine: StaticRolloutEngine,
+    judge: Judge,
+    scorer: ResponseScorer,
+    layout: BatchLayout,
+    reference: ReferenceWeights | None,
+) -> Collector:
+    return Collector(
+        config,
+        trainer.model,
+        engine=engine,
+        judge=judge,
+        scorer=scorer,
+        layout=layout,
+        reference=reference,
+        pg_collection=trainer.pg_collection,
+    )
+
+
+def _logs(args: Namespace, terminal: TextIO) -> dict[str, Any]:
+    run_dir, first = Path(args.run_dir), args.rank == 0
+    names = {"metrics_log": "metrics.jsonl", "evaluations_log": "evaluations.jsonl"}
+    logs: dict[str, Any] = {
+        key: MetricsLog(run_dir / name if first else None, resume_from=args.iteration) for key, name in names.items()
+    }
+    return logs | {"progress": Progress(args.train_iters, terminal, done=args.iteration) if first else None}

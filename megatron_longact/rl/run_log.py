@@ -1,0 +1,143 @@
+"""What a run leaves behind and shows: metrics.jsonl, TensorBoard, a progress bar, Megatron's output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.training.global_vars import get_tensorboard_writer
+
+MEGATRON_LOG = "megatron.log"
+
+
+@contextmanager
+def output_in_file(path: Path) -> Iterator[TextIO]:
+    """Send this process's standard output, log records and warnings to a file; yields the terminal.
+
+    Megatron prints hundreds of lines from all ranks. Standard error stays where it is, so a crash is
+    still seen. The redirection is of the file descriptor, so it holds for child processes too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    saved = os.dup(1)
+    handler = logging.StreamHandler(sys.stdout)
+    root = logging.getLogger()
+    with open(path, "a", buffering=1) as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+        os.dup2(file.fileno(), 1)
+        root.addHandler(handler)
+        logging.captureWarnings(True)
+        try:
+            yield terminal
+        finally:
+            logging.captureWarnings(False)
+            root.removeHandler(handler)
+            sys.stdout.flush()
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+class Progress:
+    """One line that says how far a run is: redrawn on a terminal, else printed now and then."""
+
+    def __init__(self, total: int, stream: TextIO, *, done: int = 0, interval_s: float = 10.0) -> None:
+        self.total = total
+        self.stream = stream
+        self.interval_s = interval_s
+        self._first = done
+        self._begun = self._last_shown = time.monotonic()
+        self._live = stream.isatty()
+
+    def say(self, text: str) -> None:
+        """A line of its own, which stays."""
+        self._clear()
+        print(text, file=self.stream, flush=True)
+
+    def update(self, iteration: int, values: Mapping[str, str]) -> None:
+        """Show `iteration` of `total`, the values and the time left."""
+        now = time.monotonic()
+        if not self._live and iteration < self.total and now - self._last_shown < self.interval_s:
+            return
+        self._last_shown = now
+        shown = "  ".join(f"{name} {value}" for name, value in values.items())
+        line = f"{self._bar(iteration)} {iteration}/{self.total}  {shown}  {self._left(iteration)}"
+        if self._live:
+            self._clear()
+            self.stream.write(line)
+            self.stream.flush()
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """End the line."""
+        if self._live:
+            print(file=self.stream, flush=True)
+
+    def _clear(self) -> None:
+        if self._live:
+            self.stream.write("\r\x1b[2K")
+
+    def _bar(self, iteration: int, width: int = 24) -> str:
+        filled = round(width * iteration / max(self.total, 1))
+        return f"[{'#' * filled}{'.' * (width - filled)}]"
+
+    def _left(self, iteration: int) -> str:
+        done = iteration - self._first
+        elapsed = time.monotonic() - self._begun
+        if done <= 0:
+            return ""
+        if iteration >= self.total:
+            return f"{_minutes(elapsed)} in all"
+        return f"{_minutes(elapsed / done * (self.total - iteration))} left"
+
+
+class MetricsLog:
+    """Rows of a run, each appended to a JSON-lines file and its numbers written to TensorBoard.
+
+    Only the process with `path` writes the file; TensorBoard is written where Megatron has its writer
+    (the last rank). Rows after `resume_from` are dropped from an existing file: a resumed run makes
+    them again.
+    """
+
+    def __init__(self, path: Path | None, *, resume_from: int = 0) -> None:
+        self._file: TextIO | None = None
+        if path is not None:
+            kept = _rows_until(path, resume_from)
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._file = path.open("a", buffering=1)
+
+    def write(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str] = ()) -> None:
+        """Append `row`; None is null in the file and left out of TensorBoard.
+
+        in_tensorboard: names that somebody else writes there.
+        """
+        if self._file is not None:
+            self._file.write(json.dumps({"iteration": iteration, **row}) + "\n")
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in in_tensorboard:
+                    writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _rows_until(path: Path, iteration: int) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [row for row in rows if row["iteration"] <= iteration]
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,211 @@
+"""Megatron's own `train`, opened up: one optimizer step at a time, with room between the steps.
+
+Every piece is Megatron's: `train_step`, `training_log`, `checkpoint_and_decide_exit`. What `train` does
+around them is done here, in its order. Source: megatron/training/training.py, `train` (0.19).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.training import training
+from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.global_vars import get_timers
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What Megatron's `train_step` returned; `losses` is empty but on the last pipeline stage."""
+
+    losses: dict[str, Tensor]
+    skipped: bool
+    should_exit: bool
+    grad_norm: float | None
+    num_zeros_in_grad: int | None
+    max_attention_logit: float | None
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """Real tokens of a step on all replicas, and the sum of their sequences' squared lengths."""
+
+    tokens: int
+    squared_lengths: int
+
+
+class MegatronTrainer:
+    """A model, its optimizer and its scheduler, as `setup_model_and_optimizer` returned them."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        model: Sequence[nn.Module],
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        *,
+        checkpointing_context: dict[str, Any],
+    ) -> None:
+        self.args = args
+        self.model = list(model)
+        self.optimizer = optimizer
+        self.opt_param_scheduler = opt_param_scheduler
+        self.config = get_model_config(model[0])
+        self.pg_collection = get_attr_wrapped_model(model[0], "pg_collection")
+        self.iteration: int = args.iteration
+        self._checkpointing_context = checkpointing_context
+        self._total_losses: dict[str, Any] = {}
+        self._report_memory = True
+        self._first_iteration = True
+        self._flops = args.num_floating_point_operations_so_far
+        self._flops_since_log = 0.0
+        self._overlaps = training.should_disable_forward_pre_hook(args)
+        self._pre_hooks_on = False
+        self._param_sync_func: Any = None
+
+    def begin(self) -> None:
+        """What `train` does before its first step."""
+        args, config = self.args, self.config
+        for chunk in self.model:
+            chunk.train()
+        get_rerun_state_machine().current_iteration = self.iteration
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.timers = get_timers()
+        if args.overlap_grad_reduce:
+            config.no_sync_func = _one_or_all([chunk.no_sync for chunk in self.model])
+            if args.align_grad_reduce:
+                config.grad_sync_func = _one_or_all([c.start_grad_sync for c in self.model])
+        if args.overlap_param_gather and args.align_param_gather:
+            config.param_sync_func = _one_or_all([c.start_param_sync for c in self.model])
+        if config.finalize_model_grads_func is None:
+            config.finalize_model_grads_func = finalize_model_grads
+        if self._overlaps:
+            # The first step runs without: an error in loading then shows instead of spreading.
+            training.disable_forward_pre_hook(self.model, param_sync=False)
+            self._param_sync_func, config.param_sync_func = config.param_sync_func, None
+        get_timers()("interval-time", log_level=0).start(barrier=True)
+
+    def step(self, forward_step: Callable[..., Any], micro_batches: Iterable[Any], *, size: StepSize) -> StepOutcome:
+        """One optimizer step on this replica's micro-batches; logged, not saved."""
+        maybe_finalize_async_save(blocking=False)
+        self.args.curr_iteration = self.iteration
+        losses, skipped, _, should_exit, _, grad_norm, num_zeros, max_logit = training.train_step(
+            forward_step,
+            RerunDataIterator(iter(micro_batches)),
+            self.model,
+            self.optimizer,
+            self.opt_param_scheduler,
+            self.config,
+            get_forward_backward_func(),
+            iteration=self.iteration,
+        )
+        outcome = StepOutcome(losses, bool(skipped), should_exit, grad_norm, num_zeros, max_logit)
+        if should_exit:
+            return outcome
+        if self._overlaps and not self._pre_hooks_on and not skipped:
+            self._enable_pre_hooks()
+        self.iteration += 1
+        self.args.consumed_train_samples += self.args.global_batch_size
+        self._log(outcome, size)
+        return outcome
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Room to read, run or swap the weights: they are complete on every rank, no hook gathers them."""
+        was_on = self._pre_hooks_on
+        if was_on:
+            training.disable_forward_pre_hook(self.model, optimizer=self.optimizer)
+            self._pre_hooks_on = False
+        timer = get_timers()("interval-time")
+        timer.stop()
+        yield
+        timer.start(barrier=False)
+        if was_on:
+            training.enable_forward_pre_hook(self.model)
+            self._pre_hooks_on = True
+
+    def save_or_exit(self) -> bool:
+        """Save if it is due (`--save-interval` and what else Megatron has); whether to exit now."""
+        self._flops_since_log = training.post_training_step_callbacks(
+            self.model,
+            self.optimizer,
+            self.opt_param_scheduler,
+            self.iteration,
+            None,
+            self._flops_since_log,
+        )
+        return training.checkpoint_and_decide_exit(*self._checkpoint_arguments(), None)
+
+    def save(self) -> None:
+        """Save now."""
+        model, optimizer, scheduler, iteration, *rest = self._checkpoint_arguments()
+        training.save_checkpoint_and_time(iteration, model, optimizer, scheduler, *rest)
+
+    @property
+    def saved_now(self) -> bool:
+        """Whether `--save-interval` has just saved this iteration."""
+        interval = self.args.save_interval
+        return bool(interval) and self.iteration % interval == 0
+
+    def finish(self) -> None:
+        """What `train` does after its last step."""
+        if self._pre_hooks_on:
+            training.disable_forward_pre_hook(self.model, optimizer=self.optimizer)
+            self._pre_hooks_on = False
+        maybe_finalize_async_save(blocking=True, terminate=True)
+
+    def _checkpoint_arguments(self) -> tuple[Any, ...]:
+        return (
+            self.model,
+            self.optimizer,
+            self.opt_param_scheduler,
+            self.iteration,
+            self._flops,
+            self._checkpointing_context,
+        )
+
+    def _enable_pre_hooks(self) -> None:
+        training.enable_forward_pre_hook(self.model)
+        self.config.param_sync_func = self._param_sync_func
+        self._pre_hooks_on = True
+
+    def _log(self, outcome: StepOutcome, size: StepSize) -> None:
+        flops = training.num_floating_point_operations(
+            self.args,
+            self.args.global_batch_size,
+            seqlen_squared_sum_in_batch=size.squared_lengths,
+            total_real_tokens_in_batch=size.tokens,
+        )
+        self._flops += flops
+        self._flops_since_log += flops
+        self._report_memory = training.training_log(
+            outcome.losses,
+            self._total_losses,
+            get_canonical_lr_for_logging(self.optimizer.param_groups),
+            self.iteration,
+            self.optimizer.get_loss_scale().item(),
+            self._report_memory,
+            int(outcome.skipped),
+            outcome.grad_norm,
+            None,
+            outcome.num_zeros_in_grad,
+            outcome.max_attention_logit,
+            pg_collection=self.pg_collection,
+            is_first_iteration=self._first_iteration,
+            seqlen_squared_sum_in_batch=size.squared_lengths,
+            total_real_tokens_in_batch=size.tokens,
+        )
+        self._first_iteration = False
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
