@@ -39,15 +39,21 @@ Megatron
                                     where the compiled helper imports
     `WrappedTorchNorm`              refuses `--sequence-parallel`; here its weights are marked
                                     `sequence_parallel`, which is what the gradient reduction reads
+    `communication_utils._is_cuda`  an assertion of the inference engine, met when pipeline stages
+                                    exchange logits
+    `maybe_move_tensor_to_cpu`      leaves the all-to-all's split sizes a tensor if they are on the CPU
+                                    already; `all_to_all_single` wants numbers
     optimizers' `sharded_state_dict`
                                     torch's Adam and SGD make their state in the first step: before
                                     it a load has nothing to load into (an assertion on `step`, or
                                     lost momentum), nor has a save after skipped steps only. The state
                                     is made first, without `_init_optimizer_states_with_dummy_values`,
-                                    whose step decays the weights and runs the step hooks
+                                    whose step decays the weights and runs the step hooks. For SGD
+                                    Megatron has no `init_state_fn`, and calls it all the same
     `DistributedOptimizer._set_main_param_and_optimizer_states`
                                     takes torch's `step` for a sharded tensor: a `KeyError` in one
-                                    checkpoint format, a step of 0 in another
+                                    checkpoint format, a step of 0 in another; and writes to fp32
+                                    shards, which are views of the parameters, without `no_grad`
     `DistributedOptimizer.load_state_dict`
                                     leaves one `step` tensor that all parameters share, so that each
                                     step would count once a parameter
@@ -104,6 +110,8 @@ def enable_cpu_mode() -> None:
     _replace_rng()
     _replace_dataset_compilation()
     _replace_norm()
+    _replace_inference_assertion()
+    _replace_split_sizes()
     _replace_optimizer_checkpointing()
 
 
@@ -328,6 +336,12 @@ def _replace_dataset_compilation() -> None:
     utils.compile_helpers = compile_unless_there
 
 
+def _replace_inference_assertion() -> None:
+    from megatron.core.inference import communication_utils
+
+    communication_utils._is_cuda = lambda tensor: None
+
+
 def _replace_norm() -> None:
     import copy
 
@@ -344,6 +358,15 @@ def _replace_norm() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = new_marked
+
+
+def _replace_split_sizes() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
 
 
 def _replace_optimizer_checkpointing() -> None:
@@ -363,6 +386,7 @@ def _make_state_before(cls: type, name: str) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.is_stub_optimizer:
             _make_state(self.optimizer)
+            self.init_state_fn = self.init_state_fn or _constant(None)
         return method(self, *args, **kwargs)
 
     setattr(cls, name, call)
@@ -389,7 +413,8 @@ def _keep_step_within(cls: type, name: str) -> None:
         group_index, group_order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group_index]["params"][group_order]
         state = self.optimizer.state[main_param]
-        method(self, model_param, tensors | {k: state[k] for k in ("step",) if k in state})
+        with torch.no_grad():
+            method(self, model_param, tensors | {k: state[k] for k in ("step",) if k in state})
 
     setattr(cls, name, call)
 
