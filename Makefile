@@ -1,4 +1,4 @@
-# make            what can be done
+# make                what can be done
 # DENSE=1 make demo   the same run without LongAct
 
 PYTHON_BIN := .venv/bin/python
@@ -8,7 +8,7 @@ PYTHON_BIN := .venv/bin/python
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: setup ## train a small model with GRPO and LongAct on this machine; results in runs/demo (DENSE=1: without LongAct)
+demo: setup ## train a small model with GRPO and LongAct; results in runs/demo (DENSE=1: without)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo/run.sh
 
 test: lint ## everything that CI checks: lint, types, tests
