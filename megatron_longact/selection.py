@@ -138,7 +138,7 @@ class GlobalSaliency:
     def _gather_tp(self, local: Tensor) -> Tensor:
         size = self._groups.tp.size()
         gathered = local.new_empty(size, *local.shape)
-        dist.all_gather_into_tensor(gathered.view(-1), local.contiguous().view(-1), group=self._groups.tp)
+        dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=self._groups.tp)
         return gathered
 
     def _assemble_rows(self, gathered: Tensor) -> QK:

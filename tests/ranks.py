@@ -1,0 +1,141 @@
+"""Real ranks over gloo, kept alive and reused: importing Megatron takes seconds, forking it does not.
+
+    results = ranks.run(function, layout=Layout(tp=2), world_size=4, **kwargs)   # one result a rank
+
+`function` is a module-level function. A fork server imports Megatron once, in CPU mode; the ranks of a world
+size are forked from it at first use. A rank's exception is raised here with its traceback. After an error or
+a time-out the pool is killed, with everything it started, and made anew at the next call.
+"""
+
+import atexit
+import gc
+import itertools
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
+_POOLS: dict[int, "_Pool"] = {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Megatron's parallel sizes; what is left of the world is data parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    ep: int = 1
+
+
+def run(
+    function: Callable[..., Any],
+    *,
+    layout: Layout | None = None,
+    world_size: int = 1,
+    timeout: float = 100,
+    **kwargs: Any,
+) -> list[Any]:
+    """Run `function(**kwargs)` on every rank, with Megatron's parallel state set up; the results by rank."""
+    pool = _POOLS.get(world_size)
+    if pool is None:
+        pool = _POOLS[world_size] = _Pool(world_size)
+    try:
+        return pool.run(function, layout or Layout(), kwargs, timeout)
+    except BaseException:
+        _POOLS.pop(world_size).kill()
+        raise
+
+
+@atexit.register
+def close() -> None:
+    """End all ranks."""
+    while _POOLS:
+        _POOLS.popitem()[1].kill()
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        self._connections, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any], timeout: float) -> list[Any]:
+        for connection in self._connections:
+            connection.send((function, layout, kwargs))
+        deadline, results = time.monotonic() + timeout, {}
+        while len(results) < len(self._connections):
+            left = [c for i, c in enumerate(self._connections) if i not in results]
+            ready = wait(left, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(
+                    f"{function.__name__}: ranks {sorted(set(range(len(self._connections))) - set(results))}"
+                )
+            for connection in ready:
+                rank = self._connections.index(connection)
+                ok, results[rank] = connection.recv()
+                if not ok:
+                    raise RuntimeError(f"rank {rank}:\n{results[rank]}")
+        return [results[rank] for rank in range(len(results))]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(5)
+
+
+def _rank_main(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    from torch import distributed, set_num_threads
+
+    set_num_threads(1)
+    store = distributed.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    for call in itertools.count():
+        try:
+            function, layout, kwargs = connection.recv()
+        except EOFError:
+            return
+        groups = distributed.PrefixStore(str(call), store)
+        distributed.init_process_group("gloo", store=groups, rank=rank, world_size=world_size)
+        try:
+            result = _call(function, layout, kwargs)
+            distributed.barrier()  # a rank that closes its connections early breaks the others' last collective
+            connection.send((True, result))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        gc.collect()  # what still refers to a group keeps its threads
+        distributed.destroy_process_group()  # every gloo group has threads of its own
+
+
+def _call(function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any]) -> Any:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+    )
+    try:
+        tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+        return function(**kwargs)
+    finally:
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,73 @@
+"""Context parallelism: the reduction alone, since attention under it needs Transformer Engine.
+
+Each rank gets its part of the same activations, cut by Megatron's own function, and its rows.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from megatron_longact import LongActConfig, QKVLayout
+from megatron_longact.saliency import Accumulator
+from megatron_longact.selection import GlobalSaliency, ModelGroups
+from megatron_longact.tokens import TokenRules, counted_tokens, zigzag
+from tests import ranks, reference
+from tests.ranks import Layout
+
+QKV = QKVLayout(4, 2, 4)
+LENGTHS = (16, 9, 13)
+
+
+def activations() -> tuple[Tensor, Tensor]:
+    """Activations [b, s, rows] of three padded sequences, and which tokens are real: bool [b, s]."""
+    x = torch.randn(3, 16, QKV.num_rows, generator=torch.Generator().manual_seed(5))
+    return x, torch.arange(16)[None] < torch.tensor(LENGTHS)[:, None]
+
+
+def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
+    x, real = activations()
+    groups = ModelGroups.from_collection(ProcessGroupCollection.use_mpu_process_groups())
+    cp_rank, cp_size = groups.cp.rank(), groups.cp.size()
+    local = get_batch_on_this_cp_rank({"x": x.clone()}, False, cp_group=groups.cp)["x"]  # [b, s / cp, rows]
+    assert torch.equal(zigzag(x, cp_rank=cp_rank, cp_size=cp_size), local)
+    counted = counted_tokens(
+        rules=TokenRules(**rules),
+        named=real,
+        packed_seq_params=None,
+        padding_mask=None,
+        cp_rank=cp_rank,
+        cp_size=cp_size,
+    )
+    rows = QKV.partition(groups.tp.rank(), groups.tp.size())
+    config = LongActConfig(statistic=statistic)
+    sums = Accumulator(1, QKV.rows_per_partition(groups.tp.size()), statistic=statistic, device=x.device)
+    mine = local[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size(), :, rows]
+    kept = counted[:, parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    mine = mine.transpose(0, 1)  # [b, s, rows] -> [sq, b, rows]
+    sums.add(0, 0, mine, kept)
+    sums.count(0, mine.shape[0] * mine.shape[1], kept)
+    saliency, usable = GlobalSaliency(groups, QKV, config, layer_numbers=[1], local_layers=[1]).from_sums(sums.sums)
+    assert usable
+    return {"q": saliency.q[0], "k": saliency.k[0]}
+
+
+@pytest.mark.parametrize("statistic", ["mean-abs", "rms", "max-abs"])
+@pytest.mark.parametrize("rules", [{}, {"min_context": 12}, {"skip_first_tokens": 5}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "world_size"), [(Layout(cp=2), 2), (Layout(tp=2, cp=2), 4), (Layout(cp=2), 4)], ids=str
+)
+def test_reduction_over_context_parallel_ranks(
+    statistic: str, rules: dict[str, int], layout: Layout, world_size: int
+) -> None:
+    x, real = activations()
+    keep = real & (torch.arange(16) >= rules.get("skip_first_tokens", 0))
+    keep &= torch.tensor([n >= rules.get("min_context", 0) for n in LENGTHS])[:, None]
+    wanted = reference.saliency([x[keep]], reference.channels_of_row(4, 2, 4), statistic)
+    for result in ranks.run(reduced, layout=layout, world_size=world_size, rules=rules, statistic=statistic):
+        for part in ("q", "k"):
+            torch.testing.assert_close(result[part].double(), wanted[part], rtol=2e-6, atol=0)

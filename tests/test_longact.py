@@ -1,0 +1,433 @@
+"""What LongAct does in a step: which forwards and tokens count, when the mask changes, what a skipped step leaves."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_longact import LongAct, LongActConfig
+from megatron_longact.longact import LongActState
+from tests import ranks, reference
+from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
+from tests.ranks import Layout
+from tests.runs import cpu, name_all, train
+
+SPEC = ModelSpec()
+
+
+def both(spec: ModelSpec = SPEC, config: LongActConfig | None = None, optimizer: OptimizerSpec | None = None) -> Any:
+    built = build(spec, optimizer)
+    return built, LongAct.attach(built.chunks, built.optimizer, config or LongActConfig())
+
+
+def step(built: Built, longact: LongAct, seed: int = 0, **kwargs: Any) -> bool:
+    kwargs.setdefault("before_forward", name_all(longact))
+    return train_step(built, random_tokens(4, 16, seed=seed), **kwargs)[0]
+
+
+def one_step(**config: Any) -> dict[str, Any]:
+    return ranks.run(train, spec=SPEC, config=LongActConfig(**config), steps=1)[0]
+
+
+def same(a: dict[int, dict[str, Tensor]], b: dict[int, dict[str, Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n][p], b[n][p]) for n in a for p in ("q", "k"))
+
+
+# -- every option does something ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"statistic": "rms"},
+        {"statistic": "max-abs"},
+        {"scope": "head"},
+        {"scope": "model"},
+        {"select": "low"},
+        {"ratio": 0.5},
+        {"statistic": "rms", "scope": "model"},
+        {"statistic": "max-abs", "scope": "head", "select": "low"},
+    ],
+    ids=str,
+)
+def test_option_agrees_with_the_reference(config: dict[str, Any]) -> None:
+    from tests.runs import train_naively
+
+    result = ranks.run(train, spec=SPEC, config=LongActConfig(**config), layout=Layout(tp=2), world_size=2, steps=1)[0]
+    wanted = ranks.run(train_naively, spec=SPEC, config=LongActConfig(**config), steps=1)[0]
+    assert same(result["masks"][0], wanted["masks"][0])
+    assert not same(result["masks"][0], one_step()["masks"][0])
+
+
+def weight_norms() -> dict[int, dict[str, Tensor]]:
+    rows = reference.channels_of_row(SPEC.heads, SPEC.groups, SPEC.kv_channels)
+    weights = full_weights(build(SPEC))
+    return {
+        n: reference.saliency([weights[f"decoder.layers.{n - 1}.self_attention.linear_qkv.weight"].T], rows, "rms")
+        for n in (1, 2)
+    }
+
+
+def test_weight_norm_ranks_rows_of_the_weight() -> None:
+    norms = ranks.run(weight_norms)[0]
+    wanted = reference.masks_of(norms, ratio=0.3, scope="layer", hn=SPEC.kv_channels)
+    run = {"layout": Layout(tp=2), "world_size": 2, "spec": SPEC, "steps": 1}
+    result = ranks.run(train, **run, config=LongActConfig(select="weight-norm"))[0]
+    assert same(result["masks"][0], wanted)
+
+
+def test_random_is_alike_on_all_layouts_and_new_at_each_refresh() -> None:
+    config = LongActConfig(select="random")
+    one = ranks.run(train, spec=SPEC, config=config)[0]["masks"]
+    four = [r["masks"] for r in ranks.run(train, spec=SPEC, config=config, layout=Layout(tp=2), world_size=4)]
+    assert all(same(mask, other[i]) for other in four for i, mask in enumerate(one))
+    assert not same(one[0], one[1])
+    assert not same(one[0], one_step(select="random", seed=7)["masks"][0])
+
+
+def norm_outputs() -> dict[int, dict[str, Tensor]]:
+    """Mean |activation| after q/k-layernorm, naively."""
+    built = build(SPEC)
+    outputs: dict[tuple[int, str], list[Tensor]] = {}
+    for name, module in built.chunks[0].named_modules():
+        for part in ("q", "k"):
+            if name.endswith(f"{part}_layernorm"):
+                layer = int(name.split("layers.")[1].split(".")[0]) + 1
+                keep = outputs.setdefault((layer, part), [])
+                module.register_forward_hook(lambda m, a, out, keep=keep: keep.append(out.detach().flatten(0, 1)))
+    train_step(built, random_tokens(8, 16, seed=0), step=False)
+    mean = {key: torch.cat(parts).double().abs().mean(0).flatten() for key, parts in outputs.items()}
+    return {n: {"q": mean[n, "q"], "k": mean[n, "k"]} for n in (1, 2)}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_tap_norm_reads_after_the_layernorm(tp: int) -> None:
+    wanted = ranks.run(norm_outputs)[0]
+    run = {"layout": Layout(tp=tp), "world_size": 4, "spec": SPEC, "steps": 1}
+    result = ranks.run(train, **run, config=LongActConfig(tap="norm"))[0]
+    for layer, parts in wanted.items():
+        for part, scores in parts.items():
+            torch.testing.assert_close(result["saliency"][0][layer][part].double(), scores, rtol=2e-5, atol=0)
+    assert same(result["masks"][0], reference.masks_of(wanted, ratio=0.3, scope="layer", hn=SPEC.kv_channels))
+    assert not same(result["masks"][0], one_step()["masks"][0])
+
+
+@pytest.mark.parametrize(("targets", "dense"), [("q", "k"), ("k", "q")])
+def test_targets_leave_the_other_projection_dense(targets: str, dense: str) -> None:
+    result = one_step(targets=targets)
+    assert result["metrics"][0][f"longact/active_fraction_{dense}"] == 1.0
+    assert result["metrics"][0][f"longact/active_fraction_{targets}"] == pytest.approx(0.3, abs=0.02)
+    rows = reference.channels_of_row(SPEC.heads, SPEC.groups, SPEC.kv_channels)
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    moved = (result["weights"][0][name] != result["start"][name]).any(1)
+    of = {part: moved[[i for i, (p, _) in enumerate(rows) if p == part]] for part in ("q", "k", "v")}
+    assert of[dense].all()
+    assert of["v"].all()
+    assert int(of[targets].sum()) == round(0.3 * len(of[targets]))
+
+
+def test_refresh_interval() -> None:
+    def masks(interval: int) -> list[Any]:
+        return ranks.run(train, spec=SPEC, config=LongActConfig(refresh_interval=interval), steps=5)[0]["masks"]
+
+    each, second, never = masks(1), masks(2), masks(0)
+    assert [same(each[i], each[i + 1]) for i in range(4)] == [False] * 4
+    assert [same(second[i], second[i + 1]) for i in range(4)] == [True, False, True, False]
+    assert all(same(never[0], mask) for mask in never)
+    assert same(each[0], never[0])
+
+
+def test_ema_smooths_from_the_first_refresh_on() -> None:
+    plain = ranks.run(train, spec=SPEC, config=LongActConfig(ratio=1.0), steps=2)[0]["saliency"]
+    smooth = ranks.run(train, spec=SPEC, config=LongActConfig(ratio=1.0, ema=0.75), steps=2)[0]["saliency"]
+    assert same(plain[0], smooth[0])
+    wanted = 0.75 * plain[0][1]["q"] + 0.25 * plain[1][1]["q"]
+    torch.testing.assert_close(smooth[1][1]["q"], wanted, rtol=1e-6, atol=0)
+
+
+def warmup() -> list[Any]:
+    built, longact = both(config=LongActConfig(warmup_steps=2))
+    seen = []
+    for seed in range(4):
+        captured = longact._capture.enabled
+        step(built, longact, seed)
+        seen.append((captured, bool(longact.masks), longact.metrics()["longact/active_fraction_q"]))
+    return seen
+
+
+def test_warmup_trains_densely_and_reads_nothing() -> None:
+    dense = ranks.run(train, spec=SPEC, config=None)[0]
+    warm = ranks.run(train, spec=SPEC, config=LongActConfig(warmup_steps=2))[0]
+    same_weights = [
+        all(torch.equal(w, dense["weights"][i][name]) for name, w in warm["weights"][i].items()) for i in range(3)
+    ]
+    assert same_weights == [True, True, False]
+    seen = ranks.run(warmup)[0]
+    assert [s[:2] for s in seen] == [(False, False), (False, False), (True, True), (True, True)]
+    assert [s[2] for s in seen[:2]] == [1.0, 1.0]
+
+
+def test_smoothed_saliency_moves_in_warmup_too() -> None:
+    result = ranks.run(train, spec=SPEC, config=LongActConfig(warmup_steps=2, ema=0.5), steps=3)[0]
+    assert result["metrics"][2]["longact/refreshes"] == 3
+    assert [bool(masks) for masks in result["masks"]] == [False, False, True]
+
+
+def counted_saliency(length_rule: dict[str, int], lengths: list[int]) -> dict[str, Any]:
+    """Padded micro-batches of sequences of given lengths; the padding is garbage that moves activations."""
+    built, longact = both(config=LongActConfig(**length_rule))
+    tokens = random_tokens(len(lengths), 16, seed=3)
+    masks = iter([torch.arange(16)[None] < n for n in lengths])
+    train_step(built, tokens, before_forward=lambda inputs: longact.set_tokens(next(masks)))
+    return {"saliency": cpu(longact.saliency), "rejected": longact.state.rejected}
+
+
+def naive_counted(keep: list[list[bool]]) -> dict[int, dict[str, Tensor]]:
+    built = build(SPEC)
+    log = reference.ActivationLog(built.chunks[0])
+    train_step(built, random_tokens(len(keep), 16, seed=3), step=False)
+    rows = reference.channels_of_row(SPEC.heads, SPEC.groups, SPEC.kv_channels)
+    return {
+        n: reference.saliency([a[torch.tensor(k)] for a, k in zip(out, keep, strict=True)], rows, "mean-abs")
+        for n, out in log.outputs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"min_context": 8}, {"skip_first_tokens": 3}, {"min_context": 8, "skip_first_tokens": 9}]
+)
+def test_only_tokens_that_count_are_counted(rule: dict[str, int]) -> None:
+    lengths = [16, 5, 11, 8]
+    keep = [
+        [n >= rule.get("min_context", 0) and rule.get("skip_first_tokens", 0) <= i < n for i in range(16)]
+        for n in lengths
+    ]
+    wanted = ranks.run(naive_counted, keep=keep)[0]
+    result = ranks.run(counted_saliency, length_rule=rule, lengths=lengths, layout=Layout(tp=2), world_size=2)[0]
+    for layer, parts in wanted.items():
+        for part, scores in parts.items():
+            torch.testing.assert_close(result["saliency"][layer][part].double(), scores, rtol=2e-5, atol=0)
+
+
+# -- which forwards count ----------------------------------------------------------------------------
+
+
+def forwards() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for case in ("plain", "no-grad forwards", "pass repeated", "micro-batches of two"):
+        built, longact = both()
+        kwargs: dict[str, Any] = {"micro_batch_size": 2} if case == "micro-batches of two" else {}
+        if case == "no-grad forwards":
+            with torch.no_grad():
+                inputs = random_tokens(2, 15, seed=9)
+                built.chunks[0](inputs, torch.arange(16).expand(2, 16), torch.ones(1, 1, 16, 16).bool().triu(1))
+        if case == "pass repeated":
+            step(built, longact, step=False)
+        step(built, longact, **kwargs)
+        results[case] = {"saliency": cpu(longact.saliency), "masks": cpu(longact.masks)}
+        longact.detach()
+    return results
+
+
+def test_rollouts_and_repeated_passes_do_not_count() -> None:
+    results = ranks.run(forwards)[0]
+    assert same(results["plain"]["saliency"], results["no-grad forwards"]["saliency"])
+    assert same(results["plain"]["saliency"], results["pass repeated"]["saliency"])
+    assert same(results["plain"]["masks"], results["micro-batches of two"]["masks"])
+
+
+def packed_run() -> dict[str, Any]:
+    """Two sequences in one row, told by packed_seq_params alone; attention over them needs Transformer Engine."""
+    built, longact = both(config=LongActConfig(skip_first_tokens=2))
+    bounds = torch.tensor([0, 6, 14], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=8, max_seqlen_kv=8
+    )
+    seen: list[Tensor] = []
+    built.chunks[0].module.decoder.layers[0].self_attention.linear_qkv.register_forward_hook(
+        lambda module, args, out: seen.append(longact._capture._counted.clone())
+    )
+    with pytest.raises(AssertionError, match="Packed sequence"):
+        train_step(
+            built,
+            random_tokens(1, 16),
+            forward_kwargs=lambda inputs: {"packed_seq_params": packed},
+            before_forward=lambda inputs: None,
+        )
+    return {"counted": seen[0].flatten().int().tolist(), "tokens": int(longact._capture.accumulator.sums[0, -1])}
+
+
+def test_packed_sequences_are_counted_by_their_bounds() -> None:
+    result = ranks.run(packed_run)[0]
+    assert result["counted"] == [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert result["tokens"] == 10
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------
+
+
+def skipped_steps(spec: ModelSpec, optimizer: OptimizerSpec) -> dict[str, Any]:
+    built, longact = both(spec, LongActConfig(ema=0.5), optimizer)
+    assert step(built, longact, 0)
+    state, weights = longact.state, full_weights(built)
+    outcomes = []
+    for seed in (1, 2):
+        config = built.optimizer.chained_optimizers[0].config
+        if spec.dtype == "fp16":
+            scaler = built.optimizer.chained_optimizers[0].grad_scaler
+            scaler._scale.fill_(2.0**40)
+        else:
+            config.grad_norm_skip_threshold = 1e-9
+        outcomes.append(step(built, longact, seed))
+        outcomes.append(longact.state is state)
+    outcomes.append(all(torch.equal(w, weights[n]) for n, w in full_weights(built).items()))
+    if spec.dtype == "fp16":
+        scaler._scale.fill_(1024.0)
+    config.grad_norm_skip_threshold = float("inf")
+    outcomes.append(step(built, longact, 3))
+    fresh_built, fresh = both(spec, LongActConfig(ema=0.5), optimizer)
+    step(fresh_built, fresh, 0)
+    step(fresh_built, fresh, 3)
+    return {
+        "outcomes": outcomes,
+        "updates": longact.state.updates,
+        "as if never": same(cpu(longact.saliency), cpu(fresh.saliency)) and same(cpu(longact.masks), cpu(fresh.masks)),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_skipped_step_leaves_everything_as_it_was(dtype: str, distributed: bool) -> None:
+    optimizer = OptimizerSpec(distributed=distributed, config={"initial_loss_scale": 1024.0} if dtype == "fp16" else {})
+    run = {"layout": Layout(tp=2), "world_size": 4}
+    for result in ranks.run(skipped_steps, **run, spec=ModelSpec(dtype=dtype), optimizer=optimizer):
+        assert result["outcomes"] == [False, True, False, True, True, True]
+        assert result["updates"] == 2
+        assert result["as if never"]
+
+
+def broken_refresh(bad_rank: int) -> dict[str, Any]:
+    """NaN in one rank's activations, then a refresh without a counted token, then a good one."""
+    built, longact = both(config=LongActConfig(ema=0.5))
+    none = {"before_forward": lambda inputs: longact.set_tokens(torch.zeros_like(inputs, dtype=torch.bool))}
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    before = full_weights(built)[name]
+    step(built, longact, 0, **none)
+    rows = torch.cat([longact._model.layout.q_rows, longact._model.layout.k_rows])
+    no_mask_no_update = torch.equal(full_weights(built)[name][rows], before[rows])
+    unused = [longact.state.rejected, bool(longact.masks)]
+    step(built, longact, 1)
+    masks, saliency = cpu(longact.masks), cpu(longact.saliency)
+    projection = built.chunks[-1].module.decoder.layers[-1].self_attention.linear_qkv
+
+    def spoil(module: Any, args: Any, output: Any) -> None:
+        longact._capture.accumulator.sums[0, 0] = float("nan")
+
+    if torch.distributed.get_rank() == bad_rank:
+        handle = projection.register_forward_hook(spoil)
+    step(built, longact, 2)
+    if torch.distributed.get_rank() == bad_rank:
+        handle.remove()
+    kept = same(masks, cpu(longact.masks)) and same(saliency, cpu(longact.saliency))
+    rejected = longact.metrics()["longact/rejected_refreshes"]
+    step(built, longact, 3)
+    return {
+        "no mask, no update": no_mask_no_update,
+        "unused": unused,
+        "kept": kept,
+        "rejected": rejected,
+        "moved on": not same(saliency, cpu(longact.saliency)),
+        "updates": longact.state.updates,
+    }
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_an_empty_or_broken_refresh_keeps_the_mask_on_every_rank(layout: Layout) -> None:
+    for result in ranks.run(broken_refresh, layout=layout, world_size=4, bad_rank=3):
+        assert result["no mask, no update"]
+        assert result["unused"] == [1, False]
+        assert result["kept"]
+        assert result["rejected"] == 2
+        assert result["moved on"]
+        assert result["updates"] == 4
+
+
+def lonely_finalize() -> str:
+    built, longact = both()
+    built.config.finalize_model_grads_func = lambda *args, **kwargs: None
+    with pytest.raises(RuntimeError) as error:
+        step(built, longact)
+    return str(error.value)
+
+
+def test_a_replaced_finalize_function_is_noticed() -> None:
+    assert "finalize_model_grads_func was replaced" in ranks.run(lonely_finalize)[0]
+
+
+# -- detach ------------------------------------------------------------------------------------------
+
+
+def hooks(built: Built) -> int:
+    count = 0
+    for module in built.chunks[0].modules():
+        count += len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+    for optimizer in built.optimizer.chained_optimizers:
+        inner = optimizer.optimizer
+        count += len(inner._optimizer_step_pre_hooks) + len(inner._optimizer_step_post_hooks)
+    return count
+
+
+def detached(crash: bool) -> dict[str, Any]:
+    built = build(SPEC)
+    train_step(built, random_tokens(4, 16))  # Megatron's own first step sets attributes too
+    before, finalize = hooks(built), built.config.finalize_model_grads_func
+    attributes = set(vars(built.optimizer)), set(vars(built.chunks[0]))
+    longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig())
+    attached = hooks(built) > before and built.config.finalize_model_grads_func is not finalize
+    twice = "attached to this optimizer already"
+    with pytest.raises(ValueError, match=twice):
+        LongAct.attach(built.chunks, built.optimizer, LongActConfig())
+
+    def boom(inputs: Tensor) -> None:
+        longact.set_tokens(torch.ones(1, 3).bool())
+
+    if crash:
+        with pytest.raises(ValueError, match="token mask covers"), longact:
+            train_step(built, random_tokens(4, 16), before_forward=boom)
+    else:
+        step(built, longact)
+        longact.detach()
+        longact.detach()
+    return {
+        "attached": attached,
+        "hooks": hooks(built) - before,
+        "finalize": built.config.finalize_model_grads_func is finalize,
+        "attributes": (set(vars(built.optimizer)), set(vars(built.chunks[0]))) == attributes,
+        "of": LongAct.of(built.optimizer),
+        "again": isinstance(LongAct.attach(built.chunks, built.optimizer, LongActConfig()).state, LongActState),
+    }
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_detach_leaves_nothing(crash: bool) -> None:
+    result = ranks.run(detached, crash=crash)[0]
+    assert result == {"attached": True, "hooks": 0, "finalize": True, "attributes": True, "of": None, "again": True}
+
+
+# -- strict and grad-only ----------------------------------------------------------------------------
+
+
+def test_grad_only_lets_weight_decay_and_momentum_move_frozen_rows() -> None:
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+
+    def moved_outside(freeze: str) -> float:
+        config = LongActConfig(freeze=freeze, refresh_interval=0)
+        result = ranks.run(train, spec=SPEC, config=config, steps=2)[0]
+        moved = (result["weights"][-1][name] != result["start"][name]).any(1)
+        rows = reference.channels_of_row(SPEC.heads, SPEC.groups, SPEC.kv_channels)
+        return float(moved[reference.row_mask(result["masks"][0][1], rows) == 0].float().mean())
+
+    assert moved_outside("strict") == 0.0
+    assert moved_outside("grad-only") == 1.0
