@@ -18,11 +18,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
 _POOLS: dict[int, "_Pool"] = {}
+_MOST_THREADS = 80
+"""Each gloo group has threads that wake up all the time, and Megatron keeps some groups for ever."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,13 @@ def run(
     if pool is None:
         pool = _POOLS[world_size] = _Pool(world_size)
     try:
-        return pool.run(function, layout or Layout(), kwargs, timeout)
+        results = pool.run(function, layout or Layout(), kwargs, timeout)
     except BaseException:
         _POOLS.pop(world_size).kill()
         raise
+    if pool.num_threads() > _MOST_THREADS:
+        _POOLS.pop(world_size).kill()
+    return results
 
 
 @atexit.register
@@ -94,6 +100,9 @@ class _Pool:
                     raise RuntimeError(f"rank {rank}:\n{results[rank]}")
         return [results[rank] for rank in range(len(results))]
 
+    def num_threads(self) -> int:
+        return len(list(Path(f"/proc/{self._processes[0].pid}/task").iterdir()))
+
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
@@ -120,8 +129,8 @@ def _rank_main(connection: Connection, rank: int, world_size: int, port: int) ->
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
-        gc.collect()  # what still refers to a group keeps its threads
-        distributed.destroy_process_group()  # every gloo group has threads of its own
+        gc.collect()
+        distributed.destroy_process_group()
 
 
 def _call(function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any]) -> Any:

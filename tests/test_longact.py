@@ -241,9 +241,15 @@ def test_rollouts_and_repeated_passes_do_not_count() -> None:
 def packed_run() -> dict[str, Any]:
     """Two sequences in one row, told by packed_seq_params alone; attention over them needs Transformer Engine."""
     built, longact = both(config=LongActConfig(skip_first_tokens=2))
-    bounds = torch.tensor([0, 6, 14], dtype=torch.int32)
+    bounds, padded = torch.tensor([0, 6, 14], dtype=torch.int32), torch.tensor([0, 6, 16], dtype=torch.int32)
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=8, max_seqlen_kv=8
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=10,
+        max_seqlen_kv=10,
     )
     seen: list[Tensor] = []
     built.chunks[0].module.decoder.layers[0].self_attention.linear_qkv.register_forward_hook(
