@@ -132,7 +132,8 @@ def _run(program: _Program) -> int:
         if _is_refusal(error) and not os.environ.get("LONGACT_TRACEBACK"):
             _say_once(str(error))
         else:
-            sys.excepthook(type(error), error, _without_launcher(error.__traceback__))
+            error = error.with_traceback(_without_launcher(error.__traceback__))
+            sys.excepthook(type(error), error, error.__traceback__)
             handler.record_exception(error)
         _end_soon()
         return 1

@@ -1,0 +1,153 @@
+"""The launcher, as a user starts it: real processes, real torchrun, programs that know nothing of LongAct."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_longact import run
+
+PROGRAMS = Path(__file__).parent / "programs"
+LAUNCHER = ["-m", "megatron_longact.run"]
+TRAINING = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8
+    --group-query-attention --num-query-groups 2 --qk-layernorm --normalization RMSNorm --swiglu
+    --disable-bias-linear --position-embedding-type rope --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-iters 0 --eval-interval 1000
+    --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64 --log-interval 1
+    --attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader
+    --tensor-model-parallel-size 2
+"""
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def python(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run this Python with `arguments`; at the end nothing that it started is left."""
+    mark = {"LONGACT_TEST_RUN": uuid.uuid4().hex}
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **mark, "OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""},
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        kill_marked(mark)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def kill_marked(mark: dict[str, str]) -> None:
+    """Kill all processes that have `mark` in their environment; torchrun's ranks are no group of ours."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if mark.items() <= process.environ().items():
+                process.kill()
+
+
+def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments)
+
+
+def launch(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return torchrun(*LAUNCHER, "--cpu", str(PROGRAMS / program), *arguments)
+
+
+def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return launch("pretrain_plain.py", *TRAINING.split(), *arguments)
+
+
+def losses(output: str) -> list[str]:
+    return re.findall(r"lm loss: (\S+)", output)
+
+
+@pytest.fixture(scope="module")
+def without_longact() -> subprocess.CompletedProcess[str]:
+    return pretrain()
+
+
+def test_program_runs_unchanged(without_longact: subprocess.CompletedProcess[str]) -> None:
+    assert without_longact.returncode == 0, without_longact.stderr
+    assert len(losses(without_longact.stdout)) == 2
+    assert "LongAct" not in without_longact.stdout
+
+
+def test_longact_attaches_to_an_unchanged_program(without_longact: subprocess.CompletedProcess[str]) -> None:
+    result = pretrain("--longact", "--longact-ratio", "0.25")
+    assert result.returncode == 0, result.stderr
+    first, second = losses(result.stdout)
+    wanted_first, wanted_second = losses(without_longact.stdout)
+    assert first == wanted_first
+    assert second != wanted_second
+    assert "ratio=0.25" in result.stdout
+
+
+def test_refusal_is_one_line_from_one_rank() -> None:
+    result = pretrain("--longact", "--longact-ratio", "7")
+    assert result.returncode != 0
+    ours = [text for text in result.stderr.splitlines() if text.startswith("megatron_longact:")]
+    assert len(ours) == 1
+    assert "--longact-ratio" in ours[0]
+    assert "pretrain_plain.py" not in result.stderr
+    assert not losses(result.stdout)
+
+
+def test_failing_rank_speaks_first_and_ends_all() -> None:
+    result = launch("one_rank_fails.py")
+    assert result.returncode != 0
+    errors = re.findall(r"^(?:\[rank\d\]: ?)?(\w*Error\b.*)", result.stderr, re.MULTILINE)
+    assert errors[0] == "RuntimeError: the last rank gives up"
+    own_frames = re.findall(r'File "(.+?)"', result.stderr.split("the last rank gives up")[0])
+    assert own_frames == [str(PROGRAMS / "one_rank_fails.py")]
+
+
+@pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
+def test_program_sees_what_python_would_show_it(as_module: bool) -> None:
+    program = ["-m", "tests.programs.show_main"] if as_module else [str(PROGRAMS / "show_main.py")]
+    plain = python(*program, "a", "--b")
+    launched = python(*LAUNCHER, "--cpu", *program, "a", "--b")
+    assert launched.returncode == plain.returncode == 7, launched.stderr
+    wanted, got = json.loads(plain.stdout), json.loads(launched.stdout.splitlines()[-1])
+    added = got["here"]["argv"][3:]
+    assert "--distributed-backend=gloo" in added
+    for process in ("here", "spawned"):
+        wanted[process]["argv"] += added
+        assert got[process] == wanted[process]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "no program given"),
+        (["--cpu"], "no program given"),
+        (["-m"], "-m needs the name of a module"),
+        (["--gpu", "x.py"], "--gpu comes before SCRIPT"),
+        (["no/such/file.py"], "cannot read the program 'no/such/file.py': No such file or directory"),
+        (["tests"], "cannot read the program 'tests': Is a directory"),
+    ],
+    ids=str,
+)
+def test_bad_call_is_one_line(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert run.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert line in err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--help"]) == 0
+    assert "--cpu" in capsys.readouterr().out
