@@ -7,7 +7,7 @@ its name, and every rank takes its shard.
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -303,7 +303,6 @@ __all__ = [
     "build",
     "full_weights",
     "random_tokens",
-    "replace",
     "train_step",
     "transformer_config",
 ]

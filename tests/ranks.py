@@ -12,10 +12,12 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -76,7 +78,8 @@ class _Pool:
         self._connections, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, world_size, port), daemon=True)
+            # not a daemon: those may not start processes, and Megatron's checkpoint writer does
+            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, world_size, port), daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -105,12 +108,14 @@ class _Pool:
 
     def kill(self) -> None:
         for process in self._processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes:
             process.join(5)
 
 
 def _rank_main(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    os.setsid()  # so that what a rank starts ends with it
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     from torch import distributed, set_num_threads
 

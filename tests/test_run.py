@@ -16,15 +16,15 @@ from megatron_longact import run
 
 PROGRAMS = Path(__file__).parent / "programs"
 LAUNCHER = ["-m", "megatron_longact.run"]
-TRAINING = """
+_TRAINING = """
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8
     --group-query-attention --num-query-groups 2 --qk-layernorm --normalization RMSNorm --swiglu
     --disable-bias-linear --position-embedding-type rope --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-iters 0 --eval-interval 1000
     --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64 --log-interval 1
     --attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader
-    --tensor-model-parallel-size 2
 """
+TRAINING = _TRAINING.split()
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -65,7 +65,7 @@ def launch(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return launch("pretrain_plain.py", *TRAINING.split(), *arguments)
+    return launch("pretrain_plain.py", *TRAINING, "--tensor-model-parallel-size", "2", *arguments)
 
 
 def losses(output: str) -> list[str]:
