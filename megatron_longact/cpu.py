@@ -11,6 +11,10 @@ Environment
     transformer_engine, apex        hidden from import: their kernels need a GPU, and Megatron takes
                                     their norms and their Adam wherever it finds them
 
+What is not shown
+    "Transformer Engine and Apex are not installed", "No CUDA runtime is found"
+                                    warnings of what is meant to be so
+
 Devices in torch
     factory functions, `*_like`, `Tensor.to`, `Tensor.new_*`, `Module.to`, `torch.load`
                                     the device "cuda" means the CPU. Wrapped one by one instead of
@@ -50,6 +54,8 @@ Megatron
                                     is made first, without `_init_optimizer_states_with_dummy_values`,
                                     whose step decays the weights and runs the step hooks. For SGD
                                     Megatron has no `init_state_fn`, and calls it all the same
+    `load_state_dict` of the other optimizers
+                                    a common step of 0 is left out of the checkpoint: put it back
     `DistributedOptimizer._set_main_param_and_optimizer_states`
                                     takes torch's `step` for a sharded tensor: a `KeyError` in one
                                     checkpoint format, a step of 0 in another; and writes to fp32
@@ -64,9 +70,11 @@ Megatron
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -104,6 +112,7 @@ def enable_cpu_mode() -> None:
         return
     _enabled = True
     _set_environment()
+    _silence_what_is_meant()
     _redirect_factories()
     _redirect_tensor_methods()
     _replace_torch_cuda()
@@ -129,6 +138,12 @@ def _set_environment() -> None:
         sys.modules["torch._dynamo"].config.disable = True
     for name in _HIDDEN_MODULES:
         sys.modules[name] = None  # type: ignore[assignment]
+
+
+def _silence_what_is_meant() -> None:
+    missing = r".*(Transformer Engine|transformer-engine|Apex)"
+    warnings.filterwarnings("ignore", message=missing, category=UserWarning, module=r"megatron\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 # --- devices -----------------------------------------------------------------------------------------------------
@@ -375,6 +390,8 @@ def _replace_optimizer_checkpointing() -> None:
 
     for cls in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
         _make_state_before(cls, "sharded_state_dict")
+    for cls in (Float16OptimizerWithFloat16Params, FP32Optimizer):
+        _step_zero_before(cls, "load_state_dict")
     _keep_step_within(DistributedOptimizer, "_set_main_param_and_optimizer_states")
     _own_step_after(DistributedOptimizer, "load_state_dict")
 
@@ -403,6 +420,20 @@ def _make_state(inner: torch.optim.Optimizer) -> None:
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             if isinstance(inner, torch.optim.SGD) and group["momentum"] and "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _step_zero_before(cls: type, name: str) -> None:
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def call(self: Any, state_dict: dict[str, Any]) -> None:
+        states = state_dict.get("optimizer", state_dict)["state"]
+        adam = [state for state in states.values() if isinstance(state, dict) and "exp_avg" in state]
+        if "common_step" not in states and any("step" not in state for state in adam):
+            states["common_step"] = torch.tensor(0.0, dtype=torch.float32)
+        method(self, state_dict)
+
+    setattr(cls, name, call)
 
 
 def _keep_step_within(cls: type, name: str) -> None:
