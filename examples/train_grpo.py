@@ -8,17 +8,20 @@
 import argparse
 from pathlib import Path
 
-from megatron.training.arguments import parse_and_validate_args
-
-from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
-from megatron_longact.rl.program import needle_environment, run
-from megatron_longact.rl.run_log import MEGATRON_LOG, output_in_file
-
 
 def main() -> None:
     """Run until `--train-iters`; a mistake in the flags ends it before anything is trained."""
-    early, _ = add_rl_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args()
-    with output_in_file(Path(early.run_dir) / MEGATRON_LOG) as terminal:
+    # Imported here: a checkpoint writer spawns a process that imports this file, and needs no Megatron.
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
+    from megatron_longact.rl.program import needle_environment, run
+    from megatron_longact.rl.run_log import MEGATRON_LOG, output_in_file
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--run-dir", type=Path, default=Path("."))
+    run_dir = early.parse_known_args()[0].run_dir
+    with output_in_file(run_dir / MEGATRON_LOG) as terminal:
         args = parse_and_validate_args(extra_args_provider=add_rl_args)
         config = grpo_config_from_args(args)
         run(args, config, needle_environment(config), terminal=terminal)

@@ -64,6 +64,7 @@ mkdir -p "$RUN_DIR"
 export OMP_NUM_THREADS=1               # one core a rank
 export TORCH_CPP_LOG_LEVEL=ERROR       # gloo's warnings about host names
 export PYTHONWARNINGS=ignore           # Megatron warns of each kernel library that a CPU does not have
+export TORCH_LOGS=-all                 # and torch of a CUDA toolkit without a GPU
 exec torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29500}" \
     -m megatron_longact.run --cpu examples/train_grpo.py \
     "${MODEL_ARGS[@]}" "${TASK_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"} "$@"

@@ -97,6 +97,11 @@ class GRPOLoop:
         return self._audit.count()
 
     @property
+    def exit_code(self) -> int:
+        """What Megatron wants the process to end with when the run ended early."""
+        return self._trainer.exit_code
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         """Held-out results, first to last."""
         return self._state.evaluations

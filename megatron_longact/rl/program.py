@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.global_vars import get_tokenizer
+from megatron.training.global_vars import get_tensorboard_writer, get_tokenizer
 from megatron.training.initialize import initialize_megatron
 from torch import nn
 
@@ -51,7 +52,7 @@ def run(args: Namespace, config: GRPOConfig, environment: Environment, *, termin
     """Train from the first iteration, or the saved one, to the last; table and report at the end."""
     loop = build_loop(args, config, environment, terminal=terminal)
     if not loop.run():
-        return
+        sys.exit(loop.exit_code)
     rows = loop.count_rows()
     if args.rank == 0:
         table = write_outcome(args, config, evaluations=loop.evaluations, rows=rows, longact=loop.longact)
@@ -145,6 +146,7 @@ def _logs(args: Namespace, terminal: TextIO) -> dict[str, Any]:
     run_dir, first = Path(args.run_dir), args.rank == 0
     names = {"metrics_log": "metrics.jsonl", "evaluations_log": "evaluations.jsonl"}
     logs: dict[str, Any] = {
-        key: MetricsLog(run_dir / name if first else None, resume_from=args.iteration) for key, name in names.items()
+        key: MetricsLog(run_dir / name if first else None, get_tensorboard_writer(), resume_from=args.iteration)
+        for key, name in names.items()
     }
     return logs | {"progress": Progress(args.train_iters, terminal, done=args.iteration) if first else None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -11,8 +12,6 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
-
-from megatron.training.global_vars import get_tensorboard_writer
 
 MEGATRON_LOG = "megatron.log"
 
@@ -100,12 +99,13 @@ class Progress:
 class MetricsLog:
     """Rows of a run, each appended to a JSON-lines file and its numbers written to TensorBoard.
 
-    Only the process with `path` writes the file; TensorBoard is written where Megatron has its writer
-    (the last rank). Rows after `resume_from` are dropped from an existing file: a resumed run makes
+    path: None on processes that do not write the file. writer: a `SummaryWriter`, on the process that has one
+    (Megatron: the last rank). Rows after `resume_from` are dropped from an existing file: a resumed run makes
     them again.
     """
 
-    def __init__(self, path: Path | None, *, resume_from: int = 0) -> None:
+    def __init__(self, path: Path | None, writer: Any | None, *, resume_from: int = 0) -> None:
+        self._writer = writer
         self._file: TextIO | None = None
         if path is not None:
             kept = _rows_until(path, resume_from)
@@ -113,22 +113,26 @@ class MetricsLog:
             self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str] = ()) -> None:
-        """Append `row`; None is null in the file and left out of TensorBoard.
+        """Append `row`; None, NaN and Inf are null in the file, and None is left out of TensorBoard.
 
         in_tensorboard: names that somebody else writes there.
         """
         if self._file is not None:
-            self._file.write(json.dumps({"iteration": iteration, **row}) + "\n")
-        writer = get_tensorboard_writer()
-        if writer is not None:
+            finite = {name: value if _is_json(value) else None for name, value in row.items()}
+            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        if self._writer is not None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in in_tensorboard:
-                    writer.add_scalar(name, value, iteration)
+                    self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _rows_until(path: Path, iteration: int) -> list[dict[str, Any]]:

@@ -62,6 +62,7 @@ class MegatronTrainer:
         self.config = get_model_config(model[0])
         self.pg_collection = get_attr_wrapped_model(model[0], "pg_collection")
         self.iteration: int = args.iteration
+        self.exit_code = 0
         self._checkpointing_context = checkpointing_context
         self._total_losses: dict[str, Any] = {}
         self._report_memory = True
@@ -98,7 +99,7 @@ class MegatronTrainer:
         """One optimizer step on this replica's micro-batches; logged, not saved."""
         maybe_finalize_async_save(blocking=False)
         self.args.curr_iteration = self.iteration
-        losses, skipped, _, should_exit, _, grad_norm, num_zeros, max_logit = training.train_step(
+        losses, skipped, should_save, should_exit, exit_code, *statistics = training.train_step(
             forward_step,
             RerunDataIterator(iter(micro_batches)),
             self.model,
@@ -108,8 +109,11 @@ class MegatronTrainer:
             get_forward_backward_func(),
             iteration=self.iteration,
         )
-        outcome = StepOutcome(losses, bool(skipped), should_exit, grad_norm, num_zeros, max_logit)
+        outcome = StepOutcome(losses, bool(skipped), should_exit, *statistics)
+        if should_save:
+            self.save()
         if should_exit:
+            self.exit_code = exit_code
             return outcome
         if self._overlaps and not self._pre_hooks_on and not skipped:
             self._enable_pre_hooks()

@@ -1,0 +1,86 @@
+"""The RL program's flags: what they become, and what is refused before anything runs."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import pytest
+
+from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
+
+MEGATRON = {
+    "grpo_prompts_per_step": 8,
+    "grpo_group_size": 4,
+    "grpo_iterations": 2,
+    "grpo_clamp_eps_lower": 0.2,
+    "grpo_clamp_eps_upper": 0.28,
+    "grpo_kl_beta": 0.01,
+    "grpo_entropy_term_weight": 0.0,
+    "grpo_filter_groups_with_same_reward": False,
+    "rl_default_temperature": 0.9,
+    "rl_default_top_p": 0.0,
+    "rl_default_top_k": -1,
+    "rl_prompts_per_eval": 16,
+    "rl_use_sequence_packing": False,
+    "rl_inference_logprobs_is_correction": False,
+    "perform_rl_step": False,
+    "global_batch_size": 16,
+    "micro_batch_size": 4,
+    "seq_length": 272,
+    "max_position_embeddings": 1024,
+    "seed": 3,
+    "sequence_parallel": False,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "calculate_per_token_loss": False,
+    "rampup_batch_size": None,
+}
+"""What Megatron's parser gives for the flags that are read."""
+
+
+def parse(*flags: str, **megatron: Any) -> Namespace:
+    ours = ["--run-dir", "runs/x", "--context-lengths", "128", "256", *flags]
+    return add_rl_args(ArgumentParser()).parse_args(ours, Namespace(**{**MEGATRON, **megatron}))
+
+
+def test_flags_become_the_run() -> None:
+    config = grpo_config_from_args(parse("--dual-clip", "3", "--loss-aggregation", "seq-mean-token-mean"))
+    assert config.responses_per_step == 32
+    assert config.updates_per_step == 4
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, 3.0)
+    assert config.loss.aggregation == "seq-mean-token-mean"
+    assert (config.kl_beta, config.kl_estimator) == (0.01, "k3")
+    assert (config.sampling.temperature, config.sampling.seed) == (0.9, 3)
+    assert config.heldout_context_lengths == (128, 256)
+    assert config.normalize_advantages
+    assert not grpo_config_from_args(parse("--no-advantage-std")).normalize_advantages
+
+
+@pytest.mark.parametrize(
+    ("flags", "megatron", "said"),
+    [
+        ((), {"seq_length": 271}, "needs 272 positions"),
+        ((), {"seq_length": 2048}, "max-position-embeddings 1024"),
+        (("--max-response-length", "17"), {}, "needs 273 positions"),
+        (("--heldout-context-lengths", "512"), {}, "context of 512 tokens"),
+        (("--context-lengths", "0"), {}, "at least 1"),
+        ((), {"global_batch_size": 24}, "do not divide"),
+        ((), {"grpo_group_size": 1}, "grpo-group-size is 1"),
+        ((), {"grpo_iterations": 0}, "grpo-iterations is 0"),
+        ((), {"rl_prompts_per_eval": 0}, "rl-prompts-per-eval is 0"),
+        ((), {"grpo_kl_beta": -0.1}, "grpo-kl-beta is -0.1"),
+        ((), {"grpo_clamp_eps_lower": 1.5}, "clip_low is 1.5"),
+        ((), {"rl_default_temperature": 0.0}, "temperature is 0.0"),
+        (("--dual-clip", "0.5"), {}, "dual_clip is 0.5"),
+        ((), {"perform_rl_step": True}, "--perform-rl-step"),
+        ((), {"sequence_parallel": True}, "--sequence-parallel"),
+        ((), {"context_parallel_size": 2}, "--context-parallel-size"),
+        ((), {"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
+        ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
+        ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
+        ((), {"rl_use_sequence_packing": True}, "--rl-use-sequence-packing"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(flags: tuple[str, ...], megatron: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        grpo_config_from_args(parse(*flags, **megatron))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,104 @@
+"""From rollouts to micro-batches: every response trained once an epoch, nothing lost in the padding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_longact.rl.batches import MicroBatchPlan, RolloutBatch, StepPlan, make_micro_batch, plan_steps
+
+PAD = 99
+
+
+@pytest.fixture
+def batch() -> RolloutBatch:
+    generator = torch.Generator().manual_seed(0)
+    n, r = 16, 6
+    lengths = torch.randint(1, r + 1, (n,), generator=generator)
+    return RolloutBatch(
+        step=3,
+        prompts=[tuple(range(10 * (i % 3) + 5)) for i in range(n)],
+        responses=torch.randint(50, 90, (n, r), generator=generator),
+        lengths=lengths,
+        rollout_log_probs=-torch.rand(n, r, generator=generator),
+        rewards=torch.rand(n, generator=generator),
+        correct=torch.rand(n, generator=generator) > 0.5,
+        finished=torch.ones(n, dtype=torch.bool),
+        advantages=torch.randn(n, generator=generator),
+        old_log_probs=-torch.rand(n, r, generator=generator),
+    )
+
+
+def plan(batch: RolloutBatch, *, dp_rank: int = 0, dp_size: int = 1, seed: int = 1, epochs: int = 2) -> list[StepPlan]:
+    return plan_steps(
+        batch,
+        seed=seed,
+        epochs=epochs,
+        global_batch_size=8,
+        micro_batch_size=2,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def test_each_epoch_has_each_response_once_in_its_own_order(batch: RolloutBatch) -> None:
+    steps = plan(batch)
+    assert len(steps) == 4
+    epochs = [[row for step in steps[i : i + 2] for mb in step.micro_batches for row in mb.rows] for i in (0, 2)]
+    assert [sorted(rows) for rows in epochs] == [list(range(16))] * 2
+    assert {frozenset(steps[0].rows), frozenset(steps[1].rows)} != {frozenset(steps[2].rows), frozenset(steps[3].rows)}
+
+
+def test_the_plan_is_a_function_of_seed_and_rollout_step(batch: RolloutBatch) -> None:
+    assert plan(batch) == plan(batch)
+    assert plan(batch) != plan(batch, seed=2)
+    assert plan(batch) != plan(replace(batch, step=4))
+
+
+def test_replicas_share_a_step_with_equal_shapes(batch: RolloutBatch) -> None:
+    whole, parts = plan(batch), [plan(batch, dp_rank=r, dp_size=2) for r in (0, 1)]
+    for step, first, second in zip(whole, *parts, strict=True):
+        assert set(step.rows) == set(first.rows) == set(second.rows)
+        own = [row for part in (first, second) for mb in part.micro_batches for row in mb.rows]
+        assert sorted(own) == sorted(step.rows)
+        longest = [[mb.longest for mb in part.micro_batches] for part in (first, second)]
+        assert longest[0] == longest[1] == sorted(longest[0])
+
+
+def test_a_micro_batch_holds_its_rows(batch: RolloutBatch) -> None:
+    rows = (0, 4, 2)
+    longest = max(batch.total_length(row) for row in rows)
+    got = make_micro_batch(batch, MicroBatchPlan(rows, longest), pad_token=PAD, multiple_of=16)
+    assert got.tokens.shape[1] % 16 == 0
+    assert 0 <= got.tokens.shape[1] - longest < 16
+    assert batch.old_log_probs is not None
+    for i, row in enumerate(rows):
+        length, response = int(batch.lengths[row]), batch.responses[row, : batch.lengths[row]]
+        prompt = batch.prompts[row]
+        assert got.tokens[i].tolist() == [*prompt, *response, *[PAD] * (got.tokens.shape[1] - len(prompt) - length)]
+        assert got.token_mask[i].sum() == len(prompt) + length
+        assert got.token_mask[i, : len(prompt) + length].all()
+        mask = got.response_mask[i]
+        assert mask.sum() == length
+        assert torch.equal(got.targets[i][mask], response)
+        # the hidden state at a position predicts the token behind it
+        assert torch.equal(got.tokens[i, got.positions[i][mask] + 1], response)
+        assert got.old_log_probs is not None
+        assert torch.equal(got.old_log_probs[i][mask], batch.old_log_probs[row, :length])
+        assert got.advantages[i] == batch.advantages[row]
+
+
+def test_a_fixed_length_is_kept(batch: RolloutBatch) -> None:
+    got = make_micro_batch(batch, MicroBatchPlan((0, 1), 20), pad_token=PAD, multiple_of=16, fixed_length=64)
+    assert got.tokens.shape == (2, 64)
+    assert int(got.positions.max()) < 64
+
+
+def test_state_dict_gives_the_batch_back(batch: RolloutBatch) -> None:
+    state = batch.state_dict()
+    back = RolloutBatch.from_state_dict(state)
+    assert back.prompts == batch.prompts
+    for name, value in vars(batch).items():
+        other = getattr(back, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    assert all(isinstance(value, int | torch.Tensor | None) for value in state.values())

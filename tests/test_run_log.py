@@ -1,0 +1,113 @@
+"""What a run shows and leaves behind."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_longact.rl.run_log import MetricsLog, Progress, output_in_file
+
+
+def test_a_terminal_gets_one_line_redrawn() -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        progress = Progress(4, terminal)
+        progress.update(1, {"reward": "0.100"})
+        progress.update(2, {"reward": "0.200"})
+        progress.say("a line that stays")
+        progress.close()
+        shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert shown.count("\n") == 2
+    assert "[######..................] 1/4  reward 0.100" in shown
+    assert shown.count("\r\x1b[2K") == 3
+    assert "left" in shown
+
+
+def test_a_file_gets_a_line_now_and_then_and_the_last() -> None:
+    out = io.StringIO()
+    progress = Progress(100, out, interval_s=3600)
+    for iteration in range(1, 101):
+        progress.update(iteration, {})
+    assert out.getvalue().splitlines() == ["[########################] 100/100    0:00 in all"]
+    often = io.StringIO()
+    progress = Progress(3, often, interval_s=0)
+    for iteration in (1, 2, 3):
+        progress.update(iteration, {})
+    assert len(often.getvalue().splitlines()) == 3
+    assert "\x1b" not in often.getvalue()
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_go_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:
+    path, writer = tmp_path / "metrics.jsonl", SummaryWriter(tmp_path)
+    log = MetricsLog(path, writer)
+    log.write({"loss": 0.5, "kl": None, "norm": float("inf"), "by": {"64": 1.0}}, iteration=3, in_tensorboard={"norm"})
+    log.close()
+    writer.close()
+    assert rows(path) == [{"iteration": 3, "loss": 0.5, "kl": None, "norm": None, "by": {"64": 1.0}}]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_a_resumed_run_writes_its_rows_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, None)
+    for iteration in (1, 2, 3):
+        log.write({"loss": 0.0}, iteration=iteration)
+    log.close()
+    log = MetricsLog(path, None, resume_from=2)
+    log.write({"loss": 1.0}, iteration=3)
+    log.close()
+    assert [(row["iteration"], row["loss"]) for row in rows(path)] == [(1, 0.0), (2, 0.0), (3, 1.0)]
+
+
+CHATTER = """
+import logging, subprocess, sys, warnings
+from pathlib import Path
+from megatron_longact.rl.run_log import output_in_file
+print("before", flush=True)
+with output_in_file(Path(sys.argv[1])) as terminal:
+    print("chatter")
+    subprocess.run(["echo", "of a child"], check=True)
+    logging.getLogger("megatron.core").warning("a record")
+    warnings.warn("a warning")
+    print("progress", file=terminal)
+    print("an error", file=sys.stderr)
+print("after")
+"""
+
+
+def test_output_goes_to_the_file_and_errors_do_not(tmp_path: Path) -> None:
+    log = tmp_path / "deep" / "megatron.log"
+    done = subprocess.run([sys.executable, "-c", CHATTER, str(log)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["before", "progress", "after"]
+    assert done.stderr.strip() == "an error"
+    kept = log.read_text()
+    for expected in ("chatter", "of a child", "a record", "a warning"):
+        assert expected in kept
+
+
+def test_output_comes_back_after_an_exception(tmp_path: Path) -> None:
+    descriptors, handlers = os.listdir("/dev/fd"), list(logging.getLogger().handlers)
+    showwarning = warnings.showwarning
+    try:
+        with output_in_file(tmp_path / "log"):
+            raise KeyError
+    except KeyError:
+        pass
+    assert len(os.listdir("/dev/fd")) == len(descriptors)
+    assert logging.getLogger().handlers == handlers
+    assert warnings.showwarning is showwarning

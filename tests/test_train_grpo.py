@@ -1,0 +1,211 @@
+"""The RL program as a user starts it: real ranks, the shipped start checkpoint, everything it leaves behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+START = ROOT / "examples/demo/start_checkpoint"
+LAST = 4
+STOP = 3  # in the middle of a rollout batch: two optimizer steps each
+
+KEYS = {
+    "iteration",
+    "reward_mean",
+    "accuracy",
+    "loss",
+    "grad_norm",
+    "kl",
+    "clip_fraction",
+    "rollout_train_logprob_abs_diff",
+    "longact/active_fraction_q",
+    "longact/active_fraction_k",
+    "longact/mask_jaccard",
+    "longact/masked_grad_norm_share",
+    "longact/time_share",
+    "step_time_s",
+}
+"""What metrics.jsonl and TensorBoard promise."""
+
+FLAGS = [
+    *("--context-lengths", "80", "128"),
+    *("--seq-length", "144"),
+    *("--rl-prompts-per-eval", "4"),
+    *("--inference-max-requests", "16"),
+    *("--grpo-prompts-per-step", "4"),
+    *("--grpo-group-size", "4"),
+    *("--grpo-iterations", "1"),
+    *("--global-batch-size", "8"),
+    *("--micro-batch-size", "4"),
+    *("--grpo-clamp-eps-lower", "0.2"),
+    *("--grpo-clamp-eps-upper", "0.28"),
+    *("--train-iters", str(LAST)),
+    *("--lr", "1e-4"),
+    *("--lr-decay-style", "constant"),
+    *("--weight-decay", "0.1"),
+    *("--log-interval", "1"),
+    *("--save-interval", "1000"),
+    *("--pretrained-checkpoint", str(START)),
+]
+
+
+def model_args() -> list[str]:
+    script = 'source examples/demo/model_args.sh; printf "%s\\n" "${MODEL_ARGS[@]}"'
+    environment = {name: value for name, value in os.environ.items() if name != "DEMO_DIR"}
+    found = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return found.stdout.split("\n")[:-1]
+
+
+def train(run_dir: Path, *flags: str, tp: int = 1, timeout: float = 110) -> subprocess.CompletedProcess[str]:
+    """Run the program on `tp` ranks; every process that it started has ended when this returns."""
+    launcher = [sys.executable]
+    if tp > 1:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = str(sock.getsockname()[1])
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(tp), "--master-port", port]
+    command = [*launcher, "-m", "megatron_longact.run", "--cpu", "examples/train_grpo.py", *model_args(), *FLAGS]
+    command += ["--run-dir", str(run_dir), "--tensorboard-dir", str(run_dir / "tensorboard")]
+    command += ["--load", str(run_dir / "checkpoints"), "--save", str(run_dir / "checkpoints")]
+    command += ["--tensor-model-parallel-size", str(tp), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run without a break at TP=2 with LongAct and a KL penalty; its folder and what the terminal showed."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    done = train(run_dir, "--longact", "--grpo-kl-beta", "0.01", "--save-first-iteration", tp=2)
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout
+
+
+def test_metrics_are_complete(straight: tuple[Path, str]) -> None:
+    rows = rows_of(straight[0])
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row.keys() >= KEYS
+        missing = {name for name in KEYS if row[name] is None}
+        assert missing == ({"longact/mask_jaccard"} if row["iteration"] == 1 else set())
+        assert row["longact/active_fraction_q"] == pytest.approx(0.3, abs=0.01)
+        assert row["rollout_train_logprob_abs_diff"] < 1e-4
+        assert row["grad_norm"] > 0
+    assert rows[0]["kl"] == 0  # the policy is still the reference
+    assert rows[-1]["kl"] > 0
+    assert rows[0]["reward_mean"] == rows[1]["reward_mean"]  # one rollout batch
+    assert rows[0]["kl_old"] == 0
+    assert any(row["reward_mean"] > 0 for row in rows)
+
+
+def test_tensorboard_has_the_same_names(straight: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(straight[0] / "tensorboard"))
+    events.Reload()
+    rows = rows_of(straight[0])
+    for name in KEYS - {"iteration"}:
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        expected = {row["iteration"]: row[name] for row in rows if row[name] is not None}
+        assert logged == pytest.approx(expected, rel=1e-6), name
+    assert {event.step for event in events.Scalars("heldout/accuracy")} == {0, LAST}
+
+
+def test_it_says_what_came_out(straight: tuple[Path, str]) -> None:
+    run_dir, shown = straight
+    assert "4/4  reward" in shown
+    assert "all 8 tasks" in shown
+    assert "frozen rows changed           0 of " in shown
+    assert "frozen rows changed           0 of 0" not in shown
+    assert "megatron" not in shown.replace(str(run_dir), "")  # its own output is in the log
+    assert "iteration        4/       4" in (run_dir / "megatron.log").read_text()
+    evaluations = rows_of(run_dir, "evaluations.jsonl")
+    assert [row["iteration"] for row in evaluations] == [0, LAST]
+    assert evaluations[0]["accuracy_by_length"].keys() == {"80", "128"}
+    for name in ("report.md", "saliency.png", "reward.png"):
+        assert (run_dir / name).stat().st_size > 500
+    for iteration in (1, LAST):
+        assert (run_dir / f"checkpoints/iter_{iteration:07d}/.metadata").is_file()
+
+
+def compare_checkpoints(first: str, second: str) -> int:
+    """Assert that all tensors of two checkpoints are bit-equal; how many there are."""
+    from megatron.core import dist_checkpointing
+
+    a, b = (dist_checkpointing.load_plain_tensors(directory) for directory in (first, second))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    return len(a)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(straight: tuple[Path, str], tmp_path: Path) -> None:
+    """Bit for bit, from the middle of a rollout batch: same rollouts, metrics, weights and optimizer."""
+    flags = ("--longact", "--grpo-kl-beta", "0.01")
+    stopped = train(tmp_path, *flags, "--exit-interval", str(STOP), tp=2)
+    assert stopped.returncode == 0, stopped.stderr
+    assert [row["iteration"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    resumed = train(tmp_path, *flags, tp=2)
+    assert resumed.returncode == 0, resumed.stderr
+
+    def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in row.items() if "time" not in name} for row in rows]
+
+    assert timeless(rows_of(tmp_path)) == timeless(rows_of(straight[0]))
+    assert rows_of(tmp_path, "evaluations.jsonl") == rows_of(straight[0], "evaluations.jsonl")
+    last = [str(run / f"checkpoints/iter_{LAST:07d}") for run in (tmp_path, straight[0])]
+    assert ranks.run(compare_checkpoints, first=last[0], second=last[1])[0] > 10
+
+
+def test_a_dense_run_on_one_rank(tmp_path: Path) -> None:
+    done = train(tmp_path, "--train-iters", "1", "--grpo-kl-beta", "0")
+    assert done.returncode == 0, done.stderr
+    [row] = rows_of(tmp_path)
+    assert (row["longact/active_fraction_q"], row["longact/active_fraction_k"]) == (1.0, 1.0)
+    nothing = {name for name in KEYS if name.startswith("longact/")} - {
+        "longact/active_fraction_q",
+        "longact/active_fraction_k",
+    }
+    assert all(row[name] is None for name in nothing | {"kl"})
+    assert "every Q/K row trains" in done.stdout
+    assert not (tmp_path / "saliency.png").exists()
+
+
+def test_a_context_longer_than_the_model_is_refused(tmp_path: Path) -> None:
+    done = train(tmp_path, "--context-lengths", "2000")
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("megatron_longact: a context of 2000 tokens")
+    assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "metrics.jsonl").exists()
