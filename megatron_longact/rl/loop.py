@@ -32,6 +32,9 @@ from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome, StepSize
 TIME_SHARE = "longact/time_share"
 """Share of an optimizer step's wall time that LongAct took."""
 
+TIMES = (longact_metrics.TIME, "step_time_s", "rollout_time_s", "log_prob_time_s")
+"""Wall times in seconds, those of the slowest rank."""
+
 STEP_METRICS = ("loss", "clip_fraction", "dual_clip_fraction", "kl_old", "kl", "entropy")
 """Names that the objective may report, in the order in which pipeline stages exchange them."""
 
@@ -160,7 +163,8 @@ class GRPOLoop:
         self._state.evaluations.append(row)
         scalars = {f"heldout/accuracy@{n}": v for n, v in row["accuracy_by_length"].items()}
         scalars |= {"heldout/accuracy": row["accuracy"], "heldout/reward": row["reward"]}
-        self._evaluations_log.write({**row, **scalars}, iteration=row["iteration"])
+        # Under names of their own: `accuracy` is that of the rollouts.
+        self._evaluations_log.write({**row, **scalars}, iteration=row["iteration"], in_tensorboard=row.keys())
         if self._progress is not None:
             by_length = "  ".join(f"{n}: {v:.0%}" for n, v in row["accuracy_by_length"].items())
             self._progress.say(
@@ -170,15 +174,18 @@ class GRPOLoop:
 
     def _report(self, batch: RolloutBatch, outcome: StepOutcome, step_time: float) -> None:
         losses = _from_last_stage(outcome.losses, pp_group=self._trainer.pg_collection.pp)
-        row = {
+        row: dict[str, Any] = {
             "rollout_step": batch.step,
             **_rollout_metrics(batch),
             **losses,
             "grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
-            **self._longact_metrics(step_time),
+            **self._longact_metrics(),
             "step_time_s": step_time,
             **self._times,
         }
+        row |= _of_slowest_rank({name: row[name] for name in TIMES})
+        if self.longact is not None:
+            row[TIME_SHARE] = row[longact_metrics.TIME] / row["step_time_s"]
         # Megatron has written the losses to TensorBoard, and LongAct its own scalars.
         written = {*outcome.losses, *(name for name in row if name.startswith("longact/"))}
         self._metrics_log.write(row, iteration=self._trainer.iteration, in_tensorboard=written - {TIME_SHARE})
@@ -188,7 +195,7 @@ class GRPOLoop:
                 {"reward": f"{row['reward_mean']:.3f}", "accuracy": f"{row['accuracy']:.0%}"},
             )
 
-    def _longact_metrics(self, step_time: float) -> dict[str, float | None]:
+    def _longact_metrics(self) -> dict[str, float | None]:
         if self.longact is None:
             dense: dict[str, float | None] = {
                 longact_metrics.ACTIVE_FRACTION_Q: 1.0,
@@ -203,9 +210,7 @@ class GRPOLoop:
                 TIME_SHARE,
             )
             return dense | dict.fromkeys(nothing)
-        values = self.longact.metrics()
-        time_s = values[longact_metrics.TIME]
-        return {**values, TIME_SHARE: None if time_s is None else time_s / step_time}
+        return self.longact.metrics()
 
 
 def _rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
@@ -221,6 +226,14 @@ def _rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
         "rollout_train_logprob_abs_diff": difference.mean().item(),
         "rollout_train_logprob_abs_diff_max": difference.max().item(),
     }
+
+
+def _of_slowest_rank(times: dict[str, float | None]) -> dict[str, float | None]:
+    """The largest of each time over all ranks, the same on all; None where it was not measured."""
+    measured = torch.tensor([-1.0 if time is None else time for time in times.values()], dtype=torch.float64)
+    on_device = measured.cuda()
+    torch.distributed.all_reduce(on_device, op=torch.distributed.ReduceOp.MAX)
+    return {name: None if time < 0 else time for name, time in zip(times, on_device.tolist(), strict=True)}
 
 
 def _from_last_stage(losses: dict[str, Tensor], *, pp_group: ProcessGroup) -> dict[str, float | None]:
