@@ -2,9 +2,9 @@
 
     python examples/demo/make_tokenizer.py [--output examples/demo/tokenizer.model]
 
-Pieces that the needle tasks lean on are fixed instead of learnt: a key is two tokens (" amber", "-falcon"), a value is
-two (" 47", "81"), and each phrase of the templates that never changes is one. So a needle is 7 tokens, four needles with
-their question fit 64, and a model of 0.7 M parameters learns them there within minutes. Id 0 is the unknown piece: RL
+Pieces that the needle tasks lean on are fixed instead of learnt: a key is one token (" falcon"), also where " is:" follows
+it (" falcon is:"), a value is one (" 47"), and so is each phrase of the templates that never changes. So a needle is 4
+tokens, four needles with their question fit 48, and a model of 0.7 M parameters learns them there within minutes. Id 0 is the unknown piece: RL
 code exists that takes id 0 for "nothing here", so neither padding nor end-of-text may have it.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_longact.rl.tasks import ADJECTIVES, NOUNS, TEMPLATES, NeedleGenerator, sentences_of
+from megatron_longact.rl.tasks import KEYS, TEMPLATES, NeedleGenerator, sentences_of
 
 VOCAB_SIZE = 1024
 NUM_TEMPLATES = 300
@@ -42,9 +42,9 @@ class _Words:
 
 
 def fixed_pieces() -> list[str]:
-    """Key words, the halves of four-digit values and the templates' phrases, each one piece."""
-    keys = [f"▁{word}" for word in ADJECTIVES] + [f"-{word}" for word in NOUNS]
-    values = [f"▁{n}" for n in range(10, 100)] + [f"{n:02d}" for n in range(100)]
+    """Keys, values and the templates' phrases, each one piece."""
+    keys = [f"▁{word}{end}" for word in KEYS for end in ("", "▁is:")]
+    values = [f"▁{n}" for n in range(10, 100)]
     return keys + values + template_phrases()
 
 

@@ -35,7 +35,7 @@ GRPO_ARGS=(
     --grpo-iterations 1                # times through a rollout batch
     --grpo-clamp-eps-lower 0.2
     --grpo-clamp-eps-upper 0.28        # clip-higher, as DAPO has it
-    --grpo-kl-beta 0
+    --grpo-kl-beta 0.001              # a light pull towards the start model
     --rl-default-temperature 1.0
     --inference-max-requests 64        # responses made at once
 )
@@ -65,6 +65,6 @@ export OMP_NUM_THREADS=1               # one core a rank
 export TORCH_CPP_LOG_LEVEL=ERROR       # gloo's warnings about host names
 export PYTHONWARNINGS=ignore           # Megatron warns of each kernel library that a CPU does not have
 export TORCH_LOGS=-all                 # and torch of a CUDA toolkit without a GPU
-exec torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29500}" \
+exec torchrun --standalone --nproc-per-node 2 \
     -m megatron_longact.run --cpu examples/train_grpo.py \
     "${MODEL_ARGS[@]}" "${TASK_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"} "$@"

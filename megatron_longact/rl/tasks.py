@@ -6,10 +6,9 @@ beginning of the answer. The structure and the needle sentence are RULER's (arXi
 
 - lengths are exact: every prompt has precisely the drawn number of tokens, because the static
   inference engine prefills prompts of one length together and others token by token;
-- values have four digits instead of seven and fewer needles are asked for, so that a model of less
-  than a million parameters can learn the tasks (`NeedleTask` takes RULER's own numbers too);
-- keys are adjective-noun pairs of two short lists, so that training and held-out keys can be
-  disjoint pairs of the same words.
+- keys are single words of a short list, values have two digits instead of seven, and fewer values are
+  asked for, so that a model of less than a million parameters can learn the tasks (`NeedleTask` takes
+  RULER's own numbers too).
 
 The haystack is the prose of CPython's own documentation, `pydoc_data.topics`. Its text differs a
 little between CPython releases (3.12 and 3.13 share most of it), so samples are reproducible for
@@ -31,12 +30,10 @@ Split = Literal["train", "heldout"]
 HELDOUT_TOPICS = ("debugger", "execmodel", "formatstrings", "import", "strings", "typesmapping")
 
 # fmt: off
-ADJECTIVES = (
+KEYS = (
     "amber", "ancient", "bold", "brave", "bright", "calm", "clever", "crisp", "curious", "distant", "eager",
     "early", "fancy", "gentle", "golden", "happy", "hidden", "humble", "icy", "jolly", "keen", "lively",
     "lucky", "mellow", "noble", "patient", "proud", "quiet", "rapid", "silver", "steady", "tiny",
-)
-NOUNS = (
     "anchor", "badger", "beacon", "canyon", "cedar", "comet", "copper", "desert", "falcon", "feather",
     "forest", "garden", "glacier", "harbor", "island", "jacket", "kettle", "lantern", "maple", "meadow",
     "mirror", "ocean", "orchid", "pebble", "pepper", "raven", "river", "saddle", "thunder", "tunnel",
@@ -52,7 +49,7 @@ _QUESTIONS = {
 }
 _ANSWER_PREFIXES = {
     False: "The special magic number for {keys} is:",
-    True: "The special magic numbers for {keys} are:",
+    True: "The special magic numbers are these. For {first} is:",
 }
 TEMPLATES = (_INSTRUCTION, NEEDLE, *_QUESTIONS.values(), *_ANSWER_PREFIXES.values())
 
@@ -98,8 +95,8 @@ NEEDLE_TASKS: dict[str, NeedleTask] = {
     for task in (
         NeedleTask("single"),
         NeedleTask("multikey", num_keys=4),
-        NeedleTask("multivalue", num_keys=2, num_values=2),
-        NeedleTask("multiquery", num_keys=4, num_queries=2),
+        NeedleTask("multivalue", num_values=2),
+        NeedleTask("multiquery", num_keys=2, num_queries=2),
     )
 }
 
@@ -139,7 +136,7 @@ class NeedleGenerator:
     tokenizer: turns text into ids and back; a Megatron tokenizer as it is.
     tasks: names of `NEEDLE_TASKS` or tasks of one's own, drawn with equal chance.
     lengths: prompt lengths in tokens, drawn with equal chance.
-    split: "train" or "heldout": other texts, other keys, another stream of random numbers.
+    split: "train" or "heldout": other texts, and another stream of random numbers.
     same_length: all samples of a step have the one length drawn for the step.
 
     Raises ValueError for an unknown task, no tasks or no lengths; `sample` raises it for a length
@@ -164,7 +161,6 @@ class NeedleGenerator:
         self.split = split
         self.seed = seed
         self.same_length = same_length
-        self._keys = keys_of(split)
         self._sentences = [tokenizer.tokenize(" " + text) for text in sentences_of(split)]
 
     def sample(
@@ -189,13 +185,13 @@ class NeedleGenerator:
         return random.Random(f"{self.seed}/{self.split}/{step}/{index}")
 
     def _build(self, task: NeedleTask, length: int, *, rng: random.Random) -> Sample:
-        needles = _draw_needles(task, self._keys, rng=rng)
+        needles = _draw_needles(task, rng=rng)
         queries = rng.sample(list(dict.fromkeys(n.key for n in needles)), task.num_queries)
         references = tuple(n.value for key in queries for n in needles if n.key == key)
         plural = len(references) > 1
         question = [_QUESTIONS[plural], _ANSWER_PREFIXES[plural]]
         head = self.tokenizer.tokenize(_INSTRUCTION)
-        tail = [i for t in question for i in self._tokens(t.format(keys=_and_list(queries)))]
+        tail = [i for t in question for i in self._tokens(t.format(keys=_and_list(queries), first=queries[0]))]
         needle_ids = [self._tokens(NEEDLE.format(key=n.key, value=n.value)) for n in needles]
         room = length - len(head) - len(tail) - sum(map(len, needle_ids))
         if room < 0:
@@ -231,8 +227,13 @@ class NeedleGenerator:
 
 
 def reward(response: str, references: Sequence[str]) -> float:
-    """Share of the references that the response holds, in [0, 1] (RULER's string_match_all)."""
-    return sum(r.lower() in response.lower() for r in references) / len(references)
+    """Numbers that are right over numbers that are right, wrong or missing, in [0, 1]; 1 for an exact match.
+
+    RULER's own score, the share of references present, would reward a policy for listing every number.
+    """
+    given = re.findall(r"\d+", response)
+    right = len(set(given) & set(references))
+    return right / (len(references) + len(given) - right)
 
 
 def exact_match(response: str, references: Sequence[str]) -> bool:
@@ -256,17 +257,6 @@ def sentences_of(split: Split) -> tuple[str, ...]:
     return tuple(s for s in _prose(others) if s not in set(heldout))
 
 
-@cache
-def keys_of(split: Split) -> tuple[str, ...]:
-    """The keys of a split: one adjective-noun pair in four is held out; the words are shared."""
-    return tuple(
-        f"{adjective}-{noun}"
-        for i, adjective in enumerate(ADJECTIVES)
-        for j, noun in enumerate(NOUNS)
-        if ((i + j) % 4 == 0) == (split == "heldout")
-    )
-
-
 def _as_task(task: str | NeedleTask) -> NeedleTask:
     if isinstance(task, NeedleTask):
         return task
@@ -275,10 +265,10 @@ def _as_task(task: str | NeedleTask) -> NeedleTask:
     return NEEDLE_TASKS[task]
 
 
-def _draw_needles(task: NeedleTask, keys: Sequence[str], *, rng: random.Random) -> list[_Needle]:
+def _draw_needles(task: NeedleTask, *, rng: random.Random) -> list[_Needle]:
     """Needles in the order of the text: distinct keys, distinct values."""
-    drawn_keys = rng.sample(keys, task.num_keys)
-    values = rng.sample(range(1000, 10000), task.num_keys * task.num_values)
+    drawn_keys = rng.sample(KEYS, task.num_keys)
+    values = rng.sample(range(10, 100), task.num_keys * task.num_values)
     owners = [key for key in drawn_keys for _ in range(task.num_values)]
     needles = [_Needle(key, str(value)) for key, value in zip(owners, values, strict=True)]
     rng.shuffle(needles)
