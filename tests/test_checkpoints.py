@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -49,7 +50,7 @@ def read(folder: Path, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / f"iter_{iteration:07d}"
     tensors: dict[str, Any] = {}
     _load_state_dict(tensors, FileSystemReader(path), _EmptyStateDictLoadPlanner(), no_dist=True)
-    return torch.load(path / "common.pt", weights_only=False), tensors
+    return load_common_state_dict(path), tensors
 
 
 def assert_bitwise(a: Any, b: Any, where: str = "") -> None:

@@ -21,29 +21,31 @@ else
 fi
 
 TASK_ARGS=(
-    --context-lengths 128 256 512      # tokens of a prompt, drawn for each; the start model learnt at 64 alone
+    --context-lengths 128 192 256      # tokens of a prompt, drawn for each; the start model learnt at 24 to 64
+    --heldout-context-lengths 128 256 384
     --max-response-length 16
-    --seq-length 544                   # longest prompt plus response, rounded up
-    --rl-prompts-per-eval 64           # held-out prompts for each context length
+    --seq-length 416                   # longest prompt plus response, rounded up
+    --rl-prompts-per-eval 128          # held-out prompts for each context length
     --eval-interval 1000               # before and after only
 )
 GRPO_ARGS=(
-    --grpo-prompts-per-step 8          # prompts of a rollout batch
+    --grpo-prompts-per-step 16         # prompts of a rollout batch
     --grpo-group-size 8                # responses to each
-    --global-batch-size 32             # responses of an optimizer step: two steps a rollout batch
+    --global-batch-size 64             # responses of an optimizer step: two steps a rollout batch
     --micro-batch-size 8
     --grpo-iterations 1                # times through a rollout batch
     --grpo-clamp-eps-lower 0.2
     --grpo-clamp-eps-upper 0.28        # clip-higher, as DAPO has it
-    --grpo-kl-beta 0.001              # a light pull towards the start model
+    --grpo-kl-beta 0.001               # a light pull towards the start model
     --rl-default-temperature 1.0
-    --inference-max-requests 64        # responses made at once
+    --inference-max-requests 128       # responses made at once
 )
 TRAIN_ARGS=(
     --tensor-model-parallel-size 2
-    --train-iters 100                  # optimizer steps
+    --train-iters 40                   # optimizer steps
     --lr 1e-4
-    --lr-decay-style constant
+    --lr-decay-style linear            # a constant rate lets the entropy run away after some 30 steps
+    --min-lr 1e-5
     --lr-warmup-iters 4
     --weight-decay 0.01
     --clip-grad 1.0
