@@ -5,7 +5,15 @@ format, also when it saves asynchronously, loads at any parallel layout, and lea
 and `--no-load-optim`. Source: megatron/training/checkpointing.py, `generate_state_dict`, `load_checkpoint`.
 """
 
+import os
+import warnings
+from argparse import Namespace
+from pathlib import Path
 from typing import Any, Protocol
+
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
 class Stateful(Protocol):
@@ -39,3 +47,35 @@ def carry_state(opt_param_scheduler: Any, name: str, stateful: Stateful) -> None
 
     opt_param_scheduler.state_dict = state_dict
     opt_param_scheduler.load_state_dict = load_state_dict
+
+
+def check_model_shape(args: Namespace) -> None:
+    """Raise `ValueError` if `--load` or `--pretrained-checkpoint` holds a model of another shape.
+
+    Reads the arguments that Megatron saved in the checkpoint, on rank 0 alone; what either side does not
+    say is not compared, and neither is a checkpoint that was not saved with `--ckpt-format torch_dist`.
+    """
+    if os.environ.get("RANK", "0") != "0" or getattr(args, "use_checkpoint_args", False):
+        return
+    for flag in ("load", "pretrained_checkpoint"):
+        saved = _saved_args(getattr(args, flag, None), getattr(args, "ckpt_step", None))
+        pairs = {name: (getattr(saved, name, None), getattr(args, name, None)) for name in _SHAPE}
+        differ = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old and new and old != new]
+        if differ:
+            folder = getattr(args, flag)
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {folder} holds a model of another shape: {', '.join(differ)}; give the "
+                "flags that it was made with, or --use-checkpoint-args"
+            )
+
+
+def _saved_args(folder: str | None, ckpt_step: int | None) -> Namespace | None:
+    tracker = Path(folder or "", "latest_checkpointed_iteration.txt")
+    if folder is None or not tracker.is_file():
+        return None
+    iteration = str(ckpt_step or tracker.read_text().strip())
+    path = Path(folder, f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
+    if not (path / "metadata.json").is_file():
+        return None
+    with warnings.catch_warnings(action="ignore"):  # that no process group is there yet is as it should be
+        return load_common_state_dict(path).get("args")

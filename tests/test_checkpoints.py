@@ -1,6 +1,7 @@
 """LongAct's state in Megatron's checkpoints: resume is bitwise, also at another layout. Real runs, real files."""
 
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_longact.checkpointing import check_model_shape
 from tests.test_run import LAUNCHER, PROGRAMS, TRAINING, torchrun
 
 pytestmark = pytest.mark.timeout(280)
@@ -150,6 +152,17 @@ def test_finetune_starts_fresh(trained: Path, tmp_path: Path) -> None:
     result = done(run(tmp_path / "tuned", 2, *LONGACT, "--finetune", load=trained))
     assert "LongAct starts fresh" in result.stdout
     assert longact_of(tmp_path / "tuned", 2)["updates"] == 2
+
+
+def test_another_model_shape_is_refused_in_one_line(trained: Path) -> None:
+    for flag, value in (("--hidden-size", 48), ("--num-query-groups", 4), ("--num-layers", 2)):
+        args = Namespace(load=str(trained), **{flag[2:].replace("-", "_"): value})
+        with pytest.raises(ValueError, match="holds a model of another shape") as error:
+            check_model_shape(args)
+        assert f"{value} here" in str(error.value)
+        assert "\n" not in str(error.value)
+    check_model_shape(Namespace(load=str(trained), hidden_size=32, num_layers=4))
+    check_model_shape(Namespace(load="nowhere", hidden_size=48))
 
 
 def test_another_configuration_stops_the_run_in_one_line(trained: Path, tmp_path: Path) -> None:

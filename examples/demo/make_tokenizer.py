@@ -2,10 +2,11 @@
 
     python examples/demo/make_tokenizer.py [--output examples/demo/tokenizer.model]
 
-Pieces that the needle tasks lean on are fixed instead of learnt: a key is one token (" falcon"), also where " is:" follows
-it (" falcon is:"), a value is one (" 47"), and so is each phrase of the templates that never changes. So a needle is 4
-tokens, four needles with their question fit 48, and a model of 0.7 M parameters learns them there within minutes. Id 0 is the unknown piece: RL
-code exists that takes id 0 for "nothing here", so neither padding nor end-of-text may have it.
+Pieces that the needle tasks lean on are fixed instead of learnt: a key is one token (" falcon"), also where " is:"
+follows it (" falcon is:"), a value is one (" 47"), and so is each phrase of the templates that never changes. So a
+needle is 4 tokens, four needles with their question fit 48, and a model of 0.7 M parameters learns them there within
+minutes. Id 0 is the unknown piece: RL code exists that takes id 0 for "nothing here", so neither padding nor
+end-of-text may have it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,333 @@
+"""What LongAct costs: step time and memory with it over without it, interleaved in one process group.
+
+    torchrun --nproc-per-node 2 tools/benchmark_overhead.py --tensor-model-parallel-size 2 --output overhead.json
+
+The arms take turns on one model: `dense`; `refresh`, a LongAct step that selects anew; `keep`, one that keeps its
+mask; and `naive`, the plain way to the same update: dense 0/1 masks multiplied into the gradients, and a copy
+of the master weights before each step. A refresh interval of n costs (refresh + (n - 1) keep) / n. Ratios are
+formed round by round and their median is reported with the quartiles. Without a GPU it runs over gloo.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WITHOUT_GPU = not torch.cuda.is_available()
+if WITHOUT_GPU:
+    from megatron_longact.cpu import enable_cpu_mode
+
+    enable_cpu_mode()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_longact import LongAct, LongActConfig  # noqa: E402
+from megatron_longact.optimizer_shards import chained, resolve_shards  # noqa: E402
+
+
+@dataclass
+class Arm:
+    """One way to make a step: seconds of its rounds, and bytes at the peak above the start of the step."""
+
+    seconds: list[float]
+    peak_bytes: int = 0
+    held_bytes: int = 0
+
+
+@dataclass
+class Model:
+    """A model in DDP, its optimizer, and a batch."""
+
+    chunks: list[Any]
+    optimizer: Any
+    tokens: torch.Tensor
+
+    def step(self) -> None:
+        """Make one optimizer step."""
+        self.chunks[0].zero_grad_buffer()
+        self.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=None,
+            model=self.chunks[0],
+            num_microbatches=1,
+            seq_length=self.tokens.shape[1],
+            micro_batch_size=self.tokens.shape[0],
+            forward_only=False,
+        )
+        self.optimizer.step()
+        if not WITHOUT_GPU:
+            torch.cuda.synchronize()
+
+    def _forward(self, data: Any, model: Any) -> Any:
+        b, s = self.tokens.shape
+        longact = LongAct.of(self.optimizer)
+        if longact is not None:
+            longact.set_tokens(torch.ones_like(self.tokens, dtype=torch.bool))
+        mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1) if WITHOUT_GPU else None
+        position_ids = torch.arange(s, device=self.tokens.device).expand(b, s)
+        output = model(self.tokens, position_ids, mask, labels=self.tokens)
+        return output, lambda losses: (losses.float().mean(), {})
+
+
+def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Model:
+    """A Qwen3-shaped stack of `args.num_layers` layers."""
+    bf16 = args.dtype == "bf16"
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=hidden_size // args.kv_channels,
+        num_query_groups=max(hidden_size // args.kv_channels // 4, 1),
+        kv_channels=args.kv_channels,
+        ffn_hidden_size=3 * hidden_size,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        use_cpu_initialization=WITHOUT_GPU,
+        masked_softmax_fusion=not WITHOUT_GPU,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=not WITHOUT_GPU,
+        persist_layer_norm=not WITHOUT_GPU,
+        fp8=args.fp8,
+        fp8_recipe=args.fp8_recipe if args.fp8 else "delayed",
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    spec = get_gpt_layer_local_spec if WITHOUT_GPU else get_gpt_layer_with_transformer_engine_spec
+    layer_spec = spec(qk_layernorm=True, **({"normalization": "RMSNorm"} if WITHOUT_GPU else {}))
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec,
+        vocab_size=args.vocab_size,
+        max_sequence_length=seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+    )
+    device = torch.device("cpu" if WITHOUT_GPU else "cuda")
+    wrapped = Float16Module(config, model.to(device)) if bf16 else model.to(device)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    chunk = DistributedDataParallel(config, ddp_config, wrapped)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-6,
+            weight_decay=0.01,
+            clip_grad=1.0,
+            bf16=bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        [chunk],
+    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(args.vocab_size, (1, seq_length), generator=generator).to(device)
+    return Model([chunk], optimizer, tokens)
+
+
+@contextmanager
+def longact(model: Model, *, refresh: bool) -> Iterator[None]:
+    """LongAct on the model, selecting in the next step or keeping a mask that it has."""
+    attached = LongAct.attach(model.chunks, model.optimizer, LongActConfig(refresh_interval=int(refresh)))
+    if not refresh:
+        model.step()  # selects; the mask is kept from here on
+    with attached:
+        yield
+
+
+@contextmanager
+def naive(model: Model) -> Iterator[None]:
+    """The plain way, with a random mask: no selection is paid for, only the masked update."""
+    config = model.chunks[0].config
+    finalize = config.finalize_model_grads_func
+    parameters = [p for name, p in model.chunks[0].named_parameters() if "linear_qkv.weight" in name]
+    masks = {
+        p: (torch.rand(p.shape[0], 1, device=p.device) < 0.3).float().expand_as(p).contiguous() for p in parameters
+    }
+    shards = [s for o in chained(model.optimizer) for s in resolve_shards(o, parameters, LongActConfig())]
+    saved: list[torch.Tensor] = []
+
+    def finalize_and_mask(*args: Any, **kwargs: Any) -> None:
+        finalize(*args, **kwargs)
+        for parameter, mask in masks.items():
+            parameter.main_grad.mul_(mask)
+
+    def save(*_: Any) -> None:
+        saved[:] = [shard.masters()[0].detach().clone() for shard in shards]
+
+    def restore(*_: Any) -> None:
+        for shard, old in zip(shards, saved, strict=True):
+            new, keep = shard.masters()[0], masks[shard.parameter].view(-1)[shard.start : shard.end]
+            new.data.copy_(torch.where(keep.view_as(old) > 0, new, old))
+        saved.clear()
+
+    inner = chained(model.optimizer)[0].optimizer
+    handles = [inner.register_step_pre_hook(save), inner.register_step_post_hook(restore)]
+    config.finalize_model_grads_func = finalize_and_mask
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def dense(model: Model) -> Iterator[None]:
+    """Nothing."""
+    yield
+
+
+def live_bytes() -> int:
+    """Bytes of all tensor storages that Python can reach."""
+    gc.collect()
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Bytes allocated at the peak of a step above its beginning."""
+    if not WITHOUT_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+ARMS: dict[str, Callable[[Model], Any]] = {
+    "dense": dense,
+    "refresh": lambda model: longact(model, refresh=True),
+    "keep": lambda model: longact(model, refresh=False),
+    "naive": naive,
+}
+
+
+def measure(model: Model, *, rounds: int) -> dict[str, Arm]:
+    """Each arm in turn, `rounds` times, beginning with another one each time, after one that is not counted."""
+    arms = {name: Arm([]) for name in ARMS}
+    names = list(ARMS)
+    for index in range(rounds + 1):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            before = live_bytes() if index == 0 else 0
+            with ARMS[name](model):
+                torch.distributed.barrier()
+                begun = time.perf_counter()
+                model.step()
+                torch.distributed.barrier()
+                if index:
+                    arms[name].seconds.append(time.perf_counter() - begun)
+                else:
+                    arms[name].held_bytes = live_bytes() - before
+                    arms[name].peak_bytes = peak_bytes(model.step)
+    return arms
+
+
+def ratios(arms: dict[str, Arm], interval: int | None) -> list[float]:
+    """Step time over the dense one, round by round; interval None: the naive way."""
+    if interval is None:
+        return [n / d for n, d in zip(arms["naive"].seconds, arms["dense"].seconds, strict=True)]
+    triples = zip(arms["refresh"].seconds, arms["keep"].seconds, arms["dense"].seconds, strict=True)
+    return [(refresh + (interval - 1) * keep) / interval / plain for refresh, keep, plain in triples]
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def row(label: str, values: list[float], arm: Arm, plain: Arm) -> str:
+    """One line of the table."""
+    low, middle, high = quartiles(values)
+    peak, held = (arm.peak_bytes - plain.peak_bytes) / 2**20, (arm.held_bytes - plain.held_bytes) / 2**20
+    return f"| {label} | {middle:.4f} | {low:.4f} to {high:.4f} | {peak:+.2f} | {held:+.3f} |"
+
+
+def main() -> None:
+    """Measure every width and sequence length, print a table, and write the raw numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, nargs="+", default=[1024])
+    parser.add_argument("--seq-length", type=int, nargs="+", default=[2048])
+    parser.add_argument("--refresh-interval", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument("--kv-channels", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="fp32")
+    parser.add_argument("--fp8", default=None, choices=["hybrid", "e4m3"])
+    parser.add_argument("--fp8-recipe", default="delayed")
+    parser.add_argument("--rounds", type=int, default=8, help="counted rounds of all arms")
+    parser.add_argument("--output", type=Path, help="JSON file for the raw numbers")
+    args = parser.parse_args()
+
+    torch.distributed.init_process_group("gloo" if WITHOUT_GPU else "nccl")
+    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    report = []
+    rank0 = torch.distributed.get_rank() == 0
+    for hidden_size in args.hidden_size:
+        for seq_length in args.seq_length:
+            model = build(args, hidden_size=hidden_size, seq_length=seq_length)
+            size = sum(p.numel() for p in model.chunks[0].parameters()) * args.tensor_model_parallel_size
+            arms = measure(model, rounds=args.rounds)
+            if rank0:
+                seconds = statistics.median(arms["dense"].seconds)
+                print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {seq_length} tokens: {seconds:.2f} s\n")
+                print("| | step time over dense | quartiles | peak memory, MiB | held memory, MiB |")
+                print("|---|---|---|---|---|")
+                for interval in args.refresh_interval:
+                    print(row(f"refresh interval {interval}", ratios(arms, interval), arms["refresh"], arms["dense"]))
+                print(row("naive masks and copies", ratios(arms, None), arms["naive"], arms["dense"]), flush=True)
+            report.append(
+                {
+                    "parameters": size,
+                    "hidden_size": hidden_size,
+                    "seq_length": seq_length,
+                    "arms": {name: asdict(arm) for name, arm in arms.items()},
+                }
+            )
+    if rank0 and args.output:
+        args.output.write_text(
+            json.dumps({"flags": {k: str(v) for k, v in vars(args).items()}, "runs": report}, indent=1)
+        )
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
