@@ -3,7 +3,7 @@
 #
 #     bash examples/demo/run.sh                  what `make demo` does: results in runs/demo
 #     DENSE=1 bash examples/demo/run.sh          the same without LongAct, in runs/demo-dense
-#     SEED=2 bash examples/demo/run.sh           other rollouts and training tasks; the held-out tasks stay
+#     SEED=2 bash examples/demo/run.sh           other tasks, held-out ones too, and other rollouts
 #     RUN_DIR=/tmp/run bash examples/demo/run.sh --train-iters 10     another folder; more flags are passed on
 #
 # DEMO_DIR is the folder of the tokenizer and of the start checkpoint (default: the one of this file).
