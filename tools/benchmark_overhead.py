@@ -241,6 +241,7 @@ def measure(model: Model, *, rounds: int) -> dict[str, Arm]:
     """Each arm in turn, `rounds` times, beginning with another one each time, after one that is not counted."""
     arms = {name: Arm([]) for name in ARMS}
     names = list(ARMS)
+    model.step()  # makes the optimizer's state, which belongs to no arm
     for index in range(rounds + 1):
         first = index % len(names)
         for name in names[first:] + names[:first]:
