@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longact import metrics
+from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.audit import RowCounts
@@ -75,7 +76,15 @@ def _draw(
             num_query_groups=args.num_query_groups or args.num_attention_heads,
             kv_channels=args.kv_channels,
             path=run_dir / SALIENCY,
+            statistic=_what_is_shown(longact.config),
         )
+
+
+def _what_is_shown(config: LongActConfig) -> str:
+    """The label of the saliency's colour scale."""
+    if not config.reads_activations:
+        return {"random": "random score", "weight-norm": "norm of the row"}[config.select]
+    return {"mean-abs": "mean |activation|", "rms": "rms activation", "max-abs": "max |activation|"}[config.statistic]
 
 
 def _settings(args: Namespace, config: GRPOConfig, longact: LongAct | None) -> dict[str, object]:
