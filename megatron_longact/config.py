@@ -107,9 +107,9 @@ class LongActConfig:
         return self.select in ("high", "low")
 
     @property
-    def needs_sequences(self) -> bool:
-        """Whether counting a token needs the sequence that it belongs to."""
-        return self.min_context > 0 or self.skip_first_tokens > 0
+    def smooths_saliency(self) -> bool:
+        """Whether the saliency is averaged over refreshes; random scores are not."""
+        return self.ema > 0 and self.select != "random"
 
 
 def flag(name: str) -> str:

@@ -202,8 +202,7 @@ class LongAct:
     def _refresh_due(self, state: LongActState) -> bool:
         interval = self.config.refresh_interval
         if self._in_warmup(state):
-            smoothed = self.config.ema > 0 and self.config.select != "random"
-            return smoothed and state.updates % max(interval, 1) == 0
+            return self.config.smooths_saliency and state.updates % max(interval, 1) == 0
         if state.masks is None:
             return True
         return interval > 0 and (state.updates - self.config.warmup_steps) % interval == 0
@@ -215,7 +214,7 @@ class LongAct:
         saliency, usable = self._measure(state)
         if not usable:
             return replace(state, rejected=state.rejected + 1)
-        if state.saliency is not None and self.config.ema > 0 and self.config.select != "random":
+        if state.saliency is not None and self.config.smooths_saliency:
             old = self.config.ema
             saliency = QK(*(old * a + (1 - old) * b for a, b in zip(state.saliency, saliency, strict=True)))
         masks = None
@@ -401,8 +400,7 @@ class LongAct:
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                logger.warning(message)
+            _log_once(message, level=logging.WARNING)
 
 
 def _to(pair: QK | None, device: str) -> dict[str, Tensor] | None:
@@ -413,6 +411,6 @@ def _from(pair: dict[str, Tensor] | None, device: torch.device) -> QK | None:
     return None if pair is None else QK(pair["q"].to(device), pair["k"].to(device))
 
 
-def _log_once(message: str) -> None:
+def _log_once(message: str, *, level: int = logging.INFO) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info(message)
+        logger.log(level, message)

@@ -32,7 +32,7 @@ def reduce_tokens(x: Tensor, counted: Tensor | None, *, statistic: Statistic) ->
         if counted is not None:
             part = torch.where(counted[start : start + step].view(-1, *(1,) * (x.dim() - 1)), part, 0)
         if statistic == "max-abs":
-            # amax alone drops NaN on some devices; maximum and amax of torch propagate it.
+            # amax and maximum both propagate NaN
             total = torch.maximum(total, part.abs().amax(0).float())
         elif statistic == "rms":
             total += part.float().square().sum(0)

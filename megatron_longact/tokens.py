@@ -90,8 +90,8 @@ def _packed(rules: TokenRules, named: Tensor | None, packed: Any, *, cp_rank: in
         real &= named.flatten()
     counted = rules.apply(real[None], ids[None])[0]
     if cp_size > 1:
-        tail = [total] if int(bounds[-1]) < total else []
-        parts = counted.tensor_split([int(end) for end in bounds[1:-1]] + ([int(bounds[-1])] if tail else []))
+        ends_of_parts = [end for end in bounds[1:].tolist() if end < total]
+        parts = counted.tensor_split(ends_of_parts)
         counted = torch.cat([zigzag(part[None], cp_rank=cp_rank, cp_size=cp_size)[0] for part in parts])
     return counted[:, None]
 
