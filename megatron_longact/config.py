@@ -68,6 +68,11 @@ class LongActConfig:
     """What the optimizer moments of a frozen row do: decay (they see a zero gradient), hold, or reset to
     zero."""
 
+    import_mask: str = ""
+    """Start from the masks in this safetensors file, as tools/export_mask.py writes it, instead of a first selection.
+    With a refresh interval of 0 they stay for the whole run; with another one they hold until the first refresh, one
+    interval after the first masked step. A run that resumes goes on with the masks of its checkpoint."""
+
     on_mismatch: OnMismatch = "error"
     """A checkpoint made with another LongAct configuration: stop, or go on with the flags given now."""
 

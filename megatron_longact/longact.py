@@ -14,6 +14,7 @@ Nothing is committed unless the inner optimizer stepped, so a skipped or repeate
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from megatron_longact import metrics
 from megatron_longact.config import LongActConfig, flag
+from megatron_longact.imported_masks import read_masks
 from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_squares, mask_gradients
 from megatron_longact.optimizer_shards import chained, resolve_shards
 from megatron_longact.qkv_layers import QKVModel
@@ -35,6 +37,8 @@ from megatron_longact.selection import QK, GlobalSaliency, random_saliency, sele
 logger = logging.getLogger(__name__)
 
 _ATTACHED: "WeakKeyDictionary[Any, LongAct]" = WeakKeyDictionary()
+_NOT_COMPARED = ("on_mismatch", "import_mask")
+"""Settings that a run may resume without: they say how it starts."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class LongAct:
 
         self._model = QKVModel.find(model_chunks)
         self._clock = metrics.Stopwatch(self._model.device)
+        self._imported = self._read_imported_masks()
         self._saliency = GlobalSaliency(
             self._model.groups,
             self._model.layout,
@@ -136,6 +141,13 @@ class LongAct:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def _read_imported_masks(self) -> QK | None:
+        config, model = self.config, self._model
+        if not config.import_mask:
+            return None
+        masks = read_masks(Path(config.import_mask), model.layout, model.layer_numbers, config.targets)
+        return QK(*(mask.to(model.device) for mask in masks))
+
     def _strict_freezes(self) -> list[StrictFreeze]:
         optimizers = chained(self._optimizer)
         if not optimizers:
@@ -190,7 +202,12 @@ class LongAct:
                 if state.updates
                 else f"LongAct starts fresh: {self.config}"
             )
-        self._pending = self._refreshed(state) if self._refresh_due(state) else state
+        if self._refresh_due(state):
+            self._pending = self._refreshed(state)
+        elif self._import_due(state):
+            self._pending = replace(state, masks=self._imported)
+        else:
+            self._pending = state
         self._capture.accumulator.reset()
         self._capture.training_forwards = 0
         self._metrics_of_step = None
@@ -204,8 +221,11 @@ class LongAct:
         if self._in_warmup(state):
             return self.config.smooths_saliency and state.updates % max(interval, 1) == 0
         if state.masks is None:
-            return True
+            return self._imported is None
         return interval > 0 and (state.updates - self.config.warmup_steps) % interval == 0
+
+    def _import_due(self, state: LongActState) -> bool:
+        return self._imported is not None and state.masks is None and not self._in_warmup(state)
 
     def _capture_next_step(self) -> bool:
         return self.config.reads_activations and self._refresh_due(self._state)
@@ -386,7 +406,7 @@ class LongAct:
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         now = asdict(self.config)
-        names = [name for name in now if name != "on_mismatch" and saved.get(name) != now[name]]
+        names = [name for name in now if name not in _NOT_COMPARED and saved.get(name) != now[name]]
         if not names:
             return
         differ = ", ".join(f"{flag(name)} {saved.get(name)} -> {now[name]}" for name in names)

@@ -1,0 +1,249 @@
+"""What a Hugging Face `config.json` says of a model, read without `transformers`.
+
+Everything in the file is either taken over, known to change nothing, or refused by name and value: a key that this
+module does not know is never passed over in silence.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""The dtypes of weights that are converted, as config.json names them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one `model_type` apart from the others; adding a family is adding one of these."""
+
+    architecture: str
+    qk_layernorm: bool = False
+    qkv_bias: bool = False
+    experts: bool = False
+    head_dim: int | None = None
+    """Channels of a head where config.json does not say; None: hidden_size / num_attention_heads."""
+    sliding_window: int | None = None
+    """The window where config.json does not say; None: none."""
+    window_is_optional: bool = True
+    """Whether the window is in use only with `use_sliding_window`."""
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True, head_dim=128),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_layernorm=True, experts=True),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM", sliding_window=4096, window_is_optional=False),
+}
+"""By `model_type`."""
+
+_DESCRIPTIVE = """
+    architectures auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id dtype eos_token_id
+    finetuning_task gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder label2id
+    max_window_layers model_type name_or_path output_attentions output_hidden_states output_router_logits pad_token_id
+    prefix pretraining_tp
+    problem_type return_dict return_dict_in_generate router_aux_loss_coef sep_token_id task_specific_params
+    tokenizer_class torch_dtype torchscript transformers_version unk_token_id unsloth_version use_cache
+"""
+_MAPPED = """
+    attention_dropout head_dim hidden_act hidden_size intermediate_size layer_types max_position_embeddings
+    moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok num_hidden_layers
+    num_key_value_heads num_local_experts rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+    tie_word_embeddings use_sliding_window vocab_size decoder_sparse_step
+"""
+_KNOWN = frozenset((_DESCRIPTIVE + _MAPPED).split())
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base, and how it is scaled."""
+
+    theta: float = 10000.0
+    llama3_factor: float | None = None
+    """Llama 3.1's scaling, with the other constants of it as Megatron has them built in."""
+    linear_factor: int | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in every layer."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    norm_topk_prob: bool
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A decoder-only model as config.json describes it."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    tied: bool
+    attention_dropout: float = 0.0
+    rope: Rope = field(default_factory=Rope)
+    experts: Experts | None = None
+    dtype: torch.dtype | None = None
+    """What config.json says; the files have the last word."""
+
+    @property
+    def family(self) -> Family:
+        """The family's entry."""
+        return FAMILIES[self.model_type]
+
+
+def read_hf_config(folder: Path) -> HFModel:
+    """The model of `folder/config.json`.
+
+    Raises `ValueError` with one line if the file is missing or broken, and by name and value for what is not mapped.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; a Hugging Face folder has one") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return model_from_config(config, where=str(path))
+
+
+def model_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> HFModel:
+    """The model that a configuration describes; errors as in `read_hf_config`."""
+    reader = _Reader(config, where)
+    family = reader.family()
+    reader.refuse_unmapped(family)
+    heads, hidden = reader.size("num_attention_heads"), reader.size("hidden_size")
+    groups = reader.size("num_key_value_heads", heads)
+    if heads % groups:
+        raise ValueError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+    return HFModel(
+        model_type=config["model_type"],
+        num_layers=reader.size("num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=reader.size("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=reader.size("head_dim", family.head_dim or hidden // heads),
+        vocab_size=reader.size("vocab_size"),
+        max_position_embeddings=reader.size("max_position_embeddings"),
+        norm_epsilon=reader.number("rms_norm_eps"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        attention_dropout=reader.number("attention_dropout", 0.0),
+        rope=reader.rope(),
+        experts=reader.experts() if family.experts else None,
+        dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")),
+    )
+
+
+class _Reader:
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where = config, where
+
+    def family(self) -> Family:
+        model_type = self.config.get("model_type")
+        if model_type not in FAMILIES:
+            raise ValueError(f"{self.where}: model_type is {model_type!r}; converted are {', '.join(FAMILIES)}")
+        family = FAMILIES[str(model_type)]
+        architectures = self.config.get("architectures") or [family.architecture]
+        if architectures != [family.architecture]:
+            raise ValueError(f"{self.where}: architectures is {architectures}; converted is {family.architecture}")
+        return family
+
+    def refuse(self, name: str, value: Any, wanted: str) -> None:
+        raise ValueError(f"{self.where}: {name} is {json.dumps(value)}, which is not mapped to Megatron; {wanted}")
+
+    def refuse_unmapped(self, family: Family) -> None:
+        """Everything that would make another model than the one Megatron builds."""
+        config = self.config
+        for name, value in config.items():
+            if name not in _KNOWN and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
+                self.refuse(name, value, "take it out if it does not change the model")
+        if config.get("hidden_act", "silu") != "silu":
+            self.refuse("hidden_act", config["hidden_act"], "silu would work")
+        for name in ("num_experts", "num_local_experts"):
+            if config.get(name) and not family.experts:
+                self.refuse(name, config[name], f"{family.architecture} is converted without experts")
+        if config.get("decoder_sparse_step", 1) != 1:
+            self.refuse("decoder_sparse_step", config["decoder_sparse_step"], "1, experts in every layer, would work")
+        if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+            self.refuse("layer_types", sorted(set(config["layer_types"])), "full_attention would work")
+        self._refuse_window(family)
+
+    def _refuse_window(self, family: Family) -> None:
+        if family.window_is_optional and not self.config.get("use_sliding_window", False):
+            return
+        window = self.config.get("sliding_window", family.sliding_window)
+        if window is not None and window < self.size("max_position_embeddings"):
+            self.refuse("sliding_window", window, "null, attention over everything, would work")
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.config.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self.where}: {name} is {json.dumps(value)}; it must be a whole number, 1 or more")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.config.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{self.where}: {name} is {json.dumps(value)}; it must be a number, 0 or more")
+        return float(value)
+
+    def experts(self) -> Experts:
+        count = self.size("num_experts" if "num_experts" in self.config else "num_local_experts")
+        per_token = self.size("num_experts_per_tok")
+        return Experts(
+            count, per_token, self.size("moe_intermediate_size"), bool(self.config.get("norm_topk_prob", False))
+        )
+
+    def rope(self) -> Rope:
+        """Old files have `rope_theta` and `rope_scaling`, newer ones `rope_parameters` with both."""
+        parameters = self.config.get("rope_parameters") or {}
+        scaling = {**(self.config.get("rope_scaling") or {}), **parameters}
+        theta = scaling.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
+        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+        scaling.pop("type", None)
+        if scaling.get("partial_rotary_factor") == 1:
+            scaling.pop("partial_rotary_factor")
+        if not isinstance(theta, int | float):
+            raise ValueError(f"{self.where}: rope_theta is {json.dumps(theta)}; it must be a number")
+        if kind == "default" and not any(scaling.values()):
+            return Rope(float(theta))
+        if kind == "llama3" and scaling | {"factor": 8.0} == _LLAMA3:
+            return Rope(float(theta), llama3_factor=float(scaling["factor"]))
+        if kind == "linear" and set(scaling) == {"factor"} and float(scaling["factor"]).is_integer():
+            return Rope(float(theta), linear_factor=int(scaling["factor"]))
+        self.refuse(
+            "rope_parameters" if parameters else "rope_scaling",
+            {"rope_type": kind, **scaling},
+            "default, linear by a whole factor, and llama3 with low 1, high 4 and 8192 original positions would work",
+        )
+        raise AssertionError
+
+
+_LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}

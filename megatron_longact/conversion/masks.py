@@ -1,0 +1,74 @@
+"""LongAct's masks and saliency out of a Megatron checkpoint, under Hugging Face names.
+
+For layer N, counted from 0, and proj `q_proj` or `k_proj`, a mask file holds
+
+    model.layers.N.self_attn.<proj>            bool [rows]: True where LongAct updates the row
+    model.layers.N.self_attn.<proj>.saliency   fp32 [rows]: the channel's saliency, where it was measured
+
+`rows` are those of `model.layers.N.self_attn.<proj>.weight`, in its order. The file's metadata says which update the
+masks are of, and LongAct's configuration.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longact.conversion.safetensors_files import SafetensorsWriter
+from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
+from megatron_longact.imported_masks import mask_name
+
+
+def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
+    """Write the masks of a checkpoint into the safetensors file `save`; what was written, in a line.
+
+    Raises `ValueError` with one line for a checkpoint without LongAct, or without a mask yet.
+    """
+    folder = iteration_folder(load, ckpt_step)
+    state = (read_common_state(folder).get("opt_param_scheduler") or {}).get("longact")
+    if state is None:
+        raise ValueError(f"{folder} holds no LongAct state: the run that saved it had no --longact, or no optimizer")
+    if state["masks"] is None:
+        raise ValueError(
+            f"{folder} has no mask yet: it was saved after update {state['updates']}, before the first mask"
+        )
+    if state["layout"].get("attention_output_gate"):
+        raise ValueError(f"{folder} is of a model with --attention-output-gate, whose rows are not mapped")
+    tensors = dict(_tensors(state))
+    _write(save, tensors, _metadata(state))
+    shares = {part: float(state["masks"][part].float().mean()) for part in ("q", "k")}
+    return (
+        f"{save}: masks after update {state['updates']}, {len(state['layer_numbers'])} layers; updated are "
+        f"{shares['q']:.1%} of the Q rows, {shares['k']:.1%} of the K rows"
+    )
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for place, number in enumerate(state["layer_numbers"]):
+        for part in ("q", "k"):
+            yield mask_name(number, part), state["masks"][part][place].to(torch.bool)
+            if state["saliency"] is not None:
+                yield f"{mask_name(number, part)}.saliency", state["saliency"][part][place].float()
+
+
+def _metadata(state: dict[str, Any]) -> dict[str, str]:
+    numbers = {name: str(state[name]) for name in ("updates", "refreshes")}
+    return {"format": "pt", "longact_config": json.dumps(state["config"], sort_keys=True), **numbers}
+
+
+def _write(save: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = save.with_name(save.name + ".partial")
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    try:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        with SafetensorsWriter(partial, shapes, metadata=metadata) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        os.replace(partial, save)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {save}: {error.strerror or error}") from error

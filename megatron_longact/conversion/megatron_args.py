@@ -1,0 +1,150 @@
+"""The arguments of `megatron.training` that describe a model: in a checkpoint, and as flags."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from megatron_longact.conversion.hf_config import HFModel
+from megatron_longact.conversion.mapping import padded_vocab_size
+
+_NOT_TAKEN_BY_MEGATRON = (
+    "layernorm_epsilon",
+    "qk_layernorm",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "window_size",
+)
+"""What decides which model is built, and `--use-checkpoint-args` of megatron-core 0.19 leaves as the flags have it."""
+
+
+_PLAIN_FLAGS = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
+    position_embedding_type rotary_base normalization attention_dropout hidden_dropout num_experts moe_router_topk
+    moe_ffn_hidden_size
+"""
+
+
+def model_args(model: HFModel) -> dict[str, Any]:
+    """Values of Megatron's arguments that build this model, by their names in its namespace."""
+    experts, rope = model.experts, model.rope
+    values: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.intermediate_size,
+        "num_attention_heads": model.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.head_dim,
+        "seq_length": model.max_position_embeddings,
+        "max_position_embeddings": model.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+        "rotary_base": int(rope.theta) if rope.theta.is_integer() else rope.theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": rope.llama3_factor is not None,
+        "rope_scaling_factor": rope.llama3_factor or 8.0,
+        "rotary_seq_len_interpolation_factor": rope.linear_factor,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "apply_layernorm_1p": False,
+        "qk_layernorm": model.family.qk_layernorm,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.family.qkv_bias,
+        "swiglu": True,
+        "squared_relu": False,
+        "untie_embeddings_and_output_weights": not model.tied,
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": 0.0,
+        "padded_vocab_size": padded_vocab_size(model),
+    }
+    if experts is not None:
+        values |= {
+            "num_experts": experts.count,
+            "moe_router_topk": experts.per_token,
+            "moe_ffn_hidden_size": experts.intermediate_size,
+            "moe_router_pre_softmax": not experts.norm_topk_prob,
+            "moe_router_score_function": "softmax",
+            "moe_layer_freq": 1,
+        }
+    return values
+
+
+def common_state(model: HFModel) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors; plain values, which Megatron loads without unpickling code."""
+    saved_by = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "world_size": 1,
+        "data_parallel_size": 1,
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "ckpt_format": "torch_dist",
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return {
+        "args": Namespace(**model_args(model), **saved_by),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+
+
+def model_flags(model: HFModel) -> list[str]:
+    """The same as command-line flags, one a line, for a run without `--use-checkpoint-args`."""
+    values = model_args(model)
+    plain = [name for name in _PLAIN_FLAGS.split() if name in values]
+    flags = [f"--{name.replace('_', '-')} {values[name]}" for name in plain]
+    flags += ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
+    flags += ["--untie-embeddings-and-output-weights"] * values["untie_embeddings_and_output_weights"]
+    flags += ["--add-qkv-bias"] * values["add_qkv_bias"]
+    flags += ["--moe-router-pre-softmax"] * values.get("moe_router_pre_softmax", False)
+    return flags + flags_not_taken(model)
+
+
+def flags_not_taken(model: HFModel) -> list[str]:
+    """Flags of this model that Megatron's own `--use-checkpoint-args` does not set; our launcher does."""
+    flags = [f"--norm-epsilon {model.norm_epsilon}"]
+    flags += ["--qk-layernorm"] * model.family.qk_layernorm
+    if model.rope.llama3_factor is not None:
+        flags += [f"--use-rope-scaling --rope-scaling-factor {model.rope.llama3_factor}"]
+    if model.rope.linear_factor is not None:
+        flags += [f"--rotary-seq-len-interpolation-factor {model.rope.linear_factor}"]
+    return flags
+
+
+def completing(load_args_from_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `load_args_from_checkpoint`, which then also sets what it leaves out.
+
+    For `--use-checkpoint-args`: without these a Qwen3 checkpoint would load into a model without q/k-layernorm, and
+    nobody would say so. Whatever the checkpoint says holds, as with the arguments that Megatron sets itself.
+    """
+
+    @wraps(load_args_from_checkpoint)
+    def load(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+        result = load_args_from_checkpoint(args, *rest, **kwargs)
+        if isinstance(result, tuple):
+            for name in _NOT_TAKEN_BY_MEGATRON:
+                value = getattr(result[1], name, None)
+                if value is not None:
+                    setattr(args, name, value)
+        return result
+
+    return load
+
+
+def with_rope_scaling_factor(gpt_config_from_args: Callable[..., Any]) -> Callable[..., Any]:
+    """megatron.training's `gpt_config_from_args`, which builds with Llama 3's factor 8 whatever the flag says."""
+
+    @wraps(gpt_config_from_args)
+    def from_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+        config = gpt_config_from_args(args, *rest, **kwargs)
+        config.rope_scaling_factor = args.rope_scaling_factor
+        return config
+
+    return from_args

@@ -1,0 +1,170 @@
+"""Megatron → Hugging Face: a torch_dist checkpoint becomes a folder of safetensors, one tensor at a time."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_longact.conversion.fused import hf_parts
+from megatron_longact.conversion.hf_config import HFModel, read_hf_config
+from megatron_longact.conversion.hf_folder import INDEX, copy_companions
+from megatron_longact.conversion.mapping import Entry, entries_of
+from megatron_longact.conversion.progress import Progress
+from megatron_longact.conversion.safetensors_files import SafetensorsWriter
+from megatron_longact.conversion.staging import Staging, staged
+from megatron_longact.conversion.torch_dist import TorchDistReader, iteration_folder
+
+_MODEL_PARTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checked conversion: names, shapes and chunks fit before anything is written."""
+
+    model: HFModel
+    reader: TorchDistReader
+    entries: list[Entry]
+
+    @classmethod
+    def check(cls, folder: Path, hf_config: Path) -> "Conversion":
+        """Hold the checkpoint against config.json; `ValueError` with the name of what does not fit."""
+        model = read_hf_config(hf_config)
+        conversion = cls(model, TorchDistReader(folder), entries_of(model))
+        for entry in conversion.entries:
+            conversion._check_entry(entry)
+        used = {key for entry in conversion.entries for key in (entry.key, entry.also)}
+        for key in conversion.reader.tensors:
+            if key.startswith(_MODEL_PARTS) and key not in used and _without_layer(key) not in used:
+                raise ValueError(f"{folder}: {key} has no place in {hf_config / 'config.json'}")
+        return conversion
+
+    def _check_entry(self, entry: Entry) -> None:
+        key, index = self.place(entry)
+        shape, wanted = self.reader.shape(key), (*entry.leading[len(entry.index) - len(index) :], *entry.shape)
+        fits = shape == wanted
+        if entry.layout == "vocab" and len(shape) == len(wanted):
+            fits = shape[0] >= wanted[0] and shape[1:] == wanted[1:]
+        if not fits:
+            raise ValueError(
+                f"{self.reader.path}: {key} has shape {list(shape)}, {entry.hf[0].name} asks for {list(wanted)}"
+            )
+        if self.reader.dtype(key) not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{self.reader.path}: {key} is {self.reader.dtype(key)}; written are 32 and 16 bit floats")
+
+    def place(self, entry: Entry) -> tuple[str, tuple[int, ...]]:
+        """The tensor of the checkpoint that holds an entry, and where on its first axes.
+
+        Megatron writes all layers as one tensor, or, where they are not alike, each as its own.
+        """
+        tensors = self.reader.tensors
+        for key in filter(None, (entry.key, entry.also)):
+            if key in tensors:
+                return key, entry.index
+            if entry.index:
+                own = key.replace("decoder.layers.", f"decoder.layers.{entry.index[0]}.", 1)
+                if own in tensors:
+                    return own, entry.index[1:]
+        raise ValueError(f"{self.reader.path} has no {entry.key}, which {entry.hf[0].name} comes from")
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Dtype of an entry's tensors."""
+        return self.reader.dtype(self.place(entry)[0])
+
+    def nbytes(self, entries: Iterable[Entry]) -> int:
+        """Size of some entries."""
+        return sum(entry.numel * self.dtype(entry).itemsize for entry in entries)
+
+    def shards(self, max_bytes: int) -> list[list[Entry]]:
+        """The entries by file: as many as fit."""
+        shards: list[list[Entry]] = []
+        size = max_bytes + 1
+        for entry in self.entries:
+            nbytes = self.nbytes([entry])
+            if size + nbytes > max_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(entry)
+            size += nbytes
+        return shards
+
+
+def _without_layer(key: str) -> str:
+    parts = key.split(".")
+    return ".".join(part for place, part in enumerate(parts) if not (place == 2 and part.isdecimal()))
+
+
+def convert(
+    load: Path,
+    hf_config: Path,
+    save: Path,
+    *,
+    ckpt_step: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> str:
+    """Convert the Megatron checkpoint in `load` into the Hugging Face folder `save`; what was done, in a line.
+
+    hf_config: a folder with config.json, and what else belongs to the model: tokenizer, generation settings.
+    Raises `ValueError` with one line, before anything is written where the input is at fault.
+    """
+    folder = iteration_folder(load, ckpt_step)
+    conversion = Conversion.check(folder, hf_config)
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    config_text = (hf_config / "config.json").read_text()
+    total = conversion.nbytes(conversion.entries)
+    with (
+        staged(save, source=["to hf", source, config_text, max_shard_bytes], needed_bytes=total) as staging,
+        Progress("to Hugging Face", total) as progress,
+    ):
+        _write(conversion, conversion.shards(max_shard_bytes), staging, progress)
+        copy_companions(hf_config, staging.path)
+        (staging.path / "config.json").write_text(_with_dtype(config_text, conversion))
+        done = progress.done
+    return f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}"
+
+
+def _write(conversion: Conversion, shards: list[list[Entry]], staging: Staging, progress: Progress) -> None:
+    weight_map: dict[str, str] = {}
+    for number, entries in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {tensor.name: name for entry in entries for tensor in entry.hf}
+        if staging.finished(name) is not None:
+            progress.skip(conversion.nbytes(entries))
+            continue
+        _write_shard(conversion, entries, staging.path / name, progress)
+        staging.note(name, True)
+    index = {"metadata": {"total_size": conversion.nbytes(conversion.entries)}, "weight_map": weight_map}
+    (staging.path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(conversion: Conversion, entries: list[Entry], path: Path, progress: Progress) -> None:
+    tensors = {tensor.name: (conversion.dtype(entry), tensor.shape) for entry in entries for tensor in entry.hf}
+    name = next(iter(tensors))
+    try:
+        with SafetensorsWriter(path, tensors) as writer:
+            for entry in entries:
+                key, offsets = conversion.place(entry)
+                start = (*offsets, *(0 for _ in entry.shape))
+                values = conversion.reader.read(key, start, (*(1 for _ in offsets), *entry.shape)).view(entry.shape)
+                for tensor, part in hf_parts(entry, conversion.model, values):
+                    name = tensor.name
+                    writer.write(name, part)
+                del values, part
+                progress.add(conversion.nbytes([entry]))
+    except OSError as error:
+        raise ValueError(f"cannot write {name} to {path}: {error.strerror or error}") from error
+
+
+def _with_dtype(config_text: str, conversion: Conversion) -> str:
+    """config.json with the dtype that the weights have; the very text where it says so already."""
+    config: dict[str, Any] = json.loads(config_text)
+    attention = next(entry for entry in conversion.entries if entry.layout == "qkv")
+    dtype = str(conversion.dtype(attention)).removeprefix("torch.")
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) == dtype:
+        return config_text
+    return json.dumps({**config, key: dtype}, indent=2) + "\n"

@@ -1,0 +1,154 @@
+"""Hugging Face → Megatron: a folder of safetensors becomes a torch_dist checkpoint, one tensor at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_longact.conversion.fused import megatron_parts
+from megatron_longact.conversion.hf_config import HFModel, read_hf_config
+from megatron_longact.conversion.hf_folder import HFFolder, copy_companions
+from megatron_longact.conversion.mapping import Entry, entries_of, padded_vocab_size
+from megatron_longact.conversion.megatron_args import common_state, flags_not_taken, model_flags
+from megatron_longact.conversion.progress import Progress
+from megatron_longact.conversion.staging import Staging, staged
+from megatron_longact.conversion.torch_dist import COMMON, TRACKER, Chunk, TorchDistWriter
+
+ITERATION = "release"
+"""Megatron's name for a checkpoint that no training made: it has no optimizer and starts at iteration 0."""
+HF_FILES = "hf"
+"""Folder of the checkpoint with config.json and the tokenizer, for the way back."""
+_WITH_EXTRA_STATE = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_EXPERTS_WITH_EXTRA_STATE = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checked conversion: everything that can be wrong with the input is known before anything is written."""
+
+    model: HFModel
+    folder: HFFolder
+    entries: list[Entry]
+
+    @classmethod
+    def check(cls, hf_dir: Path) -> "Conversion":
+        """Read config.json and all headers; `ValueError` as `read_hf_config` and `HFFolder` raise it."""
+        model = read_hf_config(hf_dir)
+        entries = entries_of(model)
+        folder = HFFolder.open(hf_dir)
+        folder.check(entries, tied=model.tied)
+        conversion = cls(model, folder, entries)
+        _ = conversion.dtypes
+        return conversion
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each Megatron tensor; `ValueError` if its parts have several."""
+        dtypes: dict[str, torch.dtype] = {}
+        first: dict[str, Entry] = {}
+        for entry in self.entries:
+            self.folder.dtype_of((*first.setdefault(entry.key, entry).hf, *entry.hf))
+            dtypes[entry.key] = self.folder.dtype_of(entry.hf)
+        return dtypes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all weights."""
+        return sum(entry.numel * self.dtypes[entry.key].itemsize for entry in self.entries)
+
+    def global_shape(self, entry: Entry) -> tuple[int, ...]:
+        """Shape of the Megatron tensor that an entry is a part of."""
+        rows = padded_vocab_size(self.model) if entry.layout == "vocab" else entry.rows
+        return (*entry.leading, rows, *entry.shape[1:])
+
+
+def convert(hf_dir: Path, save: Path) -> str:
+    """Convert `hf_dir` into the Megatron checkpoint `save`; what was done, in lines to show.
+
+    Raises `ValueError` with one line, before anything is written where the input is at fault.
+    """
+    conversion = Conversion.check(hf_dir)
+    source = [[str(t.path), t.name, t.path.stat().st_size, t.path.stat().st_mtime_ns] for t in _stored(conversion)]
+    extra = 64 * len(conversion.entries) * 64
+    with (
+        staged(save, source=["to megatron", source], needed_bytes=conversion.nbytes + extra) as staging,
+        Progress("to Megatron", conversion.nbytes) as progress,
+    ):
+        _write(conversion, staging, progress)
+        (staging.path / HF_FILES).mkdir(exist_ok=True)
+        copy_companions(hf_dir, staging.path / HF_FILES)
+        (staging.path / "model_args.txt").write_text("\n".join(model_flags(conversion.model)) + "\n")
+        (staging.path / TRACKER).write_text(ITERATION)
+        done = progress.done
+    return (
+        f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}\n"
+        f"run it with --load {save} --use-checkpoint-args; without megatron_longact.run Megatron leaves out and needs "
+        f"also: {' '.join(flags_not_taken(conversion.model))}"
+    )
+
+
+def _stored(conversion: Conversion) -> list[Any]:
+    return list({stored.path: stored for stored in conversion.folder.tensors.values()}.values())
+
+
+def _write(conversion: Conversion, staging: Staging, progress: Progress) -> None:
+    path = staging.path / ITERATION
+    path.mkdir(exist_ok=True)
+    writer = TorchDistWriter(path)
+    for entry in conversion.entries:
+        for key in filter(None, (entry.key, entry.also)):
+            writer.declare(key, conversion.global_shape(entry), conversion.dtypes[entry.key])
+    for number, (unit, group) in enumerate(groupby(conversion.entries, key=lambda entry: entry.unit)):
+        entries, name = list(group), f"__{number}_0"
+        record = staging.finished(name)
+        if record is not None:
+            writer.take(record)
+            progress.skip(sum(entry.numel * conversion.dtypes[entry.key].itemsize for entry in entries))
+            continue
+        objects = {COMMON: common_state(conversion.model)} if number == 0 else _extra_states(conversion.model, unit)
+        staging.note(name, writer.write_file(name, _chunks(conversion, entries, progress), objects=objects))
+    writer.finish()
+
+
+def _chunks(conversion: Conversion, entries: list[Entry], progress: Progress) -> Iterator[Chunk]:
+    tensors = conversion.folder.tensors
+    for entry in entries:
+        parts = megatron_parts(
+            entry, conversion.model, lambda tensor: tensors[tensor.name].read(), conversion.dtypes[entry.key]
+        )
+        for row, part, source in parts:
+            offsets = (*entry.index, row, *(0 for _ in entry.shape[1:]))
+            values = part.view(*(1 for _ in entry.index), *part.shape)
+            for key in filter(None, (entry.key, entry.also)):
+                yield Chunk(key, offsets, values, source)
+            del part, values  # before the next one is read
+        progress.add(entry.numel * conversion.dtypes[entry.key].itemsize)
+
+
+def _extra_states(model: HFModel, unit: int) -> dict[str, Any]:
+    """The empty `_extra_state` of each module of a layer, or of what stands after them; Megatron asks for it.
+
+    In it Transformer Engine keeps scales of FP8. None is what megatron-core's own layers store, and what every version
+    of Transformer Engine takes for "nothing".
+    """
+    if not unit:
+        return {"decoder.final_layernorm._extra_state/shard_0_1": None}
+    places = {name: [f"{unit - 1}_{model.num_layers}"] for name in _WITH_EXTRA_STATE}
+    if model.experts is not None:
+        count = model.experts.count
+        per_expert = [f"{unit - 1}.{expert}_{model.num_layers}.{count}" for expert in range(count)]
+        places |= dict.fromkeys(_EXPERTS_WITH_EXTRA_STATE, per_expert)
+    return {f"decoder.layers.{name}._extra_state/shard_{place}": None for name in places for place in places[name]}

@@ -1,0 +1,27 @@
+"""LongAct's masks and saliency out of a Megatron checkpoint, under Hugging Face names.
+
+    python tools/export_mask.py --load IN --save mask.safetensors
+
+For each layer N, from 0: `model.layers.N.self_attn.q_proj` and `.k_proj`, bool [rows], True where LongAct updates the
+row of that weight; and the same names with `.saliency`, fp32 [rows]. `--longact-import-mask` and tools/audit_update.py
+read the file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_longact.conversion import command, masks
+
+
+def main(args: argparse.Namespace) -> int:
+    """Export."""
+    return command.run(lambda: masks.export(args.load, args.save, ckpt_step=args.ckpt_step))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=Path, required=True, help="a checkpoint folder as Megatron's --load takes it")
+    parser.add_argument("--save", type=Path, required=True, help="the mask file")
+    parser.add_argument("--ckpt-step", type=int, help="another iteration than the latest")
+    sys.exit(main(parser.parse_args()))
