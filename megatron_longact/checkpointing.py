@@ -5,6 +5,7 @@ format, also when it saves asynchronously, loads at any parallel layout, and lea
 and `--no-load-optim`. Source: megatron/training/checkpointing.py, `generate_state_dict`, `load_checkpoint`.
 """
 
+import logging
 import os
 import warnings
 from argparse import Namespace
@@ -13,6 +14,9 @@ from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
+logger = logging.getLogger(__name__)
+
+_TRACKER = "latest_checkpointed_iteration.txt"
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
@@ -49,13 +53,47 @@ def carry_state(opt_param_scheduler: Any, name: str, stateful: Stateful) -> None
     opt_param_scheduler.load_state_dict = load_state_dict
 
 
+def check_load(args: Namespace) -> None:
+    """Before a run: mend what a killed one left in `--load`, and hold its model's shape against the flags.
+
+    Works on rank 0 alone. Raises `ValueError` as `mend_tracker` and `check_model_shape` do.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        mend_tracker(getattr(args, "load", None))
+        check_model_shape(args)
+
+
+def mend_tracker(folder: str | None) -> None:
+    """Let the tracker file name the newest complete checkpoint if a run was killed while it wrote that file.
+
+    Megatron ends with exit code 0, having trained nothing, when the file is empty. It is written after the
+    checkpoint that it names is complete. Raises `ValueError` if no complete checkpoint lies beside it.
+    """
+    tracker = Path(folder or "", _TRACKER)
+    if folder is None or not tracker.is_file():
+        return
+    text = tracker.read_text().strip()
+    if text.isdecimal() or text == "release":
+        return
+    complete = sorted(path.parent.name for path in tracker.parent.glob("iter_*/metadata.json"))
+    if not complete:
+        raise ValueError(
+            f"{tracker} says {text!r} instead of an iteration, and no complete checkpoint lies beside it; write the "
+            "iteration to load into it, or delete it to begin anew"
+        )
+    mended = tracker.with_suffix(".mended")
+    mended.write_text(str(int(complete[-1].removeprefix("iter_"))))
+    mended.replace(tracker)
+    logger.warning("%s said %r: a run was killed while it wrote it; it names %s now", tracker, text, complete[-1])
+
+
 def check_model_shape(args: Namespace) -> None:
     """Raise `ValueError` if `--load` or `--pretrained-checkpoint` holds a model of another shape.
 
-    Reads the arguments that Megatron saved in the checkpoint, on rank 0 alone; what either side does not
-    say is not compared, and neither is a checkpoint that was not saved with `--ckpt-format torch_dist`.
+    Reads the arguments that Megatron saved in the checkpoint; what either side does not say is not compared,
+    and neither is a checkpoint that was not saved with `--ckpt-format torch_dist`.
     """
-    if os.environ.get("RANK", "0") != "0" or getattr(args, "use_checkpoint_args", False):
+    if getattr(args, "use_checkpoint_args", False):
         return
     for flag in ("load", "pretrained_checkpoint"):
         saved = _saved_args(getattr(args, flag, None), getattr(args, "ckpt_step", None))
@@ -70,7 +108,7 @@ def check_model_shape(args: Namespace) -> None:
 
 
 def _saved_args(folder: str | None, ckpt_step: int | None) -> Namespace | None:
-    tracker = Path(folder or "", "latest_checkpointed_iteration.txt")
+    tracker = Path(folder or "", _TRACKER)
     if folder is None or not tracker.is_file():
         return None
     iteration = str(ckpt_step or tracker.read_text().strip())

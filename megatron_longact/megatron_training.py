@@ -21,7 +21,7 @@ from megatron.training import arguments, training
 from megatron.training.global_vars import get_args, get_tensorboard_writer
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
-from megatron_longact.checkpointing import carry_state, check_model_shape
+from megatron_longact.checkpointing import carry_state, check_load
 from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
 from megatron_longact.refusals import check_settings, check_tap
@@ -66,7 +66,7 @@ def check_args(args: Namespace) -> LongActConfig | None:
     if config is not None:
         check_settings(args)
         check_tap(config, args)
-        check_model_shape(args)
+        check_load(args)
     return config
 
 

@@ -92,6 +92,24 @@ class AdamW:
         return norm
 
 
+class SGD:
+    """SGD with momentum as torch defines it: weight decay is part of the gradient."""
+
+    def __init__(self, *, lr: float, weight_decay: float, momentum: float, clip: float) -> None:
+        self.lr, self.weight_decay, self.momentum, self.clip = lr, weight_decay, momentum, clip
+        self.velocity: dict[str, Tensor] = {}
+
+    def step(self, masters: dict[str, Tensor], grads: dict[str, Tensor], decays: Callable[[str], bool]) -> float:
+        """One step in place; returns the gradient norm before clipping."""
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        factor = min(1.0, self.clip / (norm + 1e-6))
+        for name, master in masters.items():
+            grad = grads[name] * factor + (self.weight_decay if decays(name) else 0.0) * master
+            self.velocity[name] = self.momentum * self.velocity[name] + grad if name in self.velocity else grad
+            master -= self.lr * self.velocity[name]
+        return norm
+
+
 class ActivationLog:
     """Keeps every output of every `linear_qkv` of a model: [tokens, rows], by layer number."""
 

@@ -86,9 +86,7 @@ def train_naively(
         spec.heads, spec.groups, spec.kv_channels, bool(spec.config.get("attention_output_gate"))
     )
     log = reference.ActivationLog(model)
-    adam = reference.AdamW(
-        lr=optimizer.lr, weight_decay=optimizer.weight_decay, betas=(0.9, 0.999), eps=optimizer.eps, clip=optimizer.clip
-    )
+    inner = naive_optimizer(optimizer)
     parameters = dict(model.named_parameters())
     result: dict[str, Any] = {"masks": [], "saliency": [], "weights": [], "norms": []}
     for step in range(steps):
@@ -110,7 +108,7 @@ def train_naively(
                     frozen[name] = dense == 0
         before = {name: p.detach().clone() for name, p in parameters.items()}
         values = {name: p.data for name, p in parameters.items()}
-        norm = adam.step(values, grads, decays=lambda name: parameters[name].dim() > 1)
+        norm = inner.step(values, grads, decays=lambda name: parameters[name].dim() > 1)
         for name, where in frozen.items():
             values[name][where] = before[name][where]
         result["masks"].append(masks)
@@ -118,6 +116,14 @@ def train_naively(
         result["norms"].append(norm)
         result["weights"].append({name: value.clone() for name, value in values.items()})
     return result
+
+
+def naive_optimizer(spec: OptimizerSpec) -> reference.AdamW | reference.SGD:
+    """The optimizer of a spec, written out."""
+    common = {"lr": spec.lr, "weight_decay": spec.weight_decay, "clip": spec.clip}
+    if spec.config.get("optimizer") == "sgd":
+        return reference.SGD(**common, momentum=spec.config["sgd_momentum"])
+    return reference.AdamW(**common, betas=(0.9, 0.999), eps=spec.eps)
 
 
 def frozen_rows_stay(

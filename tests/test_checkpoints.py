@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megatron_longact.checkpointing import check_model_shape
+from megatron_longact.checkpointing import check_model_shape, mend_tracker
 from tests.test_run import LAUNCHER, PROGRAMS, TRAINING, torchrun
 
 pytestmark = pytest.mark.timeout(400)
@@ -100,23 +100,35 @@ def test_resume_is_bitwise(trained: Path, tmp_path: Path) -> None:
     assert_bitwise(weights_and_moments(tensors), weights_and_moments(wanted))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "tp", "flags"),
-    [
-        (1, 1, []),
-        (4, 4, ["--overlap-grad-reduce", "--overlap-param-gather"]),
-        (4, 2, ["--pipeline-model-parallel-size", "2"]),
-    ],
-    ids=["tp1", "tp4", "tp2 pp2"],
-)
-def test_another_layout_keeps_every_bit(trained: Path, tmp_path: Path, ranks: int, tp: int, flags: list[str]) -> None:
-    # Megatron's own conversion loads, saves again, and ends before any training
-    convert = ["--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", str(tmp_path)]
-    flags = [*LONGACT, "--use-distributed-optimizer", *flags, *convert]
-    done(run(tmp_path / "unused", 100, *flags, ranks=ranks, tp=tp, load=trained))
-    (old_common, old), (new_common, new) = read(trained, 4), read(tmp_path / "torch_dist", 4)
-    assert_bitwise(new_common["opt_param_scheduler"]["longact"], old_common["opt_param_scheduler"]["longact"])
-    assert_bitwise(weights_and_moments(new), weights_and_moments(old))
+LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
+    "tp1": (1, 1, []),
+    "tp4": (4, 4, ["--overlap-grad-reduce", "--overlap-param-gather"]),
+    "tp2 pp2": (4, 2, ["--pipeline-model-parallel-size", "2"]),
+    "tp2 dp1": (2, 2, []),
+    "dp2": (2, 1, []),
+}
+"""Ranks, tensor-parallel size, further flags; each loads what the one before saved."""
+
+
+def test_other_layouts_keep_every_bit(trained: Path, tmp_path: Path) -> None:
+    source, (old_common, old) = trained, read(trained, 4)
+    for name, (ranks, tp, flags) in LAYOUTS.items():
+        # Megatron's own conversion loads, saves again, and ends before any training
+        convert = ["--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", str(tmp_path / name)]
+        flags = [*LONGACT, "--use-distributed-optimizer", *flags, *convert]
+        done(run(tmp_path / "unused", 100, *flags, ranks=ranks, tp=tp, load=source))
+        source = tmp_path / name / "torch_dist"
+        new_common, new = read(source, 4)
+        assert_bitwise(new_common["opt_param_scheduler"]["longact"], old_common["opt_param_scheduler"]["longact"], name)
+        assert_bitwise(weights_and_moments(new), weights_and_moments(old), name)
+
+
+def test_an_asynchronous_save_holds_the_state_of_its_iteration(trained: Path, tmp_path: Path) -> None:
+    done(run(tmp_path, 4, *LONGACT, *OVERLAPPED, "--async-save", ranks=4))
+    for iteration in (2, 4):
+        (wanted_common, wanted), (common, tensors) = read(trained, iteration), read(tmp_path, iteration)
+        assert_bitwise(common["opt_param_scheduler"], wanted_common["opt_param_scheduler"])
+        assert_bitwise(weights_and_moments(tensors), weights_and_moments(wanted))
 
 
 def test_another_layout_trains_on(trained: Path, tmp_path: Path) -> None:
@@ -139,6 +151,21 @@ def test_finetune_starts_fresh(trained: Path, tmp_path: Path) -> None:
     result = done(run(tmp_path / "tuned", 2, *LONGACT, "--finetune", load=trained))
     assert "LongAct starts fresh" in result.stdout
     assert longact_of(tmp_path / "tuned", 2)["updates"] == 2
+
+
+def test_a_tracker_that_a_kill_cut_off_is_mended(trained: Path, tmp_path: Path) -> None:
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("")
+    with pytest.raises(ValueError, match="no complete checkpoint lies beside it"):
+        mend_tracker(str(tmp_path))
+    (tmp_path / "iter_0000004").symlink_to(trained / "iter_0000004")
+    (tmp_path / "iter_0000006").mkdir()  # one that was not finished
+    result = done(run(tmp_path, 6, *LONGACT, *OVERLAPPED))
+    assert "a run was killed while it wrote it; it names iter_0000004 now" in result.stdout
+    assert "LongAct goes on at update 4" in result.stdout
+    assert tracker.read_text() == "6"
+    mend_tracker(str(tmp_path))
+    assert tracker.read_text() == "6"
 
 
 def test_another_model_shape_is_refused_in_one_line(trained: Path) -> None:

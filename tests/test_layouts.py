@@ -21,6 +21,7 @@ BF16_RELATIVE = 2e-2
 
 DISTRIBUTED = OptimizerSpec(distributed=True)
 OVERLAPPED = OptimizerSpec(distributed=True, overlap=True)
+SGD = OptimizerSpec(config={"optimizer": "sgd", "sgd_momentum": 0.9})
 LAYERS4 = ModelSpec(layers=4)
 MHA = ModelSpec(groups=4)
 MQA = ModelSpec(groups=1)
@@ -29,6 +30,7 @@ BIAS = ModelSpec(config={"add_qkv_bias": True})
 GATE = ModelSpec(config={"attention_output_gate": True})
 NO_NORM = ModelSpec(qk_layernorm=False)
 MOE = ModelSpec(config={"num_moe_experts": 4, "moe_token_dispatcher_type": "allgather", "moe_router_topk": 2})
+DENSE_THEN_MOE = ModelSpec(layers=4, config={**MOE.config, "moe_layer_freq": [0, 0, 1, 1]})
 MOE_SEQUENCE_PARALLEL = ModelSpec(config={**MOE.config, "sequence_parallel": True})
 SEQUENCE_PARALLEL = ModelSpec(config={"sequence_parallel": True})
 RECOMPUTE = ModelSpec(
@@ -63,23 +65,26 @@ CASES: dict[str, tuple[ModelSpec, Layout, int, OptimizerSpec]] = {
     "no qk norm tp2": (NO_NORM, Layout(tp=2), 2, DISTRIBUTED),
     "moe ep2": (MOE, Layout(ep=2), 2, DISTRIBUTED),
     "moe tp2 ep2": (MOE_SEQUENCE_PARALLEL, Layout(tp=2, ep=2), 4, OptimizerSpec()),
+    "moe pp2, a stage without experts": (DENSE_THEN_MOE, Layout(pp=2), 2, DISTRIBUTED),
+    "sgd tp2": (ModelSpec(), Layout(tp=2), 2, SGD),
+    "sgd tp2 dp2 overlapped grad reduce": (ModelSpec(), Layout(tp=2), 4, replace(SGD, overlap=True)),
     "full recompute tp2": (RECOMPUTE, Layout(tp=2), 2, DISTRIBUTED),
     "selective recompute tp2": (SELECTIVE, Layout(tp=2), 2, DISTRIBUTED),
 }
 
 
 @cache
-def reference(spec_repr: str) -> dict[str, Any]:
+def reference(spec_repr: str, sgd: bool) -> dict[str, Any]:
     spec = next(spec for spec, *_ in CASES.values() if repr(spec) == spec_repr)
     plain = {k: v for k, v in spec.config.items() if k != "sequence_parallel"}
     spec = replace(spec, config=plain)
-    return ranks.run(train_naively, spec=spec, config=LongActConfig())[0]
+    return ranks.run(train_naively, spec=spec, optimizer=SGD if sgd else None, config=LongActConfig())[0]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_layout_selects_and_updates_as_the_reference(case: str) -> None:
     spec, layout, world_size, optimizer = CASES[case]
-    wanted = reference(repr(spec))
+    wanted = reference(repr(spec), sgd="optimizer" in optimizer.config)
     # the reference is its own process: at world size 1 it is compared as well
     results = ranks.run(
         train, layout=layout, world_size=world_size, spec=spec, optimizer=optimizer, config=LongActConfig()
@@ -117,15 +122,34 @@ def test_bf16_layouts_agree_but_for_channels_near_the_cut(layout: Layout) -> Non
             assert differ.float().mean() < 0.15
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "optimizer", [OptimizerSpec(), DISTRIBUTED, OVERLAPPED], ids=["whole", "distributed", "overlapped"]
-)
+def describe_optimizer(optimizer: OptimizerSpec) -> str:
+    """For the name of a test."""
+    whole = "overlapped" if optimizer.overlap else "distributed" if optimizer.distributed else "whole"
+    gradients = "" if optimizer.ddp.get("grad_reduce_in_fp32", True) else " bf16 gradients"
+    return optimizer.config.get("optimizer", "adam") + " " + whole + gradients
+
+
+BF16_GRADIENTS = {"grad_reduce_in_fp32": False}
+FP16 = {"initial_loss_scale": 1024.0}
+
+
 @pytest.mark.parametrize(("layout", "world_size"), [(Layout(tp=2), 4), (Layout(tp=4), 4), (Layout(), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"),
+    [
+        *((dtype, spec) for dtype in ("fp32", "bf16") for spec in (OptimizerSpec(), DISTRIBUTED, OVERLAPPED)),
+        ("bf16", replace(OVERLAPPED, ddp=BF16_GRADIENTS)),
+        ("bf16", OptimizerSpec(ddp=BF16_GRADIENTS)),
+        ("bf16", SGD),
+        ("fp16", OptimizerSpec(config=FP16)),
+        ("fp16", replace(OVERLAPPED, config=FP16)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else describe_optimizer(value),
+)
 def test_frozen_rows_are_bit_identical(dtype: str, optimizer: OptimizerSpec, layout: Layout, world_size: int) -> None:
     spec = ModelSpec(dtype=dtype, config={"add_qkv_bias": True})
-    # a large step, so that each active row moves by more than half a bf16 unit
-    optimizer = replace(optimizer, lr=0.05, eps=1e-8)
+    # a large step, so that each active row moves by more than half a bf16 unit; SGD has no Adam to normalise it
+    optimizer = replace(optimizer, lr=5.0 if optimizer.config.get("optimizer") == "sgd" else 0.05, eps=1e-8)
     counts = ranks.run(
         frozen_rows_stay, layout=layout, world_size=world_size, spec=spec, optimizer=optimizer, config=LongActConfig()
     )
@@ -139,7 +163,8 @@ def test_frozen_rows_are_bit_identical(dtype: str, optimizer: OptimizerSpec, lay
 
 @pytest.mark.parametrize("optimizer", [OptimizerSpec(), OVERLAPPED], ids=["whole", "overlapped"])
 def test_a_mask_that_freezes_nothing_changes_no_bit(optimizer: OptimizerSpec) -> None:
-    for dtype in ("fp32", "bf16"):
+    for dtype, ddp in (("fp32", {}), ("bf16", {}), ("bf16", BF16_GRADIENTS)):
+        optimizer = replace(optimizer, ddp=ddp)
         arguments: dict[str, Any] = {"spec": ModelSpec(dtype=dtype), "optimizer": optimizer, "steps": 3}
         run = {"layout": Layout(tp=2), "world_size": 4}
         dense = ranks.run(train, **run, **arguments, config=None)[0]

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -175,12 +177,18 @@ def test_smoothed_saliency_moves_in_warmup_too() -> None:
     assert [bool(masks) for masks in result["masks"]] == [False, False, True]
 
 
-def counted_saliency(length_rule: dict[str, int], lengths: list[int]) -> dict[str, Any]:
+def counted_saliency(length_rule: dict[str, int], lengths: list[int], micro_batch_size: int) -> dict[str, Any]:
     """Padded micro-batches of sequences of given lengths; the padding is garbage that moves activations."""
     built, longact = both(config=LongActConfig(**length_rule))
     tokens = random_tokens(len(lengths), 16, seed=3)
-    masks = iter([torch.arange(16)[None] < n for n in lengths])
-    train_step(built, tokens, before_forward=lambda inputs: longact.set_tokens(next(masks)))
+    real = (torch.arange(16)[None] < torch.tensor(lengths)[:, None]).split(micro_batch_size)
+    masks = iter(real[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()])
+    train_step(
+        built,
+        tokens,
+        micro_batch_size=micro_batch_size,
+        before_forward=lambda inputs: longact.set_tokens(next(masks)),
+    )
     return {"saliency": cpu(longact.saliency), "rejected": longact.state.rejected}
 
 
@@ -198,17 +206,29 @@ def naive_counted(keep: list[list[bool]]) -> dict[int, dict[str, Tensor]]:
 @pytest.mark.parametrize(
     "rule", [{}, {"min_context": 8}, {"skip_first_tokens": 3}, {"min_context": 8, "skip_first_tokens": 9}]
 )
-def test_only_tokens_that_count_are_counted(rule: dict[str, int]) -> None:
-    lengths = [16, 5, 11, 8]
+@pytest.mark.parametrize(
+    ("lengths", "micro_batch_size", "layout"),
+    [
+        ([16, 5, 11, 8], 1, Layout(tp=2)),
+        ([16, 5, 11, 8], 4, Layout(tp=2)),
+        ([16, 0, 11, 0], 1, Layout()),
+        ([16, 5, 11, 0, 0, 8, 0, 0], 2, Layout(pp=2)),
+    ],
+    ids=["one each", "lengths mixed in a micro-batch", "a rank with empty micro-batches", "some micro-batches empty"],
+)
+def test_only_tokens_that_count_are_counted(
+    rule: dict[str, int], lengths: list[int], micro_batch_size: int, layout: Layout
+) -> None:
     keep = [
         [n >= rule.get("min_context", 0) and rule.get("skip_first_tokens", 0) <= i < n for i in range(16)]
         for n in lengths
     ]
     wanted = ranks.run(naive_counted, keep=keep)[0]
-    result = ranks.run(counted_saliency, length_rule=rule, lengths=lengths, layout=Layout(tp=2), world_size=2)[0]
-    for layer, parts in wanted.items():
-        for part, scores in parts.items():
-            torch.testing.assert_close(result["saliency"][layer][part].double(), scores, rtol=2e-5, atol=0)
+    run = {"length_rule": rule, "lengths": lengths, "micro_batch_size": micro_batch_size}
+    for result in ranks.run(counted_saliency, **run, layout=layout, world_size=2):
+        for layer, parts in wanted.items():
+            for part, scores in parts.items():
+                torch.testing.assert_close(result["saliency"][layer][part].double(), scores, rtol=2e-5, atol=0)
 
 
 # -- which forwards count ----------------------------------------------------------------------------
@@ -269,6 +289,24 @@ def test_packed_sequences_are_counted_by_their_bounds() -> None:
     result = ranks.run(packed_run)[0]
     assert result["counted"] == [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
     assert result["tokens"] == 10
+
+
+def with_a_stub(place: int | None) -> dict[str, Tensor]:
+    """Weights after a step, with Megatron's stub of a rank that has nothing to optimise in the chain."""
+    built = build(SPEC)
+    optimizers = list(built.optimizer.chained_optimizers)
+    if place is not None:
+        optimizers.insert(place, FP32Optimizer(None, optimizers[0].config, lambda *_: None))
+        assert optimizers[place].is_stub_optimizer
+        built.optimizer = ChainedOptimizer(optimizers)
+    step(built, LongAct.attach(built.chunks, built.optimizer, LongActConfig()))
+    return full_weights(built)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_stub_optimizers_are_passed_by(place: int) -> None:
+    wanted, weights = ranks.run(with_a_stub, place=None)[0], ranks.run(with_a_stub, place=place)[0]
+    assert all(torch.equal(weight, weights[name]) for name, weight in wanted.items())
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------

@@ -90,6 +90,15 @@ print("after")
 """
 
 
+def test_a_row_that_a_kill_cut_off_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "loss": 0.5}\n{"iteration": 2, "lo')
+    log = MetricsLog(path, None, resume_from=2)
+    log.write({"loss": 0.25}, iteration=2)
+    log.close()
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.5, 0.25]
+
+
 def test_output_goes_to_the_file_and_errors_do_not(tmp_path: Path) -> None:
     log = tmp_path / "deep" / "megatron.log"
     done = subprocess.run([sys.executable, "-c", CHATTER, str(log)], capture_output=True, text=True, check=True)

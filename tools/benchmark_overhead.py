@@ -5,7 +5,8 @@
 The arms take turns on one model: `dense`; `refresh`, a LongAct step that selects anew; `keep`, one that keeps its
 mask; and `naive`, the plain way to the same update: dense 0/1 masks multiplied into the gradients, and a copy
 of the master weights before each step. A refresh interval of n costs (refresh + (n - 1) keep) / n. Ratios are
-formed round by round and their median is reported with the quartiles. Without a GPU it runs over gloo.
+formed round by round and their median is reported with the quartiles: of wall times, and of rank 0's processor
+times, which other work on the machine disturbs less. Without a GPU it runs over gloo.
 """
 
 import argparse
@@ -49,11 +50,16 @@ from megatron_longact.optimizer_shards import chained, resolve_shards  # noqa: E
 
 @dataclass
 class Arm:
-    """One way to make a step: seconds of its rounds, and bytes at the peak above the start of the step."""
+    """One way to make a step: seconds of its rounds, and bytes."""
 
     seconds: list[float]
+    processor_seconds: list[float]
     peak_bytes: int = 0
+    """At the peak of forward and backward, above their start."""
+    optimizer_peak_bytes: int = 0
+    """The same of the optimizer's step."""
     held_bytes: int = 0
+    """Between two steps."""
 
 
 @dataclass
@@ -63,9 +69,18 @@ class Model:
     chunks: list[Any]
     optimizer: Any
     tokens: torch.Tensor
+    selected: dict[str, Any] | None = None
+    """LongAct's state after a selection, for steps that keep its mask."""
 
     def step(self) -> None:
         """Make one optimizer step."""
+        self.backward()
+        self.optimizer.step()
+        if not WITHOUT_GPU:
+            torch.cuda.synchronize()
+
+    def backward(self) -> None:
+        """Everything before the optimizer."""
         self.chunks[0].zero_grad_buffer()
         self.optimizer.zero_grad()
         get_forward_backward_func()(
@@ -77,9 +92,6 @@ class Model:
             micro_batch_size=self.tokens.shape[0],
             forward_only=False,
         )
-        self.optimizer.step()
-        if not WITHOUT_GPU:
-            torch.cuda.synchronize()
 
     def _forward(self, data: Any, model: Any) -> Any:
         b, s = self.tokens.shape
@@ -155,10 +167,12 @@ def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Mod
 @contextmanager
 def longact(model: Model, *, refresh: bool) -> Iterator[None]:
     """LongAct on the model, selecting in the next step or keeping a mask that it has."""
-    attached = LongAct.attach(model.chunks, model.optimizer, LongActConfig(refresh_interval=int(refresh)))
-    if not refresh:
-        model.step()  # selects; the mask is kept from here on
-    with attached:
+    with LongAct.attach(model.chunks, model.optimizer, LongActConfig(refresh_interval=int(refresh))) as attached:
+        if not refresh:
+            if model.selected is None:
+                model.step()
+                model.selected = attached.state_dict()
+            attached.load_state_dict(model.selected)
         yield
 
 
@@ -238,46 +252,55 @@ ARMS: dict[str, Callable[[Model], Any]] = {
 
 
 def measure(model: Model, *, rounds: int) -> dict[str, Arm]:
-    """Each arm in turn, `rounds` times, beginning with another one each time, after one that is not counted."""
-    arms = {name: Arm([]) for name in ARMS}
+    """Each arm in turn, `rounds` times, beginning with another one each time, after two that are not counted."""
+    arms = {name: Arm([], []) for name in ARMS}
     names = list(ARMS)
-    model.step()  # makes the optimizer's state, which belongs to no arm
-    for index in range(rounds + 1):
+    peak_bytes(model.step)  # makes the optimizer's state and what else comes with a first step, which belong to no arm
+    for index in range(-1, rounds + 1):  # -1: what comes with a first time; 0: memory; the others: time
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            before = live_bytes() if index == 0 else 0
+            before = live_bytes() if index < 1 else 0
             with ARMS[name](model):
                 torch.distributed.barrier()
-                begun = time.perf_counter()
+                if index < 1:
+                    model.step()
+                    arms[name].held_bytes = live_bytes() - before
+                    arms[name].peak_bytes = peak_bytes(model.backward)
+                    arms[name].optimizer_peak_bytes = peak_bytes(model.optimizer.step)
+                    continue
+                begun, processor = time.perf_counter(), time.process_time()
                 model.step()
                 torch.distributed.barrier()
-                if index:
-                    arms[name].seconds.append(time.perf_counter() - begun)
-                else:
-                    arms[name].held_bytes = live_bytes() - before
-                    arms[name].peak_bytes = peak_bytes(model.step)
+                arms[name].seconds.append(time.perf_counter() - begun)
+                arms[name].processor_seconds.append(time.process_time() - processor)
     return arms
 
 
-def ratios(arms: dict[str, Arm], interval: int | None) -> list[float]:
-    """Step time over the dense one, round by round; interval None: the naive way."""
+def ratios(arms: dict[str, Arm], interval: int | None, times: str) -> list[float]:
+    """Step time over the dense one, round by round; interval None: the naive way; times: a field of `Arm`."""
+    naive_, refresh, keep, plain = (getattr(arms[name], times) for name in ("naive", "refresh", "keep", "dense"))
     if interval is None:
-        return [n / d for n, d in zip(arms["naive"].seconds, arms["dense"].seconds, strict=True)]
-    triples = zip(arms["refresh"].seconds, arms["keep"].seconds, arms["dense"].seconds, strict=True)
-    return [(refresh + (interval - 1) * keep) / interval / plain for refresh, keep, plain in triples]
+        return [n / d for n, d in zip(naive_, plain, strict=True)]
+    return [(r + (interval - 1) * k) / interval / d for r, k, d in zip(refresh, keep, plain, strict=True)]
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+def spread(values: list[float]) -> str:
+    """Median, and in brackets the quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    return f"{middle:.4f} ({low:.4f} to {high:.4f})"
 
 
-def row(label: str, values: list[float], arm: Arm, plain: Arm) -> str:
+def row(label: str, arms: dict[str, Arm], name: str, interval: int | None) -> str:
     """One line of the table."""
-    low, middle, high = quartiles(values)
-    peak, held = (arm.peak_bytes - plain.peak_bytes) / 2**20, (arm.held_bytes - plain.held_bytes) / 2**20
-    return f"| {label} | {middle:.4f} | {low:.4f} to {high:.4f} | {peak:+.2f} | {held:+.3f} |"
+    arm, plain = arms[name], arms["dense"]
+    times = [spread(ratios(arms, interval, field)) for field in ("seconds", "processor_seconds")]
+    more = [getattr(arm, field) - getattr(plain, field) for field in MEMORY]
+    return f"| {label} | {' | '.join(times)} | {' | '.join(f'{n / 2**20:+.2f}' for n in more)} |"
+
+
+MEMORY = ("peak_bytes", "optimizer_peak_bytes", "held_bytes")
+HEADER = """| | wall time over dense | processor time over dense | peak of the backward, MiB | of the optimizer | held |
+|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -296,6 +319,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="counted rounds of all arms")
     parser.add_argument("--output", type=Path, help="JSON file for the raw numbers")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds is {args.rounds}; quartiles need at least 2")
 
     torch.distributed.init_process_group("gloo" if WITHOUT_GPU else "nccl")
     parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
@@ -310,11 +335,10 @@ def main() -> None:
             if rank0:
                 seconds = statistics.median(arms["dense"].seconds)
                 print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {seq_length} tokens: {seconds:.2f} s\n")
-                print("| | step time over dense | quartiles | peak memory, MiB | held memory, MiB |")
-                print("|---|---|---|---|---|")
+                print(HEADER)
                 for interval in args.refresh_interval:
-                    print(row(f"refresh interval {interval}", ratios(arms, interval), arms["refresh"], arms["dense"]))
-                print(row("naive masks and copies", ratios(arms, None), arms["naive"], arms["dense"]), flush=True)
+                    print(row(f"refresh interval {interval}", arms, "refresh", interval))
+                print(row("naive masks and copies", arms, "naive", None), flush=True)
             report.append(
                 {
                     "parameters": size,

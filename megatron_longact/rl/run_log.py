@@ -109,7 +109,9 @@ class MetricsLog:
         self._file: TextIO | None = None
         if path is not None:
             kept = _rows_until(path, resume_from)
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            rewritten = path.with_suffix(".tmp")
+            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            rewritten.replace(path)  # at once: a run killed here loses no row
             self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str] = ()) -> None:
@@ -138,8 +140,8 @@ def _is_json(value: Any) -> bool:
 def _rows_until(path: Path, iteration: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [row for row in rows if row["iteration"] <= iteration]
+    *lines, _ = path.read_text().split("\n")  # behind the last newline: nothing, or a row that a kill cut off
+    return [row for row in map(json.loads, lines) if row["iteration"] <= iteration]
 
 
 def _minutes(seconds: float) -> str:
