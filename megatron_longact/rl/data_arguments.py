@@ -1,0 +1,229 @@
+"""Flags that say what the RL program trains on and is measured on, and the environment that they make.
+
+Megatron's `--chat-template` takes the template itself; here the name of its file as well.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_longact.rl.chat import PromptEncoder, check_end_of_text, read_chat_template
+from megatron_longact.rl.curriculum import USAGE, Curriculum
+from megatron_longact.rl.datasets import Dataset
+from megatron_longact.rl.environment import DatasetEnvironment, Environment, Source
+from megatron_longact.rl.mixture import Mixture
+from megatron_longact.rl.pass_at_k import PassAtK
+from megatron_longact.rl.rewards import REWARDS, find_reward
+
+NEEDLE = "needle"
+"""Stands for the needle tasks where a data set may be named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the flags say about data; `data_config_from_args` checks them."""
+
+    train: tuple[tuple[str, float], ...] = ()
+    """Paths, or `needle`, with weights; none: the needle tasks alone."""
+    heldout: tuple[str, ...] = ()
+    heldout_length_edges: tuple[int, ...] = ()
+    default_reward: str | None = None
+    correct_reward: float = 1.0
+    drop_overlong: bool = False
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    chat_template: str | None = None
+    pass_at: PassAtK = field(default_factory=PassAtK)
+
+    @property
+    def trains_on_needles(self) -> bool:
+        """Whether the needle tasks are trained on."""
+        return not self.train or NEEDLE in dict(self.train)
+
+    @property
+    def uses_needles(self) -> bool:
+        """Whether the needle tasks are trained or measured on."""
+        return self.trains_on_needles or NEEDLE in self.heldout
+
+
+def add_data_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags; returns the parser."""
+    group = parser.add_argument_group(title="rl data")
+    add = group.add_argument
+    add(
+        "--train-data",
+        nargs="+",
+        metavar="PATH[:WEIGHT]",
+        default=[],
+        help="JSONL data sets to train on, mixed by weight (default: 1 each). `needle` stands for the needle tasks, "
+        "which are what is trained on without this flag.",
+    )
+    add(
+        "--heldout-data",
+        nargs="+",
+        metavar="PATH",
+        default=[],
+        help="JSONL data sets of the held-out evaluation, or `needle`, the default if the needle tasks are trained on.",
+    )
+    add(
+        "--heldout-length-edges",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="LENGTH",
+        help="Context lengths that held-out prompts are grouped by: the smallest one that the prompt fits in. "
+        "Default: the `length` of the line, else the next power of two.",
+    )
+    add("--default-reward", metavar="NAME", help="Reward of the lines that name none.")
+    add(
+        "--correct-reward",
+        type=float,
+        default=DataConfig.correct_reward,
+        help="Least reward with which a response counts as right in the accuracy and in pass@k. Default: 1.",
+    )
+    add(
+        "--drop-overlong-prompts",
+        action="store_true",
+        help="Leave prompts out that do not fit, and say how many, instead of refusing the data set.",
+    )
+    add(
+        "--curriculum",
+        nargs="+",
+        default=[],
+        metavar="STEP:LENGTH",
+        help=f"Longest prompt, in tokens, that training draws from a rollout step on: {USAGE}. Default: any length.",
+    )
+    _add_evaluation_args(parser)
+    return parser
+
+
+def _add_evaluation_args(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group(title="rl evaluation").add_argument
+    add(
+        "--eval-samples",
+        type=int,
+        default=PassAtK.samples,
+        help="Responses sampled for each held-out prompt, for pass@k, beside the greedy one. Default: 0, no pass@k.",
+    )
+    add(
+        "--eval-pass-at",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="K",
+        help="The k's of pass@k. Default: 1 and --eval-samples.",
+    )
+    add("--eval-temperature", type=float, help="Temperature of these samples. Default: that of training.")
+
+
+def data_config_from_args(args: Namespace) -> DataConfig:
+    """What the flags say; reads no data set yet. Raises ValueError, in one line, for what cannot be."""
+    config = DataConfig(
+        train=tuple(_weighted(item) for item in args.train_data),
+        heldout=tuple(args.heldout_data),
+        heldout_length_edges=tuple(args.heldout_length_edges),
+        default_reward=args.default_reward,
+        correct_reward=args.correct_reward,
+        drop_overlong=args.drop_overlong_prompts,
+        curriculum=Curriculum.parse(args.curriculum),
+        chat_template=read_chat_template(args.chat_template),
+        pass_at=PassAtK(samples=args.eval_samples, ks=tuple(args.eval_pass_at), temperature=args.eval_temperature),
+    )
+    _check_data_sets(config)
+    _check_numbers(config)
+    if config.default_reward is not None and config.default_reward not in REWARDS:
+        find_reward(config.default_reward)
+    return config
+
+
+def build_environment(
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    needles: Callable[[Curriculum], Source],
+    max_prompt_length: int,
+    prompts_per_step: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> Environment:
+    """The environment of a run, every data set read and checked.
+
+    tokenizer: Megatron's; needles: makes the needle tasks under a curriculum, called only where they are used;
+    max_prompt_length: tokens that fit beside a response; say: is given one line for each data set. Without data flags
+    it is the needle environment and nothing else. Raises ValueError as `Dataset`, `Curriculum` and the parts do.
+    """
+    if not data.train and not data.heldout:
+        return needles(data.curriculum)
+    check_end_of_text(tokenizer)
+    encoder = PromptEncoder(tokenizer, chat_template=data.chat_template)
+
+    def source(name: str, curriculum: Curriculum) -> Source:
+        if name == NEEDLE:
+            return needles(curriculum)
+        dataset = Dataset(
+            name,
+            encoder,
+            max_prompt_length=max_prompt_length,
+            drop_overlong=data.drop_overlong,
+            default_reward=data.default_reward,
+        )
+        say(dataset.summary)
+        return DatasetEnvironment(
+            dataset,
+            seed=seed,
+            curriculum=curriculum,
+            length_edges=data.heldout_length_edges,
+            correct_reward=data.correct_reward,
+        )
+
+    training = data.train or ((NEEDLE, 1.0),)
+    return Mixture(
+        [(source(name, data.curriculum), weight) for name, weight in training],
+        heldout=[source(name, Curriculum()) for name in data.heldout or (NEEDLE,)],
+        tasks_per_step=prompts_per_step,
+    )
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    """`PATH[:WEIGHT]`; what stands behind the last colon is a weight if it is a number."""
+    path, colon, weight = item.rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (item, 1.0)
+    except ValueError:
+        return item, 1.0
+
+
+def _check_data_sets(config: DataConfig) -> None:
+    for flag, names in (("--train-data", [name for name, _ in config.train]), ("--heldout-data", config.heldout)):
+        for name in names:
+            if name != NEEDLE and not Path(name).is_file():
+                raise ValueError(f"{flag} {name}: no such file (give PATH, or for training PATH:WEIGHT, or `needle`)")
+        _check_distinct(names, flag=flag)
+    for name, weight in config.train:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"--train-data {name}: the weight is {weight}; it must be positive and finite")
+    if not config.heldout and not config.trains_on_needles:
+        raise ValueError("--train-data needs --heldout-data: data sets that are not trained on, or `needle`")
+    trained = {Path(name).resolve() for name, _ in config.train if name != NEEDLE}
+    for name in config.heldout:
+        if Path(name).resolve() in trained:
+            raise ValueError(f"--heldout-data {name} is in --train-data as well; hold out what is not trained on")
+
+
+def _check_distinct(names: Sequence[str], *, flag: str) -> None:
+    for name in names:
+        if list(names).count(name) > 1:
+            raise ValueError(f"{flag} names {name} more than once; give it once, with a larger weight")
+
+
+def _check_numbers(config: DataConfig) -> None:
+    edges = config.heldout_length_edges
+    if any(edge < 1 for edge in edges) or any(b <= a for a, b in pairwise(edges)):
+        raise ValueError(f"--heldout-length-edges are {edges}; they must be positive and increase")
+    if not math.isfinite(config.correct_reward):
+        raise ValueError(f"--correct-reward is {config.correct_reward}; it must be a finite number")
