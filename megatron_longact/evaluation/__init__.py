@@ -1,0 +1,9 @@
+"""Long-context benchmarks, from local files: RULER and LongBench v2.
+
+`ruler` and `longbench_v2` are pure and need no Megatron; `program` generates with Megatron's engine and is what
+`tools/evaluate.py --load` runs.
+"""
+
+from megatron_longact.evaluation import longbench_v2, ruler
+
+__all__ = ["longbench_v2", "ruler"]
