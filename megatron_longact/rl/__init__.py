@@ -1,1 +1,23 @@
-"""Reinforcement learning on Megatron's own training step, with LongAct: tasks, rollouts, objective, outer loop."""
+"""Reinforcement learning on Megatron's own training step, with LongAct: tasks, rollouts, objective, outer loop.
+
+The objectives alone need torch and nothing else; they can be used in any trainer.
+"""
+
+from megatron_longact.rl.advantages import group_relative_advantages
+from megatron_longact.rl.aggregation import aggregate, aggregation_weight
+from megatron_longact.rl.importance_weights import truncated_importance_weights
+from megatron_longact.rl.kl import kl_penalty
+from megatron_longact.rl.overlong import overlong_penalty
+from megatron_longact.rl.policy_losses import POLICY_LOSSES, PolicyLoss, PolicyLossConfig
+
+__all__ = [
+    "POLICY_LOSSES",
+    "PolicyLoss",
+    "PolicyLossConfig",
+    "aggregate",
+    "aggregation_weight",
+    "group_relative_advantages",
+    "kl_penalty",
+    "overlong_penalty",
+    "truncated_importance_weights",
+]

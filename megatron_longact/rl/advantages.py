@@ -1,5 +1,6 @@
 """Advantages from the rewards of a group of responses to one prompt."""
 
+import torch
 from torch import Tensor
 
 
@@ -8,10 +9,11 @@ def group_relative_advantages(
 ) -> Tensor:
     """Each reward relative to its group's mean, in units of its standard deviation (GRPO).
 
-    rewards: [b], any float dtype; group_ids: [b], integers, equal within a group. Returns [b] in
-    the rewards' dtype. The standard deviation is the unbiased one. A group of one keeps its reward
-    (mean 0, deviation 1), as in verl. Sums run in fp64, so that a group of equal rewards gets
-    exactly nothing out of rounding: in fp32 eight rewards of 1/3 would not cancel.
+    rewards: [b], any dtype; group_ids: [b], any integers, equal within a group. Returns [b] in the
+    rewards' dtype, or fp32 for rewards that are not floating point. The standard deviation is the
+    unbiased one. A group of one keeps its reward (mean 0, deviation 1), as in verl. Sums run in
+    fp64, so that a group of equal rewards gets exactly nothing out of rounding: in fp32 eight
+    rewards of 1/3 would not cancel.
 
     normalize_std=False leaves the deviation out (Dr. GRPO, arXiv 2503.20783).
     Source: GRPO, arXiv 2402.03300, 4.1.2.
@@ -30,7 +32,7 @@ def group_relative_advantages(
         variance = _sum_by_group(centred.square(), group, len(sizes)) / (sizes - 1).clamp(min=1)
         std = variance.sqrt().masked_fill(alone, 1.0)
         centred = centred / (std[group] + eps)
-    return centred.to(rewards.dtype)
+    return centred.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
 
 
 def _sum_by_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
