@@ -15,7 +15,7 @@ def main() -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
-    from megatron_longact.rl.program import needle_environment, run
+    from megatron_longact.rl.program import environment_of, run
     from megatron_longact.rl.run_log import MEGATRON_LOG, output_in_file
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -24,7 +24,7 @@ def main() -> None:
     with output_in_file(run_dir / MEGATRON_LOG) as terminal:
         args = parse_and_validate_args(extra_args_provider=add_rl_args)
         config = grpo_config_from_args(args)
-        run(args, config, needle_environment(config), terminal=terminal)
+        run(args, config, environment_of(config), terminal=terminal)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ MEGATRON = {
     "rl_prompts_per_eval": 16,
     "rl_use_sequence_packing": False,
     "rl_inference_logprobs_is_correction": False,
+    "rl_importance_sampling_truncation_coef": None,
+    "chat_template": None,
     "perform_rl_step": False,
     "global_batch_size": 16,
     "micro_batch_size": 4,
@@ -55,6 +57,28 @@ def test_flags_become_the_run() -> None:
     assert not grpo_config_from_args(parse("--no-advantage-std")).normalize_advantages
 
 
+def test_sampling_flags_become_the_run() -> None:
+    plain = grpo_config_from_args(parse())
+    assert (plain.dynamic_sampling, plain.max_sampling_rounds, plain.importance_level) == (False, 1, None)
+    flags = ["--importance-sampling-level", "sequence", "--overlong-buffer-length", "4", "--policy-loss", "kl-cov"]
+    megatron = {
+        "grpo_filter_groups_with_same_reward": True,
+        "rl_inference_logprobs_is_correction": True,
+        "rl_importance_sampling_truncation_coef": 4.0,
+    }
+    config = grpo_config_from_args(parse(*flags, **megatron))
+    assert (config.dynamic_sampling, config.max_sampling_rounds) == (True, 10)
+    assert (config.importance_level, config.importance_threshold) == ("sequence", 4.0)
+    assert (config.overlong_buffer_length, config.policy_loss) == (4, "kl-cov")
+
+
+def test_kl_cov_with_one_step_a_batch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    grpo_config_from_args(parse("--policy-loss", "kl-cov"))
+    assert not caplog.records
+    grpo_config_from_args(parse("--policy-loss", "kl-cov", grpo_iterations=1, global_batch_size=32))
+    assert "penalty is zero" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("flags", "megatron", "said"),
     [
@@ -68,7 +92,7 @@ def test_flags_become_the_run() -> None:
         ((), {"grpo_iterations": 0}, "grpo-iterations is 0"),
         ((), {"rl_prompts_per_eval": 0}, "rl-prompts-per-eval is 0"),
         ((), {"grpo_kl_beta": -0.1}, "grpo-kl-beta is -0.1"),
-        ((), {"grpo_clamp_eps_lower": 1.5}, "clip_low is 1.5"),
+        ((), {"grpo_clamp_eps_lower": -0.1}, "clip_low is -0.1"),
         ((), {"rl_default_temperature": 0.0}, "temperature is 0.0"),
         (("--dual-clip", "0.5"), {}, "dual_clip is 0.5"),
         ((), {"perform_rl_step": True}, "--perform-rl-step"),
@@ -78,6 +102,12 @@ def test_flags_become_the_run() -> None:
         ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
         ((), {"rl_use_sequence_packing": True}, "--rl-use-sequence-packing"),
+        (("--overlong-buffer-length", "17"), {}, "buffer_length is 17"),
+        (("--logits-chunk-size", "0"), {}, "logits-chunk-size is 0"),
+        (("--max-sampling-rounds", "0"), {"grpo_filter_groups_with_same_reward": True}, "max-sampling-rounds is 0"),
+        ((), {"rl_importance_sampling_truncation_coef": -1.0}, "truncation-coef is -1.0"),
+        (("--kl-cov-ratio", "0"), {}, "kl_cov_ratio is 0"),
+        (("--train-data", "nowhere.jsonl"), {}, "no such file"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(flags: tuple[str, ...], megatron: dict[str, Any], said: str) -> None:

@@ -1,11 +1,19 @@
 """From rollouts to micro-batches: every response trained once an epoch, nothing lost in the padding."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_longact.rl.batches import MicroBatchPlan, RolloutBatch, StepPlan, make_micro_batch, plan_steps
+from megatron_longact.rl.batches import (
+    BatchLayout,
+    MicroBatchPlan,
+    RolloutBatch,
+    StepPlan,
+    make_micro_batch,
+    plan_steps,
+)
 
 PAD = 99
 
@@ -101,4 +109,33 @@ def test_state_dict_gives_the_batch_back(batch: RolloutBatch) -> None:
     for name, value in vars(batch).items():
         other = getattr(back, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-    assert all(isinstance(value, int | torch.Tensor | None) for value in state.values())
+    assert all(isinstance(value, int | torch.Tensor | None) for name, value in state.items() if name != "counts")
+
+
+def test_batches_are_cut_and_joined(batch: RolloutBatch) -> None:
+    again = RolloutBatch.concatenate([batch.select([3, 4]), batch.select([0])])
+    for row, source in enumerate([3, 4, 0]):
+        assert again.prompts[row] == batch.prompts[source]
+        for name in ("responses", "lengths", "rewards", "old_log_probs", "finished"):
+            assert torch.equal(getattr(again, name)[row], getattr(batch, name)[source])
+    assert again.ref_log_probs is None
+    assert again.step == batch.step
+
+
+@pytest.mark.parametrize("pp_size", [1, 2])
+def test_padding_share_is_that_of_the_micro_batches(batch: RolloutBatch, pp_size: int) -> None:
+    config = Namespace(seed=1, epochs=1, global_batch_size=8, micro_batch_size=2, seq_length=48)
+    layout = BatchLayout(config, pad_token=PAD, multiple_of=4, dp_rank=0, dp_size=1, pp_size=pp_size)
+    for step in layout.plan(batch):
+        masks = [layout.micro_batch(batch, part).token_mask for part in step.micro_batches]
+        wanted = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        assert layout.padding_share(batch, step) == pytest.approx(wanted)
+
+
+def test_selected_tokens_go_with_their_rows(batch: RolloutBatch) -> None:
+    selected = torch.rand(batch.responses.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    micro_batch = make_micro_batch(
+        batch, MicroBatchPlan(rows=(5, 2), longest=40), pad_token=PAD, multiple_of=4, selected=selected
+    )
+    assert micro_batch.selected is not None
+    assert torch.equal(micro_batch.selected, selected[[5, 2], : micro_batch.targets.shape[1]])

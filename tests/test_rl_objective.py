@@ -1,5 +1,7 @@
 """The objective on Megatron's schedule: one loss and one gradient, whatever the micro-batches and the layout."""
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -13,13 +15,16 @@ RELATIVE = 2e-5
 
 EOD, SEQ_LENGTH, N = 5, 32, 8
 CASES = {
-    "micro-batches of 8": (Layout(), 1, 8),
-    "micro-batches of 1": (Layout(), 1, 1),
-    "tp2": (Layout(tp=2), 2, 4),
-    "pp2": (Layout(pp=2), 2, 2),
-    "dp2": (Layout(), 2, 2),
-    "tp2 dp2": (Layout(tp=2), 4, 1),
+    "micro-batches of 8": (Layout(), 1, 8, 1024),
+    "micro-batches of 1": (Layout(), 1, 1, 1024),
+    "logits of 8 tokens at once": (Layout(), 1, 8, 8),
+    "tp2": (Layout(tp=2), 2, 4, 1024),
+    "tp2, logits of 9 tokens at once": (Layout(tp=2), 2, 4, 9),
+    "pp2": (Layout(pp=2), 2, 2, 1024),
+    "dp2": (Layout(), 2, 2, 1024),
+    "tp2 dp2": (Layout(tp=2), 4, 1, 1),
 }
+"""Layout, ranks, micro-batch size, tokens whose logits are made at once."""
 
 
 def make_batch() -> Any:
@@ -45,7 +50,7 @@ def make_batch() -> Any:
     )
 
 
-def step(aggregation: str, micro_batch_size: int) -> dict[str, Any]:
+def step(aggregation: str, micro_batch_size: int, chunk_size: int) -> dict[str, Any]:
     """One forward and backward of a whole step: gradients of the whole model, and the reported means."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -55,7 +60,7 @@ def step(aggregation: str, micro_batch_size: int) -> dict[str, Any]:
     from megatron_longact.rl.batches import make_micro_batch, plan_steps
     from megatron_longact.rl.log_probs import ResponseScorer
     from megatron_longact.rl.objective import Objective
-    from megatron_longact.rl.policy_loss import PolicyLossConfig
+    from megatron_longact.rl.policy_losses import PolicyLossConfig
     from megatron_longact.rl.sampling import Sampling
     from tests.models import ModelSpec, _named_shards, build
 
@@ -90,7 +95,8 @@ def step(aggregation: str, micro_batch_size: int) -> dict[str, Any]:
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
-    scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=parallel_state.get_tensor_model_parallel_group())
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=tp_group, chunk_size=chunk_size)
     objective = Objective(config, scorer, None, dp_size=dp_size)
     built.chunks[0].zero_grad_buffer()
     reports = get_forward_backward_func()(
@@ -124,8 +130,10 @@ def step(aggregation: str, micro_batch_size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 def test_loss_and_gradient_do_not_depend_on_the_layout(aggregation: str) -> None:
     results = {
-        name: ranks.run(step, layout=layout, world_size=world, aggregation=aggregation, micro_batch_size=mb)
-        for name, (layout, world, mb) in CASES.items()
+        name: ranks.run(
+            step, layout=layout, world_size=world, aggregation=aggregation, micro_batch_size=mb, chunk_size=chunk
+        )
+        for name, (layout, world, mb, chunk) in CASES.items()
     }
     expected = results["micro-batches of 8"][0]
     assert expected["metrics"]["clip_fraction"] > 0
@@ -140,3 +148,52 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(aggregation: str) -> None
         for result in by_rank:
             if result["metrics"]:
                 assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4), name
+
+
+def peak_of_scoring(response_length: int, vocab: int) -> int:
+    """Bytes at the peak of a forward and backward through the output layer, logits of 32 tokens at once."""
+    from megatron.core import parallel_state
+
+    from megatron_longact.rl.batches import MicroBatchPlan, make_micro_batch
+    from megatron_longact.rl.log_probs import ResponseScorer
+    from tests.models import ModelSpec, build
+
+    n, tokens = 1, response_length
+    batch = replace(
+        make_batch(),
+        prompts=[(1, 2, 3, 4)],
+        responses=torch.zeros(n, tokens, dtype=torch.int64),
+        lengths=torch.tensor([tokens]),
+        old_log_probs=None,
+        ref_log_probs=None,
+    )
+    micro_batch = make_micro_batch(batch, MicroBatchPlan(rows=(0,), longest=tokens + 4), pad_token=EOD, multiple_of=1)
+    model = build(ModelSpec(layers=1, vocab=vocab, max_length=tokens + 4)).chunks[0].module
+    hidden_states = torch.randn(tokens + 4, 1, 32, requires_grad=True)
+    scorer = ResponseScorer(
+        temperature=0.8,
+        vocab_size=vocab - 1,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        chunk_size=32,
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        scorer._process(
+            hidden_states=hidden_states,
+            output_layer=model.output_layer,
+            output_weight=None,
+            scale_logits=lambda logits: logits,
+            context=micro_batch,
+        )[0].sum().backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_logits_of_a_long_response_are_never_in_memory_at_once(tp: int) -> None:
+    vocab = 4096
+    run = {"layout": Layout(tp=tp), "world_size": tp, "vocab": vocab}
+    short, long = (ranks.run(peak_of_scoring, **run, response_length=n)[0] for n in (128, 1024))
+    whole = 1024 * vocab // tp * 4
+    assert long < whole / 2
+    assert long - short < (1024 - 128) * 32 * 4 * 8  # a few hidden states a token, and no logits

@@ -39,7 +39,7 @@ exec torchrun --standalone --nproc-per-node 2 -m megatron_longact.run --cpu exam
     --context-lengths 48 64 --max-response-length 16 --seq-length 80 \
     --grpo-prompts-per-step 4 --grpo-group-size 4 --global-batch-size 8 --micro-batch-size 8 --grpo-iterations 2 \
     --grpo-kl-beta 0.001 --rl-prompts-per-eval 8 --eval-interval 1000 --inference-max-requests 16 \
-    --train-iters 60 --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --log-interval 1 --seed 1 \
+    --train-iters 300 --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --log-interval 1 --seed 1 \
     --longact --longact-ema 0.5 --longact-refresh-interval 2 \
     --pretrained-checkpoint "$DEMO_DIR/start_checkpoint" --ckpt-format torch_dist \
     --load {dir}/checkpoints --save {dir}/checkpoints --save-interval 1 --save-retain-interval 1000 --run-dir {dir}

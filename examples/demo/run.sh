@@ -4,6 +4,7 @@
 #     bash examples/demo/run.sh                  what `make demo` does: results in runs/demo
 #     DENSE=1 bash examples/demo/run.sh          the same without LongAct, in runs/demo-dense
 #     SEED=2 bash examples/demo/run.sh           other tasks, held-out ones too, and other rollouts
+#     RANKS=1 bash examples/demo/run.sh          on one rank instead of two tensor-parallel ones
 #     RUN_DIR=/tmp/run bash examples/demo/run.sh --train-iters 10     another folder; more flags are passed on
 #
 # DEMO_DIR is the folder of the tokenizer and of the start checkpoint (default: the one of this file).
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/demo/model_args.sh
 
 SEED=${SEED:-1}
+RANKS=${RANKS:-2}
 if [[ ${DENSE:-0} == 1 ]]; then
     RUN_DIR=${RUN_DIR:-runs/demo-dense}
     LONGACT_ARGS=()
@@ -41,7 +43,7 @@ GRPO_ARGS=(
     --inference-max-requests 128       # responses made at once
 )
 TRAIN_ARGS=(
-    --tensor-model-parallel-size 2
+    --tensor-model-parallel-size "$RANKS"
     --train-iters 40                   # optimizer steps
     --lr 1e-4
     --lr-decay-style linear            # a constant rate lets the entropy run away after some 30 steps
@@ -67,6 +69,6 @@ export OMP_NUM_THREADS=1               # one core a rank
 export TORCH_CPP_LOG_LEVEL=ERROR       # gloo's warnings about host names
 export PYTHONWARNINGS=ignore           # Megatron warns of each kernel library that a CPU does not have
 export TORCH_LOGS=-all                 # and torch of a CUDA toolkit without a GPU
-exec torchrun --standalone --nproc-per-node 2 \
+exec torchrun --standalone --nproc-per-node "$RANKS" \
     -m megatron_longact.run --cpu examples/train_grpo.py \
     "${MODEL_ARGS[@]}" "${TASK_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"} "$@"

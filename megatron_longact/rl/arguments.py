@@ -3,6 +3,8 @@
 Whatever Megatron has a flag for keeps that flag: `--grpo-prompts-per-step`, `--grpo-group-size`,
 `--grpo-iterations`, `--grpo-clamp-eps-lower/upper`, `--grpo-kl-beta`, `--rl-default-temperature`,
 `--rl-default-top-p`, `--rl-default-top-k`, `--rl-prompts-per-eval` (here: for each context length),
+`--grpo-filter-groups-with-same-reward` (DAPO's dynamic sampling),
+`--rl-inference-logprobs-is-correction`, `--rl-importance-sampling-truncation-coef`,
 `--eval-interval`, `--inference-max-requests` (responses made at once), `--global-batch-size`
 (responses an optimizer step), `--seq-length` (longest prompt plus response). Megatron checks its RL
 flags only with `--perform-rl-step`, which belongs to its own loop, so they are checked here.
@@ -10,12 +12,22 @@ flags only with `--perform-rl-step`, which belongs to its own loop, so they are 
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
-from megatron_longact.rl.policy_loss import POLICY_LOSSES, Aggregation, KLKind, PolicyLossConfig
+import torch
+
+from megatron_longact.rl.aggregation import Aggregation
+from megatron_longact.rl.data_arguments import DataConfig, add_data_args, data_config_from_args
+from megatron_longact.rl.importance_weights import Level
+from megatron_longact.rl.kl import KLKind
+from megatron_longact.rl.overlong import overlong_penalty
+from megatron_longact.rl.policy_losses import POLICY_LOSSES, PolicyLossConfig
 from megatron_longact.rl.sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +47,31 @@ class GRPOConfig:
     kl_beta: float
     kl_estimator: KLKind
     normalize_advantages: bool
+    dynamic_sampling: bool = False
+    """Throw groups out whose rewards are all equal, and sample on."""
+    max_sampling_rounds: int = 1
+    """Rounds of prompts_per_step prompts that dynamic sampling makes at most."""
+    overlong_buffer_length: int = 0
+    """Response tokens before the longest one over which the punishment grows; 0: no punishment."""
+    overlong_penalty_factor: float = 1.0
+    importance_level: Level | None = None
+    """Of the weights that correct for rollouts that differ from the trainer; None: no correction."""
+    importance_threshold: float = 2.0
+    offload_reference: bool = False
+    """Keep the reference weights on the host."""
+    logits_chunk_size: int = 1024
+    data: DataConfig = field(default_factory=DataConfig)
     tasks: tuple[str, ...]
     context_lengths: tuple[int, ...]
     heldout_context_lengths: tuple[int, ...]
     heldout_prompts: int
     """Held-out prompts for each context length."""
     seed: int
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt that fit beside a response."""
+        return self.seq_length - self.sampling.max_response_length
 
     @property
     def responses_per_step(self) -> int:
@@ -67,14 +98,14 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
         "--context-lengths",
         nargs="+",
         type=int,
-        required=True,
-        help="Prompt lengths in tokens, drawn with equal chance.",
+        default=[],
+        help="Prompt lengths of the needle tasks in tokens, drawn with equal chance.",
     )
     add(
         "--heldout-context-lengths",
         nargs="+",
         type=int,
-        help="Prompt lengths of the held-out evaluation. Default: those of training.",
+        help="Prompt lengths of the held-out needle tasks. Default: those of training.",
     )
     add(
         "--max-response-length",
@@ -82,19 +113,6 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
         default=16,
         help="Tokens of a response at most, the end-of-text token included. Default: 16.",
     )
-    add(
-        "--policy-loss",
-        default="grpo",
-        choices=sorted(POLICY_LOSSES),
-        help="The objective. Default: grpo.",
-    )
-    add(
-        "--loss-aggregation",
-        default="token-mean",
-        choices=get_args(Aggregation),
-        help="How token losses become one number. Default: token-mean.",
-    )
-    add("--dual-clip", type=float, help="Bound of the loss at negative advantages. Default: off.")
     add(
         "--kl-estimator",
         default="k3",
@@ -107,11 +125,93 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
         help="Do not divide advantages by their group's standard deviation (Dr. GRPO).",
     )
     add(
+        "--offload-reference",
+        action="store_true",
+        help="Keep the reference weights of the KL penalty on the host.",
+    )
+    add(
+        "--logits-chunk-size",
+        type=int,
+        default=GRPOConfig.logits_chunk_size,
+        help="Tokens whose logits are in memory at once; what is beyond is made again in the backward. Default: 1024.",
+    )
+    add(
         "--save-first-iteration",
         action="store_true",
         help="Save a checkpoint after the first iteration as well, beside Megatron's --save-interval.",
     )
-    return parser
+    _add_objective_args(parser)
+    _add_sampling_args(parser)
+    return add_data_args(parser)
+
+
+def _add_objective_args(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group(title="rl objective").add_argument
+    add("--policy-loss", default="grpo", choices=sorted(POLICY_LOSSES), help="The objective. Default: grpo.")
+    add(
+        "--loss-aggregation",
+        default="token-mean",
+        choices=get_args(Aggregation),
+        help="How token losses become one number. Default: token-mean.",
+    )
+    add("--dual-clip", type=float, help="Bound of the loss at negative advantages. Default: off.")
+    default = PolicyLossConfig()
+    add(
+        "--kl-cov-ratio",
+        type=float,
+        default=default.kl_cov_ratio,
+        help="kl-cov: share of the step's tokens, those of largest covariance, that get a KL penalty. Default: 0.0002.",
+    )
+    add("--kl-cov-coef", type=float, default=default.kl_cov_coef, help="kl-cov: weight of that penalty. Default: 1.")
+    add(
+        "--clip-cov-ratio",
+        type=float,
+        default=default.clip_cov_ratio,
+        help="clip-cov: share of the step's tokens that are left out. Default: 0.0002.",
+    )
+    add(
+        "--clip-cov-lower",
+        type=float,
+        default=default.clip_cov_lower,
+        help="clip-cov: only tokens of a covariance above this are left out. Default: 1.",
+    )
+    add(
+        "--clip-cov-upper",
+        type=float,
+        default=default.clip_cov_upper,
+        help="clip-cov: only tokens of a covariance below this are left out. Default: 5.",
+    )
+
+
+def _add_sampling_args(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group(title="rl sampling").add_argument
+    add(
+        "--max-sampling-rounds",
+        type=int,
+        default=10,
+        help="With --grpo-filter-groups-with-same-reward: rounds of --grpo-prompts-per-step prompts that are sampled "
+        "at most to fill a batch. Default: 10.",
+    )
+    add(
+        "--overlong-buffer-length",
+        type=int,
+        default=GRPOConfig.overlong_buffer_length,
+        help="Tokens before --max-response-length over which a response's reward falls (DAPO's soft overlong "
+        "punishment). Default: 0, no punishment.",
+    )
+    add(
+        "--overlong-penalty-factor",
+        type=float,
+        default=GRPOConfig.overlong_penalty_factor,
+        help="What a response of full length loses. Default: 1.",
+    )
+    add(
+        "--importance-sampling-level",
+        default="token",
+        choices=get_args(Level),
+        help="With --rl-inference-logprobs-is-correction: whether tokens are weighted or whole responses. "
+        "Default: token.",
+    )
 
 
 def grpo_config_from_args(args: Namespace) -> GRPOConfig:
@@ -141,11 +241,25 @@ def grpo_config_from_args(args: Namespace) -> GRPOConfig:
             clip_low=args.grpo_clamp_eps_lower,
             clip_high=args.grpo_clamp_eps_upper,
             dual_clip=args.dual_clip,
+            kl_cov_ratio=args.kl_cov_ratio,
+            kl_cov_coef=args.kl_cov_coef,
+            clip_cov_ratio=args.clip_cov_ratio,
+            clip_cov_lower=args.clip_cov_lower,
+            clip_cov_upper=args.clip_cov_upper,
             aggregation=args.loss_aggregation,
         ),
         kl_beta=args.grpo_kl_beta,
         kl_estimator=args.kl_estimator,
         normalize_advantages=not args.no_advantage_std,
+        dynamic_sampling=args.grpo_filter_groups_with_same_reward,
+        max_sampling_rounds=args.max_sampling_rounds if args.grpo_filter_groups_with_same_reward else 1,
+        overlong_buffer_length=args.overlong_buffer_length,
+        overlong_penalty_factor=args.overlong_penalty_factor,
+        importance_level=args.importance_sampling_level if args.rl_inference_logprobs_is_correction else None,
+        importance_threshold=_truncation(args),
+        offload_reference=args.offload_reference,
+        logits_chunk_size=args.logits_chunk_size,
+        data=data_config_from_args(args),
         tasks=tuple(args.needle_tasks or ()),
         context_lengths=context_lengths,
         heldout_context_lengths=tuple(args.heldout_context_lengths or context_lengths),
@@ -154,19 +268,38 @@ def grpo_config_from_args(args: Namespace) -> GRPOConfig:
     )
     _check_lengths(config, max_position_embeddings=args.max_position_embeddings)
     _check_batches(config)
+    _check_objective(config)
     return config
 
 
+def _truncation(args: Namespace) -> float:
+    """The bound of importance weights: Megatron's flag, which is off by default."""
+    given = args.rl_importance_sampling_truncation_coef
+    return GRPOConfig.importance_threshold if given is None else float(given)
+
+
 def _check_lengths(config: GRPOConfig, *, max_position_embeddings: int) -> None:
-    lengths = config.context_lengths + config.heldout_context_lengths
-    if min(lengths) < 1:
-        raise ValueError(f"a context length is {min(lengths)}; it must be at least 1")
-    needed = max(lengths) + config.sampling.max_response_length
     if config.seq_length > max_position_embeddings:
         raise ValueError(
             f"--seq-length is {config.seq_length}, longer than the model's "
             f"--max-position-embeddings {max_position_embeddings}"
         )
+    response = config.sampling.max_response_length
+    if config.longest_prompt < 1:
+        raise ValueError(
+            f"--max-response-length {response} leaves no room for a prompt in --seq-length {config.seq_length}"
+        )
+    if config.data.uses_needles:
+        _check_needle_lengths(config, max_position_embeddings=max_position_embeddings)
+
+
+def _check_needle_lengths(config: GRPOConfig, *, max_position_embeddings: int) -> None:
+    lengths = config.context_lengths + config.heldout_context_lengths
+    if not lengths or (config.data.trains_on_needles and not config.context_lengths):
+        raise ValueError("the needle tasks need --context-lengths, the lengths of their prompts in tokens")
+    if min(lengths) < 1:
+        raise ValueError(f"a context length is {min(lengths)}; it must be at least 1")
+    needed = max(lengths) + config.sampling.max_response_length
     if needed > config.seq_length:
         raise ValueError(
             f"a context of {max(lengths)} tokens plus a response of "
@@ -198,6 +331,33 @@ def _check_batches(config: GRPOConfig) -> None:
         raise ValueError(f"--grpo-kl-beta is {config.kl_beta}; it must not be negative")
 
 
+def _check_objective(config: GRPOConfig) -> None:
+    if config.overlong_buffer_length:  # raises for a buffer that does not fit
+        overlong_penalty(
+            torch.zeros(1),
+            max_response_length=config.sampling.max_response_length,
+            buffer_length=config.overlong_buffer_length,
+            penalty_factor=config.overlong_penalty_factor,
+        )
+    if not config.importance_threshold > 0:
+        raise ValueError(
+            f"--rl-importance-sampling-truncation-coef is {config.importance_threshold}; it must be positive"
+        )
+    counts = {
+        "--max-sampling-rounds": config.max_sampling_rounds,
+        "--logits-chunk-size": config.logits_chunk_size,
+    }
+    for flag, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{flag} is {count}; it must be at least 1")
+    if config.policy_loss == "kl-cov" and config.updates_per_step == 1:
+        logger.warning(
+            "--policy-loss kl-cov with one optimizer step a rollout batch is the unclipped policy gradient: its "
+            "penalty is zero while the policy is the one that sampled; give more --grpo-iterations or a smaller "
+            "--global-batch-size"
+        )
+
+
 def _refuse_unsupported(args: Namespace) -> None:
     engine = "the static inference engine cannot generate with it"
     refused = {
@@ -214,15 +374,7 @@ def _refuse_unsupported(args: Namespace) -> None:
         ),
         "--rampup-batch-size": (args.rampup_batch_size is not None, "rollout batches are fixed"),
         "--grpo-entropy-term-weight": (args.grpo_entropy_term_weight != 0, "not implemented"),
-        "--grpo-filter-groups-with-same-reward": (
-            args.grpo_filter_groups_with_same_reward,
-            "not implemented",
-        ),
         "--rl-use-sequence-packing": (args.rl_use_sequence_packing, "not implemented"),
-        "--rl-inference-logprobs-is-correction": (
-            args.rl_inference_logprobs_is_correction,
-            "not implemented",
-        ),
     }
     for flag, (given, reason) in refused.items():
         if given:

@@ -10,12 +10,14 @@ of (seed, rollout step) and does not depend on the layout.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_longact.rl.arguments import GRPOConfig
 
 Row = int
 """Index of a response in its rollout batch."""
@@ -28,7 +30,9 @@ class RolloutBatch:
     prompts: n prompts; responses: int64 [n, R]; lengths: int64 [n] of the responses;
     rollout_log_probs: fp32 [n, R]; rewards: fp32 [n]; correct: bool [n]; finished: bool [n];
     advantages: fp32 [n]; old_log_probs and ref_log_probs: fp32 [n, R] by the trainer's forward,
-    None until they are known (the reference: None without a KL penalty).
+    None until they are known (the reference: None without a KL penalty); importance_weights: fp32
+    [n, R] of the correction for rollouts that differ from the trainer, None without it; counts: what
+    was thrown out on the way, for the metrics.
     """
 
     step: int
@@ -42,6 +46,8 @@ class RolloutBatch:
     advantages: Tensor
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    importance_weights: Tensor | None = None
+    counts: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -54,6 +60,21 @@ class RolloutBatch:
     def total_length(self, row: Row) -> int:
         """Tokens of a row's prompt and response."""
         return len(self.prompts[row]) + int(self.lengths[row])
+
+    def select(self, rows: list[Row]) -> RolloutBatch:
+        """Some of the responses, in the order of `rows`; without counts."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: v[rows] if isinstance(v, Tensor) else v for name, v in values.items()}
+        return RolloutBatch(**(chosen | {"prompts": [self.prompts[row] for row in rows], "counts": {}}))
+
+    @classmethod
+    def concatenate(cls, batches: list[RolloutBatch]) -> RolloutBatch:
+        """The responses of batches of one rollout step, one after the other; without counts."""
+        joined: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):
+            values = [getattr(batch, f.name) for batch in batches]
+            joined[f.name] = torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+        return cls(**(joined | {"prompts": [p for batch in batches for p in batch.prompts], "counts": {}}))
 
     def state_dict(self) -> dict[str, Any]:
         """The fields as a plain dict; prompts are stored as one int32 tensor and their lengths."""
@@ -95,7 +116,8 @@ class MicroBatch:
     rows: which responses of the rollout batch, b of them; tokens, position_ids: int64 [b, s];
     token_mask: bool [b, s], True at prompt and response tokens; positions: int64 [b, R], where the
     hidden state stands that predicts each response token; targets: int64 [b, R]; response_mask:
-    bool [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs: fp32 [b, R] or None.
+    bool [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs, importance_weights: fp32 [b, R]
+    or None; selected: bool [b, R], the tokens that a covariance objective treats apart, or None.
     """
 
     rows: tuple[Row, ...]
@@ -108,6 +130,8 @@ class MicroBatch:
     advantages: Tensor
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
+    importance_weights: Tensor | None
+    selected: Tensor | None
 
     def cuda(self) -> MicroBatch:
         """A copy on this process's device."""
@@ -157,15 +181,17 @@ def make_micro_batch(
     pad_token: int,
     multiple_of: int,
     fixed_length: int | None = None,
+    selected: Tensor | None = None,
 ) -> MicroBatch:
     """Put rows of a rollout batch side by side, padded on the right.
 
     Sequences are as long as the plan's longest row, rounded up to a multiple of `multiple_of`, or
-    `fixed_length` long if that is given (pipeline stages exchange one fixed shape).
+    `fixed_length` long if that is given (pipeline stages exchange one fixed shape). selected: bool
+    [n, R] of the whole rollout batch, if the objective has a selection.
     """
     rows = plan.rows
     lengths = [batch.total_length(row) for row in rows]
-    s = fixed_length or -(-plan.longest // multiple_of) * multiple_of
+    s = fixed_length or round_up(plan.longest, multiple_of)
     tokens = torch.full((len(rows), s), pad_token, dtype=torch.int64)
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         prompt = batch.prompts[row]
@@ -175,6 +201,10 @@ def make_micro_batch(
     r = int(batch.lengths[index].max())
     prompt_lengths = torch.tensor([len(batch.prompts[row]) for row in rows])
     positions = (prompt_lengths - 1).unsqueeze(-1) + torch.arange(r)
+
+    def of_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[index, :r]
+
     return MicroBatch(
         rows=rows,
         tokens=tokens,
@@ -184,9 +214,62 @@ def make_micro_batch(
         targets=batch.responses[index, :r],
         response_mask=batch.response_mask[index, :r],
         advantages=batch.advantages[index],
-        old_log_probs=None if batch.old_log_probs is None else batch.old_log_probs[index, :r],
-        ref_log_probs=None if batch.ref_log_probs is None else batch.ref_log_probs[index, :r],
+        old_log_probs=of_rows(batch.old_log_probs),
+        ref_log_probs=of_rows(batch.ref_log_probs),
+        importance_weights=of_rows(batch.importance_weights),
+        selected=of_rows(selected),
     )
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How rollout batches become micro-batches on this replica."""
+
+    config: GRPOConfig
+    pad_token: int
+    multiple_of: int
+    dp_rank: int
+    dp_size: int
+    pp_size: int
+
+    def plan(self, batch: RolloutBatch) -> list[StepPlan]:
+        """The optimizer steps on a batch."""
+        return plan_steps(
+            batch,
+            seed=self.config.seed,
+            epochs=self.config.epochs,
+            global_batch_size=self.config.global_batch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+        )
+
+    def micro_batch(self, batch: RolloutBatch, plan: MicroBatchPlan, *, selected: Tensor | None = None) -> MicroBatch:
+        """A micro-batch; of one fixed length if pipeline stages must know it."""
+        return make_micro_batch(
+            batch,
+            plan,
+            pad_token=self.pad_token,
+            multiple_of=self.multiple_of,
+            fixed_length=self._fixed_length,
+            selected=selected,
+        )
+
+    def padding_share(self, batch: RolloutBatch, plan: StepPlan) -> float:
+        """Share of the positions of an optimizer step that hold padding, on all replicas."""
+        real = sum(batch.total_length(row) for row in plan.rows)
+        padded = [self._fixed_length or round_up(mb.longest, self.multiple_of) for mb in plan.micro_batches]
+        rows = [len(mb.rows) * self.dp_size for mb in plan.micro_batches]
+        return 1 - real / sum(n * s for n, s in zip(rows, padded, strict=True))
+
+    @property
+    def _fixed_length(self) -> int | None:
+        return self.config.seq_length if self.pp_size > 1 else None
+
+
+def round_up(length: int, multiple_of: int) -> int:
+    """The smallest multiple that is at least `length`."""
+    return -(-length // multiple_of) * multiple_of
 
 
 def _random_order(n: int, *key: int) -> list[Row]:

@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_longact.rl.advantages import group_relative_advantages
 from megatron_longact.rl.arguments import GRPOConfig
-from megatron_longact.rl.batches import (
-    MicroBatch,
-    MicroBatchPlan,
-    RolloutBatch,
-    StepPlan,
-    make_micro_batch,
-    plan_steps,
-)
+from megatron_longact.rl.batches import RolloutBatch
 from megatron_longact.rl.evaluation import Judge
-from megatron_longact.rl.log_probs import ResponseScorer, score_responses
+from megatron_longact.rl.importance_weights import truncated_importance_weights
+from megatron_longact.rl.log_probs import TrainerLogProbs
+from megatron_longact.rl.overlong import overlong_penalty
 from megatron_longact.rl.reference import ReferenceWeights
 from megatron_longact.rl.rollout import Prompt, RolloutEngine
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How rollout batches become micro-batches on this replica."""
-
-    config: GRPOConfig
-    pad_token: int
-    multiple_of: int
-    dp_rank: int
-    dp_size: int
-    pp_size: int
-
-    def plan(self, batch: RolloutBatch) -> list[StepPlan]:
-        """The optimizer steps on a batch."""
-        return plan_steps(
-            batch,
-            seed=self.config.seed,
-            epochs=self.config.epochs,
-            global_batch_size=self.config.global_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            dp_rank=self.dp_rank,
-            dp_size=self.dp_size,
-        )
-
-    def micro_batch(self, batch: RolloutBatch, plan: MicroBatchPlan) -> MicroBatch:
-        """A micro-batch; of one fixed length if pipeline stages must know it."""
-        return make_micro_batch(
-            batch,
-            plan,
-            pad_token=self.pad_token,
-            multiple_of=self.multiple_of,
-            fixed_length=self.config.seq_length if self.pp_size > 1 else None,
-        )
 
 
 class Collector:
@@ -66,32 +25,61 @@ class Collector:
     def __init__(
         self,
         config: GRPOConfig,
-        model: Sequence[nn.Module],
         *,
         engine: RolloutEngine,
         judge: Judge,
-        scorer: ResponseScorer,
-        layout: BatchLayout,
+        trainer_log_probs: TrainerLogProbs,
         reference: ReferenceWeights | None,
-        pg_collection: ProcessGroupCollection,
     ) -> None:
         self._config = config
-        self._model = model
         self._engine = engine
         self._judge = judge
-        self._scorer = scorer
-        self._layout = layout
+        self._trainer_log_probs = trainer_log_probs
         self._reference = reference
-        self._pgs = pg_collection
 
     def rollouts(self, step: int) -> RolloutBatch:
-        """Responses, rewards and advantages of a rollout step."""
-        group, count = self._config.group_size, self._config.prompts_per_step
-        tasks = self._judge.environment.training_tasks(step, count=count)
-        prompts = [Prompt(t.prompt, i, j) for i, t in enumerate(tasks) for j in range(group)]
-        rollouts = self._engine.generate(prompts, replace(self._config.sampling, step=step))
+        """Responses, rewards and advantages of a rollout step.
+
+        With dynamic sampling, groups whose rewards are all equal are thrown out and more prompts are
+        sampled until the batch is full. Raises ValueError if `max_sampling_rounds` do not fill it.
+        """
+        config = self._config
+        kept: list[RolloutBatch] = []
+        sampled = thrown_out = 0
+        for round_ in range(config.max_sampling_rounds):
+            made = self._sample(step, first=round_ * config.prompts_per_step)
+            rows = _rows_with_spread(made, config.group_size) if config.dynamic_sampling else list(range(len(made)))
+            kept.append(made.select(rows))
+            sampled += len(made) // config.group_size
+            thrown_out += (len(made) - len(rows)) // config.group_size
+            if sum(map(len, kept)) >= config.responses_per_step:
+                break
+        else:
+            raise ValueError(_not_full(config, step=step, sampled=sampled, kept=sampled - thrown_out))
+        batch = RolloutBatch.concatenate(kept).select(list(range(config.responses_per_step)))
+        batch.counts = {
+            "groups_sampled": sampled,
+            "groups_without_spread": sum(_without_spread(part, config.group_size) for part in kept) + thrown_out,
+            "groups_thrown_out": sampled - config.prompts_per_step,
+        }
+        return batch
+
+    def _sample(self, step: int, *, first: int) -> RolloutBatch:
+        """A group of responses to each of the prompts `first`, `first + 1`, ... of a rollout step."""
+        config = self._config
+        group = config.group_size
+        tasks = self._judge.environment.training_tasks(step, count=config.prompts_per_step, first=first)
+        prompts = [Prompt(t.prompt, first + i, j) for i, t in enumerate(tasks) for j in range(group)]
+        rollouts = self._engine.generate(prompts, replace(config.sampling, step=step))
         scores = self._judge.score([task for task in tasks for _ in range(group)], rollouts)
         rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32)
+        if config.overlong_buffer_length:
+            rewards = rewards + overlong_penalty(
+                rollouts.lengths,
+                max_response_length=config.sampling.max_response_length,
+                buffer_length=config.overlong_buffer_length,
+                penalty_factor=config.overlong_penalty_factor,
+            )
         return RolloutBatch(
             step=step,
             prompts=[prompt.tokens for prompt in prompts],
@@ -104,35 +92,48 @@ class Collector:
             advantages=group_relative_advantages(
                 rewards,
                 torch.tensor([prompt.index for prompt in prompts]),
-                normalize_std=self._config.normalize_advantages,
+                normalize_std=config.normalize_advantages,
             ),
         )
 
     def add_log_probs(self, batch: RolloutBatch) -> None:
-        """Set `old_log_probs`, and `ref_log_probs` if there is a reference.
-
-        The forward runs on the micro-batches of the first epoch, so the first update sees ratios of
-        exactly 1 wherever training forwards are deterministic.
-        """
+        """Set `old_log_probs`, and what rests on them, and `ref_log_probs` if there is a reference."""
         batch.old_log_probs = self._log_probs(batch, nullcontext())
         if self._reference is not None:
             batch.ref_log_probs = self._log_probs(batch, self._reference.swapped_in())
+        if self._config.importance_level is not None:
+            batch.importance_weights = truncated_importance_weights(
+                batch.old_log_probs,
+                batch.rollout_log_probs,
+                batch.response_mask,
+                level=self._config.importance_level,
+                threshold=self._config.importance_threshold,
+            )
 
     def _log_probs(self, batch: RolloutBatch, weights: AbstractContextManager[None]) -> Tensor:
-        first_epoch = self._layout.plan(batch)[: len(batch) // self._config.global_batch_size]
-        micro_batches = [self._layout.micro_batch(batch, plan) for step in first_epoch for plan in step.micro_batches]
         with weights:
-            scored = score_responses(
-                self._model,
-                micro_batches,
-                scorer=self._scorer,
-                seq_length=self._config.seq_length,
-                micro_batch_size=self._config.micro_batch_size,
-                pg_collection=self._pgs,
-            )
-        log_probs = torch.zeros_like(batch.rollout_log_probs).cuda()
-        for micro_batch, rows in zip(micro_batches, scored, strict=True):
-            mask = micro_batch.response_mask.cuda()
-            log_probs[list(micro_batch.rows), : rows.shape[1]] = rows.masked_fill(~mask, 0.0)
-        torch.distributed.all_reduce(log_probs, group=self._pgs.dp)  # each row on one replica
-        return log_probs.cpu()
+            return self._trainer_log_probs.of_batch(batch)
+
+
+def _spread(batch: RolloutBatch, group_size: int) -> Tensor:
+    """Whether the rewards of each group differ; bool [groups]."""
+    rewards = batch.rewards.view(-1, group_size)
+    return rewards.amax(1) != rewards.amin(1)
+
+
+def _rows_with_spread(batch: RolloutBatch, group_size: int) -> list[int]:
+    """Responses of the groups whose rewards differ."""
+    return _spread(batch, group_size).repeat_interleave(group_size).nonzero().flatten().tolist()
+
+
+def _without_spread(batch: RolloutBatch, group_size: int) -> int:
+    return int((~_spread(batch, group_size)).sum())
+
+
+def _not_full(config: GRPOConfig, *, step: int, sampled: int, kept: int) -> str:
+    return (
+        f"dynamic sampling: of {sampled} groups sampled in rollout step {step} only {kept} had rewards that differ, "
+        f"and --grpo-prompts-per-step is {config.prompts_per_step}; the tasks are too easy or too hard for the model: "
+        "mix others in, raise --grpo-group-size or --max-sampling-rounds, or leave "
+        "--grpo-filter-groups-with-same-reward off"
+    )

@@ -5,7 +5,8 @@ vocabulary, h hidden size.
 
 Only the hidden states that predict a response token reach the output layer, through GPTModel's own
 `output_processor` seam: at a context of s the logits take R/s of the memory and of the time, and
-they are never gathered over tensor-parallel ranks.
+they are never gathered over tensor-parallel ranks. Long responses go through it in chunks, whose logits
+the backward makes again, so that [chunk, V / tp] is all that ever exists of them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.utils.checkpoint import checkpoint
 
-from megatron_longact.rl.batches import MicroBatch
+from megatron_longact.rl.batches import BatchLayout, MicroBatch, RolloutBatch, StepPlan
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ResponseScorer:
     temperature: float
     vocab_size: int
     tp_group: ProcessGroup
+    chunk_size: int = 1024
+    """Tokens whose logits are in memory at once; beyond it the backward makes them again."""
 
     def forward(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """The model's output for a micro-batch: fp32 [2, b, R] on the last pipeline stage.
@@ -64,13 +68,26 @@ class ResponseScorer:
     ) -> Tensor:
         index = context.positions.t().unsqueeze(-1)  # [R, b, 1]
         hidden_states = hidden_states.gather(0, index.expand(-1, -1, hidden_states.shape[-1]))
-        logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
-        logits = scale_logits(logits).float()  # [R, b, V / tp]
+        targets = context.targets.t().contiguous()  # [R, b]
+
+        def score(hidden_states: Tensor, targets: Tensor) -> Tensor:
+            logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
+            return self._score(scale_logits(logits), targets)
+
+        positions = max(self.chunk_size // targets.shape[1], 1)
+        chunks = list(zip(hidden_states.split(positions), targets.split(positions), strict=True))
+        if len(chunks) == 1:
+            return score(*chunks[0])
+        scored = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return torch.cat(scored, dim=2)
+
+    def _score(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits [r, b, V / tp] and targets [r, b] -> log-probs and entropies, fp32 [2, b, r]."""
+        logits = logits.float()
         if self.temperature != 1.0:
             logits = logits / self.temperature
         logits = self._without_padded_entries(logits)
         entropy = vocab_parallel_entropy(logits, tp_group=self.tp_group)
-        targets = context.targets.t().contiguous()  # [R, b]
         loss = vocab_parallel_cross_entropy(logits, targets, tp_group=self.tp_group)
         return torch.stack([-loss.t(), entropy.t()])
 
@@ -147,3 +164,45 @@ def _from_last_stage(
     for output in outputs:
         torch.distributed.broadcast(output, src=source, group=pp_group)
     return outputs
+
+
+class TrainerLogProbs:
+    """Log-probs of rollout batches by the trainer's own forward, the same on all ranks."""
+
+    def __init__(
+        self,
+        model: Sequence[nn.Module],
+        scorer: ResponseScorer,
+        layout: BatchLayout,
+        *,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        self._model, self._scorer, self._layout, self._pgs = model, scorer, layout, pg_collection
+
+    def of_batch(self, batch: RolloutBatch) -> Tensor:
+        """fp32 [n, R] of all responses.
+
+        The forward runs on the micro-batches of the first epoch, so the first update sees ratios of
+        exactly 1 wherever training forwards are deterministic.
+        """
+        config = self._layout.config
+        return self.of_steps(batch, self._layout.plan(batch)[: len(batch) // config.global_batch_size])
+
+    def of_steps(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> Tensor:
+        """fp32 [n, R] of the responses in these optimizer steps, 0 for the others and in the padding."""
+        config = self._layout.config
+        micro_batches = [self._layout.micro_batch(batch, plan) for step in steps for plan in step.micro_batches]
+        scored = score_responses(
+            self._model,
+            micro_batches,
+            scorer=self._scorer,
+            seq_length=config.seq_length,
+            micro_batch_size=config.micro_batch_size,
+            pg_collection=self._pgs,
+        )
+        log_probs = torch.zeros_like(batch.rollout_log_probs).cuda()
+        for micro_batch, rows in zip(micro_batches, scored, strict=True):
+            mask = micro_batch.response_mask.cuda()
+            log_probs[list(micro_batch.rows), : rows.shape[1]] = rows.masked_fill(~mask, 0.0)
+        torch.distributed.all_reduce(log_probs, group=self._pgs.dp)  # each row on one replica
+        return log_probs.cpu()

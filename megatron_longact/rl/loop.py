@@ -20,22 +20,23 @@ from megatron_longact import metrics as longact_metrics
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.audit import RowAudit, RowCounts
-from megatron_longact.rl.batches import RolloutBatch, StepPlan
-from megatron_longact.rl.collect import BatchLayout, Collector
-from megatron_longact.rl.evaluation import Judge, evaluate_heldout
+from megatron_longact.rl.batches import BatchLayout, RolloutBatch, StepPlan
+from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.evaluation import Judge, evaluate_heldout, heldout_scalars
 from megatron_longact.rl.objective import Objective
 from megatron_longact.rl.rollout import RolloutEngine
 from megatron_longact.rl.run_log import MetricsLog, Progress
 from megatron_longact.rl.state import LoopState
+from megatron_longact.rl.token_selection import TokenSelector
 from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome, StepSize
 
 TIME_SHARE = "longact/time_share"
 """Share of an optimizer step's wall time that LongAct took."""
 
-TIMES = (longact_metrics.TIME, "step_time_s", "rollout_time_s", "log_prob_time_s")
+TIMES = (longact_metrics.TIME, "step_time_s", "rollout_time_s", "log_prob_time_s", "selection_time_s")
 """Wall times in seconds, those of the slowest rank."""
 
-STEP_METRICS = ("loss", "clip_fraction", "dual_clip_fraction", "kl_old", "kl", "entropy")
+STEP_METRICS = ("loss", "clip_fraction", "dual_clip_fraction", "selected_fraction", "kl_old", "kl", "entropy")
 """Names that the objective may report, in the order in which pipeline stages exchange them."""
 
 
@@ -50,6 +51,7 @@ class GRPOLoop:
         state: LoopState,
         collector: Collector,
         objective: Objective,
+        selector: TokenSelector,
         layout: BatchLayout,
         engine: RolloutEngine,
         judge: Judge,
@@ -64,6 +66,7 @@ class GRPOLoop:
         self._state = state
         self._collector = collector
         self._objective = objective
+        self._selector = selector
         self._layout = layout
         self._engine = engine
         self._judge = judge
@@ -72,7 +75,7 @@ class GRPOLoop:
         self._metrics_log = metrics_log
         self._evaluations_log = evaluations_log
         self._progress = progress
-        self._times: dict[str, float | None] = {"rollout_time_s": None, "log_prob_time_s": None}
+        self._times: dict[str, float | None] = dict.fromkeys(TIMES)
 
     def run(self) -> bool:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
@@ -117,16 +120,17 @@ class GRPOLoop:
         batch = state.batch
         assert batch is not None
         plan = self._layout.plan(batch)[state.updates_done]
+        selected = self._select(batch, plan)
         begun = time.perf_counter()
-        outcome = self._update(batch, plan)
-        step_time = time.perf_counter() - begun
+        outcome = self._update(batch, plan, selected)
+        self._times["step_time_s"] = time.perf_counter() - begun
         if outcome.should_exit:
             return True
         state.updates_done += 1
         if state.updates_done == self._config.updates_per_step:
             state.batch, state.updates_done = None, 0
         self._audit.after_step()
-        self._report(batch, outcome, step_time)
+        self._report(batch, plan, outcome)
         if args.eval_interval and trainer.iteration % args.eval_interval == 0:
             self._evaluate()
         exiting = trainer.save_or_exit()
@@ -140,29 +144,41 @@ class GRPOLoop:
             batch = self._collector.rollouts(self._state.rollout_steps)
             made = time.perf_counter()
             self._collector.add_log_probs(batch)
-        self._times = {
-            "rollout_time_s": made - begun,
-            "log_prob_time_s": time.perf_counter() - made,
-        }
+        self._times["rollout_time_s"] = made - begun
+        self._times["log_prob_time_s"] = time.perf_counter() - made
         self._state.batch = batch
         self._state.rollout_steps += 1
 
-    def _update(self, batch: RolloutBatch, plan: StepPlan) -> StepOutcome:
+    def _select(self, batch: RolloutBatch, plan: StepPlan) -> Tensor | None:
+        if not self._selector.selects:
+            return None
+        begun = time.perf_counter()
+        with self._trainer.between_steps():
+            selected = self._selector.select(batch, plan, update=self._state.updates_done)
+        self._times["selection_time_s"] = time.perf_counter() - begun
+        return selected
+
+    def _update(self, batch: RolloutBatch, plan: StepPlan, selected: Tensor | None) -> StepOutcome:
         lengths = [batch.total_length(row) for row in plan.rows]
         return self._trainer.step(
             self._objective.forward_step(
                 batch.response_mask[list(plan.rows)], num_microbatches=len(plan.micro_batches)
             ),
-            [self._layout.micro_batch(batch, micro_batch) for micro_batch in plan.micro_batches],
+            [self._layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches],
             size=StepSize(tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
         )
 
     def _evaluate(self) -> None:
         with self._trainer.between_steps():
-            row = evaluate_heldout(self._engine, self._judge, self._config, iteration=self._trainer.iteration)
+            row = evaluate_heldout(
+                self._engine,
+                self._judge,
+                self._config,
+                iteration=self._trainer.iteration,
+                pass_at=self._config.data.pass_at,
+            )
         self._state.evaluations.append(row)
-        scalars = {f"heldout/accuracy@{n}": v for n, v in row["accuracy_by_length"].items()}
-        scalars |= {"heldout/accuracy": row["accuracy"], "heldout/reward": row["reward"]}
+        scalars = heldout_scalars(row)
         # Under names of their own: `accuracy` is that of the rollouts.
         self._evaluations_log.write({**row, **scalars}, iteration=row["iteration"], in_tensorboard=row.keys())
         if self._progress is not None:
@@ -172,18 +188,19 @@ class GRPOLoop:
                 f"  (by context length  {by_length})"
             )
 
-    def _report(self, batch: RolloutBatch, outcome: StepOutcome, step_time: float) -> None:
+    def _report(self, batch: RolloutBatch, plan: StepPlan, outcome: StepOutcome) -> None:
         losses = _from_last_stage(outcome.losses, pp_group=self._trainer.pg_collection.pp)
         row: dict[str, Any] = {
             "rollout_step": batch.step,
             **_rollout_metrics(batch),
             **losses,
             "grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
-            **self._longact_metrics(),
-            "step_time_s": step_time,
+            "padding_share": self._layout.padding_share(batch, plan),
             **self._times,
+            **self._longact_metrics(),
         }
         row |= _of_slowest_rank({name: row[name] for name in TIMES})
+        row["rollout_tokens_per_s"] = _per_second(row["response_tokens"], row["rollout_time_s"])
         if self.longact is not None:
             row[TIME_SHARE] = row[longact_metrics.TIME] / row["step_time_s"]
         # Megatron has written the losses to TensorBoard, and LongAct its own scalars.
@@ -213,19 +230,39 @@ class GRPOLoop:
         return self.longact.metrics()
 
 
+def _per_second(count: float, seconds: float | None) -> float | None:
+    return None if seconds is None else count / seconds
+
+
 def _rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
-    mask = batch.response_mask
-    assert batch.old_log_probs is not None
-    difference = (batch.rollout_log_probs - batch.old_log_probs).abs()[mask]
     return {
         "reward_mean": batch.rewards.mean().item(),
         "reward_std": batch.rewards.std().item(),
         "accuracy": batch.correct.float().mean().item(),
         "response_length_mean": batch.lengths.float().mean().item(),
         "truncated_fraction": 1.0 - batch.finished.float().mean().item(),
-        "rollout_train_logprob_abs_diff": difference.mean().item(),
-        "rollout_train_logprob_abs_diff_max": difference.max().item(),
+        "prompt_tokens": float(sum(map(len, batch.prompts))),
+        "response_tokens": float(batch.lengths.sum()),
+        **batch.counts,
+        **_mismatch_metrics(batch),
     }
+
+
+def _mismatch_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """How far the distribution that was sampled is from the trainer's, at response tokens."""
+    mask = batch.response_mask
+    assert batch.old_log_probs is not None
+    log_ratio = (batch.old_log_probs - batch.rollout_log_probs)[mask]
+    metrics = {
+        "rollout_train_logprob_abs_diff": log_ratio.abs().mean().item(),
+        "rollout_train_logprob_abs_diff_max": log_ratio.abs().max().item(),
+        "rollout_train_kl": (log_ratio.expm1() - log_ratio).mean().item(),
+    }
+    if batch.importance_weights is not None:
+        weights = batch.importance_weights[mask]
+        metrics["importance_weight_mean"] = weights.mean().item()
+        metrics["importance_weight_max"] = weights.max().item()
+    return metrics
 
 
 def _of_slowest_rank(times: dict[str, float | None]) -> dict[str, float | None]:

@@ -14,10 +14,12 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor, nn
 
 from megatron_longact.longact import LongAct
+from megatron_longact.rl.aggregation import aggregate, aggregation_weight
 from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.batches import MicroBatch
+from megatron_longact.rl.kl import masked_kl
 from megatron_longact.rl.log_probs import ResponseScorer
-from megatron_longact.rl.policy_loss import POLICY_LOSSES, aggregate, aggregation_weight, masked_kl
+from megatron_longact.rl.policy_losses import POLICY_LOSSES
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -66,7 +68,13 @@ class Objective:
         assert batch.old_log_probs is not None
         log_probs, entropy = output[0], output[1].detach()
         loss, means = POLICY_LOSSES[config.policy_loss](
-            log_probs, batch.old_log_probs, batch.advantages, mask, config=config.loss
+            log_probs,
+            batch.old_log_probs,
+            batch.advantages,
+            mask,
+            config=config.loss,
+            selected=batch.selected,
+            importance_weights=batch.importance_weights,
         )
         means = dict(means)
         if batch.ref_log_probs is not None:

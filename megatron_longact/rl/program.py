@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
@@ -17,13 +19,17 @@ from megatron.training.global_vars import get_tensorboard_writer, get_tokenizer
 from megatron.training.initialize import initialize_megatron
 from torch import nn
 
+from megatron_longact.checkpointing import check_load
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.audit import RowAudit
-from megatron_longact.rl.collect import BatchLayout, Collector
+from megatron_longact.rl.batches import BatchLayout
+from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.curriculum import Curriculum
+from megatron_longact.rl.data_arguments import build_environment
 from megatron_longact.rl.environment import Environment, NeedleEnvironment
 from megatron_longact.rl.evaluation import Judge
-from megatron_longact.rl.log_probs import ResponseScorer
+from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import GRPOLoop
 from megatron_longact.rl.objective import Objective
 from megatron_longact.rl.outcome import REPORT, write_outcome
@@ -31,20 +37,37 @@ from megatron_longact.rl.reference import ReferenceWeights, start_reference
 from megatron_longact.rl.rollout import StaticRolloutEngine
 from megatron_longact.rl.run_log import MetricsLog, Progress
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
+from megatron_longact.rl.token_selection import TokenSelector
 from megatron_longact.rl.trainer import MegatronTrainer
+
+logger = logging.getLogger(__name__)
 
 SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
 
 
-def needle_environment(config: GRPOConfig) -> NeedleEnvironment:
-    """The needle tasks of a run, with Megatron's tokenizer; raises ValueError for what cannot be."""
-    return NeedleEnvironment(
-        get_tokenizer(),
-        names=config.tasks,
-        lengths=config.context_lengths,
-        heldout_lengths=config.heldout_context_lengths,
+def environment_of(config: GRPOConfig) -> Environment:
+    """The tasks of a run, with Megatron's tokenizer; raises ValueError, in one line, for what cannot be."""
+    tokenizer = get_tokenizer()
+
+    def needles(curriculum: Curriculum) -> NeedleEnvironment:
+        return NeedleEnvironment(
+            tokenizer,
+            names=config.tasks,
+            lengths=config.context_lengths,
+            heldout_lengths=config.heldout_context_lengths,
+            seed=config.seed,
+            curriculum=curriculum,
+        )
+
+    return build_environment(
+        config.data,
+        tokenizer,
+        needles=needles,
+        max_prompt_length=config.longest_prompt,
+        prompts_per_step=config.prompts_per_step,
         seed=config.seed,
+        say=logger.info,
     )
 
 
@@ -64,14 +87,17 @@ def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *,
 
     Attaches nothing by itself: LongAct is found if the launcher's seams are open.
     """
+    check_load(args)
     initialize_megatron()
     state = LoopState()
     trainer = _trainer(args, state)
     pgs = trainer.pg_collection
-    reference = start_reference(trainer.model, args) if config.kl_beta > 0 else None
-    judge = Judge(environment, get_tokenizer().detokenize)
+    judge = Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD)
     scorer = ResponseScorer(
-        temperature=config.sampling.temperature, vocab_size=get_tokenizer().vocab_size, tp_group=pgs.tp
+        temperature=config.sampling.temperature,
+        vocab_size=get_tokenizer().vocab_size,
+        tp_group=pgs.tp,
+        chunk_size=config.logits_chunk_size,
     )
     layout = BatchLayout(
         config,
@@ -82,13 +108,21 @@ def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *,
         pp_size=pgs.pp.size(),
     )
     engine = _engine(args, trainer.model, pgs)
+    trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
     longact = LongAct.of(trainer.optimizer)
     return GRPOLoop(
         config,
         trainer,
         state=state,
-        collector=_collector(config, trainer, engine, judge, scorer, layout, reference),
+        collector=Collector(
+            config,
+            engine=engine,
+            judge=judge,
+            trainer_log_probs=trainer_log_probs,
+            reference=_reference(config, trainer),
+        ),
         objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
+        selector=TokenSelector(config, trainer_log_probs),
         layout=layout,
         engine=engine,
         judge=judge,
@@ -96,6 +130,12 @@ def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *,
         audit=RowAudit(trainer.model, longact),
         **_logs(args, terminal),
     )
+
+
+def _reference(config: GRPOConfig, trainer: MegatronTrainer) -> ReferenceWeights | None:
+    if config.kl_beta == 0:
+        return None
+    return start_reference(trainer.model, trainer.args, offload=config.offload_reference)
 
 
 def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
@@ -118,27 +158,6 @@ def _engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollec
         vocab_size=tokenizer.vocab_size,
         max_batch_size=args.inference_max_requests,
         dp_group=pgs.dp,
-    )
-
-
-def _collector(
-    config: GRPOConfig,
-    trainer: MegatronTrainer,
-    engine: StaticRolloutEngine,
-    judge: Judge,
-    scorer: ResponseScorer,
-    layout: BatchLayout,
-    reference: ReferenceWeights | None,
-) -> Collector:
-    return Collector(
-        config,
-        trainer.model,
-        engine=engine,
-        judge=judge,
-        scorer=scorer,
-        layout=layout,
-        reference=reference,
-        pg_collection=trainer.pg_collection,
     )
 
 

@@ -1,4 +1,4 @@
-"""The frozen start model of a KL penalty: its weights on the host, swapped in for a forward."""
+"""The frozen start model of a KL penalty: its weights, kept once, and swapped in for a forward."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor, nn
 
 
 class ReferenceWeights:
-    """A copy of this rank's parameters, kept on the host.
+    """A copy of this rank's parameters, beside them or, with `offload`, on the host.
 
-    Values are copied in place: parameters may be views of Megatron's buffers.
+    Values are copied in place: parameters may be views of Megatron's buffers. While they are swapped in, the
+    model's own are on the host if the reference is offloaded.
     """
 
-    def __init__(self, model: Sequence[nn.Module]) -> None:
+    def __init__(self, model: Sequence[nn.Module], *, offload: bool) -> None:
         self._model = model
-        self._weights = _host_copy(model)
+        self._offload = offload
+        self._weights = _copy(model, to_host=offload)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model has the reference weights inside the block, and its own, bit for bit, after it."""
-        own = _host_copy(self._model)
+        own = _copy(self._model, to_host=self._offload)
         _set_weights(self._model, self._weights)
         try:
             yield
@@ -33,24 +35,24 @@ class ReferenceWeights:
             _set_weights(self._model, own)
 
 
-def start_reference(model: Sequence[nn.Module], args: Namespace) -> ReferenceWeights:
+def start_reference(model: Sequence[nn.Module], args: Namespace, *, offload: bool) -> ReferenceWeights:
     """The weights that training started from, whether this run starts now or is resumed.
 
     A resumed run loads them from `--pretrained-checkpoint` once more and keeps its own. Raises
     ValueError if a resumed run has no such checkpoint.
     """
     if args.iteration == 0:
-        return ReferenceWeights(model)
+        return ReferenceWeights(model, offload=offload)
     if args.pretrained_checkpoint is None:
         raise ValueError(
             "a resumed run with --grpo-kl-beta > 0 needs --pretrained-checkpoint: the reference "
             "weights of the KL penalty are those that training started from"
         )
-    own = _host_copy(model)
+    own = _copy(model, to_host=True)
     with _namespace_kept(args):
         args.load, args.finetune, args.no_load_optim = None, True, True
         load_checkpoint(list(model), None, None)
-    reference = ReferenceWeights(model)
+    reference = ReferenceWeights(model, offload=offload)
     _set_weights(model, own)
     return reference
 
@@ -65,8 +67,9 @@ def _namespace_kept(args: Namespace) -> Iterator[None]:
         vars(args).update(before)
 
 
-def _host_copy(model: Sequence[nn.Module]) -> list[Tensor]:
-    return [p.detach().to("cpu", copy=True) for chunk in model for p in chunk.parameters()]
+def _copy(model: Sequence[nn.Module], *, to_host: bool) -> list[Tensor]:
+    parameters = [p.detach() for chunk in model for p in chunk.parameters()]
+    return [p.to("cpu", copy=True) if to_host else p.clone() for p in parameters]
 
 
 @torch.no_grad()
