@@ -65,6 +65,7 @@ TRAIN_ARGS=(
 
 rm -rf "$RUN_DIR"/{checkpoints,tensorboard,metrics.jsonl,evaluations.jsonl,megatron.log,report.md,saliency.png,reward.png}
 mkdir -p "$RUN_DIR"
+[[ -d .venv ]] && export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1               # one core a rank
 export TORCH_CPP_LOG_LEVEL=ERROR       # gloo's warnings about host names
 export PYTHONWARNINGS=ignore           # Megatron warns of each kernel library that a CPU does not have
