@@ -1,0 +1,184 @@
+"""The Megatron program behind `tools/evaluate.py --load`: a checkpoint's responses to a benchmark, and their scores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.initialize import initialize_megatron
+
+from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
+from megatron_longact.evaluation.predicting import predict
+from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
+from megatron_longact.evaluation.predictions import Id, Row, check_complete
+from megatron_longact.evaluation.samples import groups_of
+from megatron_longact.evaluation.scoring import report, rows_by_id
+from megatron_longact.rl.rollout import StaticRolloutEngine
+from megatron_longact.rl.run_log import MEGATRON_LOG, Progress, output_in_file
+
+INFERENCE_FLAGS = ["--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-size=1", "--seq-length=64"]
+"""What Megatron asks every program for, or would otherwise load."""
+_CONTENT = {"output", "keep_inputs"}
+"""Settings that do not change what is predicted."""
+
+
+def main() -> None:
+    """Evaluate the checkpoint of `--load`, going on from what `--output` holds of the same evaluation."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = config_from_args(add_evaluation_args(early).parse_known_args()[0])
+    given = {argument.split("=", 1)[0] for argument in sys.argv}
+    sys.argv += [flag for flag in INFERENCE_FLAGS if flag.split("=", 1)[0] not in given]
+    with output_in_file(config.output / MEGATRON_LOG) as terminal:
+        args = parse_and_validate_args(extra_args_provider=_add_args)
+        _check(args)
+        iteration = _iteration(args)
+        initialize_megatron()
+        Evaluation(args, config, iteration=iteration, terminal=terminal).run()
+
+
+def _add_args(parser: ArgumentParser) -> ArgumentParser:
+    return add_evaluation_args(parser)
+
+
+def _check(args: Namespace) -> None:
+    engine = "the static inference engine cannot generate with it"
+    refused = {
+        "--sequence-parallel": args.sequence_parallel,
+        "--context-parallel-size": args.context_parallel_size > 1,
+        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
+    }
+    for flag, given in refused.items():
+        if given:
+            raise ValueError(f"the evaluation does not work with {flag}: {engine}")
+
+
+def _iteration(args: Namespace) -> str:
+    """The iteration that is evaluated; ValueError where `--load` has no checkpoint."""
+    if args.ckpt_step is not None:
+        return str(args.ckpt_step)
+    try:
+        return (Path(args.load) / "latest_checkpointed_iteration.txt").read_text().strip()
+    except OSError as error:
+        raise ValueError(f"--load {args.load} holds no Megatron checkpoint: {error.strerror}") from error
+
+
+class _Encoder:
+    """Megatron's tokenizer with the one method that the benchmarks use."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(get_tokenizer().tokenize(text))
+
+
+class Evaluation:
+    """One evaluation on all ranks; rank 0 reads and writes the files and speaks.
+
+    args: Megatron's, after `initialize_megatron`.
+    """
+
+    def __init__(self, args: Namespace, config: EvaluationConfig, *, iteration: str, terminal: TextIO) -> None:
+        self.args, self.config, self.terminal = args, config, terminal
+        self.first = args.rank == 0
+        self.settings = _settings(args, config, iteration)
+        self.groups = groups_of(config, _Encoder(), positions=args.max_position_embeddings)
+
+    def run(self) -> None:
+        """Predict what is missing, then score everything."""
+        done = self._done()
+        self._predict(done)
+        if self.first:
+            rows = rows_by_id(self.config.benchmark, open_log(self.config.output, self.settings))
+            expected = [each for group in self.groups for each in group.ids]
+            check_complete(rows, expected)
+            report(
+                self.config.benchmark,
+                rows,
+                output=self.config.output,
+                terminal=self.terminal,
+                about={"settings": self.settings},
+            )
+
+    def _done(self) -> set[Id]:
+        """Ids that have a prediction, as rank 0 finds them; all ranks hear it, or its ValueError."""
+        told: list[Any] = [None]
+        if self.first:
+            try:
+                rows = open_log(self.config.output, self.settings)
+                told = [list(rows_by_id(self.config.benchmark, rows))]
+            except ValueError as error:
+                told = [str(error)]
+        torch.distributed.broadcast_object_list(told, src=0)
+        if isinstance(told[0], str):
+            raise ValueError(told[0])
+        return set(told[0])
+
+    def _predict(self, done: set[Id]) -> None:
+        total = sum(len(group.ids) for group in self.groups)
+        if len(done) >= total:
+            return
+        model, pgs = self._load()
+        tokenizer = get_tokenizer()
+        engine = StaticRolloutEngine(
+            unwrap_model(model[0]),
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            max_batch_size=self.args.inference_max_requests,
+            dp_group=pgs.dp,
+        )
+        rows = predict(
+            self.groups,
+            engine,
+            done=done,
+            chunk=self.args.inference_max_requests * pgs.dp.size(),
+            temperature=self.config.temperature,
+            seed=self.config.sample_seed,
+            detokenize=tokenizer.detokenize,
+        )
+        self._write(rows, done=len(done), total=total)
+
+    def _load(self) -> tuple[Sequence[torch.nn.Module], ProcessGroupCollection]:
+        pgs = ProcessGroupCollection.use_mpu_process_groups()
+        model, _, _ = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(self.args, gpt_config_from_args(self.args)),
+            pg_collection=pgs,
+        )
+        return model, pgs
+
+    def _write(self, predictions: Any, *, done: int, total: int) -> None:
+        if not self.first:
+            for _ in predictions:
+                pass
+            return
+        log, progress = PredictionLog(self.config.output), Progress(total, self.terminal, done=done)
+        if done:
+            progress.say(f"{done} of {total} predictions are there already")
+        rows: list[Row]
+        for name, rows in predictions:
+            log.append(rows)
+            done += len(rows)
+            progress.update(done, {"": name})
+        log.close()
+        progress.close()
+
+
+def _settings(args: Namespace, config: EvaluationConfig, iteration: str) -> dict[str, Any]:
+    own = {name: value for name, value in asdict(config).items() if name not in _CONTENT}
+    return {
+        "checkpoint": str(Path(args.load).resolve()),
+        "iteration": iteration,
+        "tokenizer": args.tokenizer_model or args.tokenizer_type,
+        **{name: str(value) if isinstance(value, Path) else value for name, value in own.items()},
+    }

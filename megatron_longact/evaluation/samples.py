@@ -1,0 +1,171 @@
+"""What a model is to answer: the samples of a benchmark as tokens, group by group, made when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_longact.evaluation import longbench_v2, ruler
+from megatron_longact.evaluation.arguments import EvaluationConfig
+from megatron_longact.evaluation.predictions import Id, Row, longbench_rows, read_rows
+from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
+
+RULER_SAMPLES = 500
+
+
+class Encoder(Protocol):
+    """A tokenizer as the benchmarks want it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, and the row of its prediction.
+
+    row: what the prediction is written with; `answered(response)` completes it. follow_up: the sample that asks
+    again with the response (chain of thought), instead of a row.
+    """
+
+    id: Id
+    tokens: tuple[int, ...]
+    tokens_to_generate: int
+    answered: Callable[[str], Row]
+    follow_up: Callable[[str], Sample] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that belong together: how many, what they are called, and how to make them."""
+
+    name: str
+    ids: tuple[Id, ...]
+    make: Callable[[], list[Sample]]
+
+
+def groups_of(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> list[Group]:
+    """All groups of an evaluation; positions: how many tokens, answer included, the model takes.
+
+    Raises ValueError for what does not fit into the model, and for a file that is not the benchmark's.
+    """
+    if config.benchmark == "ruler":
+        return list(_ruler_groups(config, tokenizer, positions=positions))
+    return [_longbench_group(config, tokenizer, positions=positions)]
+
+
+def _ruler_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> Iterator[Group]:
+    if max(config.lengths) > positions:
+        raise ValueError(f"--lengths asks for {max(config.lengths)} tokens, but the model has {positions} positions")
+    count = config.num_samples or RULER_SAMPLES
+    for length in config.lengths:
+        for task in config.tasks:
+            yield Group(
+                f"{task} at {length}",
+                tuple((length, task, i) for i in range(count)),
+                lambda task=task, length=length: _ruler_samples(config, tokenizer, task, length, count),  # type: ignore[misc]
+            )
+
+
+def _ruler_samples(config: EvaluationConfig, tokenizer: Encoder, task: str, length: int, count: int) -> list[Sample]:
+    made = ruler.generate(
+        task,
+        num_samples=count,
+        max_seq_length=length,
+        tokenizer=tokenizer,
+        seed=config.sample_seed,
+        tokens_to_generate=config.tokens_to_generate,
+        model_template=config.model_template,
+        essays=config.essays,
+        words=config.words,
+        squad=config.squad,
+        hotpotqa=config.hotpotqa,
+    )
+    return [_ruler_sample(config, tokenizer, task, length, sample) for sample in made]
+
+
+def _ruler_sample(
+    config: EvaluationConfig, tokenizer: Encoder, task: str, length: int, sample: Mapping[str, Any]
+) -> Sample:
+    prompt = sample["input"] + sample["answer_prefix"]
+
+    def answered(response: str) -> Row:
+        row = {"task": task, "max_seq_length": length, "index": sample["index"], "pred": response}
+        row |= {"input": prompt} if config.keep_inputs else {}
+        return row | {name: sample[name] for name in ("outputs", "others", "length")} | {"truncation": -1}
+
+    return Sample(
+        (length, task, sample["index"]),
+        tuple(tokenizer.encode(prompt)),
+        config.tokens_to_generate or ruler.TASKS[task].tokens_to_generate,
+        answered,
+    )
+
+
+def _longbench_group(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> Group:
+    if config.data is None:
+        raise ValueError("--benchmark longbench-v2 needs its file: --data data.json")
+    rows = list(longbench_rows(read_rows(config.data), what="items of --data").values())
+    items = rows[: config.num_samples]
+    prompts = _LongBenchPrompts(config, tokenizer, positions=positions)
+    for item in items:
+        prompts.check(item)
+    return Group(
+        "LongBench v2",
+        tuple((item["_id"],) for item in items),
+        lambda: [prompts.sample(item) for item in items],
+    )
+
+
+class _LongBenchPrompts:
+    """Turns items into samples: built, cut in the middle, and put into the model's template."""
+
+    def __init__(self, config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        before, after = config.model_template.split(TASK_TEMPLATE)
+        self.before, self.after = (tokenizer.encode(text) if text else [] for text in (before, after))
+        cot = config.style == "0shot_cot"
+        self.answer_tokens = longbench_v2.TOKENS_TO_GENERATE_COT if cot else longbench_v2.TOKENS_TO_GENERATE
+        room = positions - self.answer_tokens - len(self.before) - len(self.after)
+        self.max_length = min(longbench_v2.MAX_LENGTH, room) if config.max_length is None else config.max_length
+        if not 1 <= self.max_length <= room:
+            raise ValueError(
+                f"a prompt of {self.max_length} tokens with {self.answer_tokens} to generate does not fit into the "
+                f"model's {positions} positions; --max-length can be at most {room}"
+            )
+
+    def check(self, item: Row) -> None:
+        """Raise ValueError for an item that lacks what the prompt or the score needs."""
+        missing = [name for name in ("answer", "difficulty", "length") if name not in item]
+        if missing:
+            raise ValueError(f"item {item['_id']!r} of {self.config.data} has no {missing[0]!r}")
+        longbench_v2.build_prompt(item, style=self.config.style, num_chunks=self.config.num_chunks)
+
+    def sample(self, item: Row) -> Sample:
+        prompt = longbench_v2.build_prompt(item, style=self.config.style, num_chunks=self.config.num_chunks)
+        if self.config.style != "0shot_cot":
+            return self._sample(item, prompt, longbench_v2.TOKENS_TO_GENERATE, {})
+        first = self._sample(item, prompt, longbench_v2.TOKENS_TO_GENERATE_COT, {})
+        return Sample(
+            first.id, first.tokens, first.tokens_to_generate, first.answered, lambda text: self._ask(item, text)
+        )
+
+    def _ask(self, item: Row, reasoning: str) -> Sample:
+        reasoning = reasoning.strip()
+        prompt = longbench_v2.build_prompt(item, style="0shot_cot_ans", reasoning=reasoning)
+        return self._sample(item, prompt, longbench_v2.TOKENS_TO_GENERATE, {"response_cot": reasoning})
+
+    def _sample(self, item: Row, prompt: str, tokens_to_generate: int, extra: Row) -> Sample:
+        ids = longbench_v2.truncate(self.tokenizer.encode(prompt), self.max_length)
+
+        def answered(response: str) -> Row:
+            response = response.strip()
+            pred = longbench_v2.extract_answer(response)
+            kept = {name: item[name] for name in item if name not in ("context", "retrieved_context", "_file")}
+            context = {"context": item["context"][:1000]} if "context" in item else {}
+            judged = {"response": response, "pred": pred, "judge": pred == item["answer"]}
+            return kept | context | extra | judged
+
+        return Sample((item["_id"],), (*self.before, *ids, *self.after), tokens_to_generate, answered)
