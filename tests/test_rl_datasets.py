@@ -62,7 +62,8 @@ def test_examples_are_read_with_all_that_stands_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (b'{"prompt": "x", ', "not JSON: .* at column"),
+        (b'{"prompt": "x"', "not JSON: Expecting ',' delimiter at column 15$"),
+        (b'{"prompt": "x", \r', "not JSON: .* at column"),
         (b"[1, 2]", "must be a JSON object .*, not a list"),
         (b'"text"', "must be a JSON object .*, not a string"),
         (b'{"prompt": "\xff"}', "not UTF-8"),

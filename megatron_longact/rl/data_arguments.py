@@ -112,7 +112,7 @@ def _add_evaluation_args(parser: ArgumentParser) -> None:
     )
     add(
         "--eval-pass-at",
-        nargs="+",
+        nargs="*",
         type=int,
         default=[],
         metavar="K",

@@ -159,7 +159,7 @@ class Dataset:
 def _fields(content: bytes, *, default_reward: str | None) -> dict[str, Any]:
     """The fields of a line, with types checked; ValueError says what is wrong with it."""
     try:
-        fields = json.loads(content.decode("utf-8"))
+        fields = json.loads(content.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
