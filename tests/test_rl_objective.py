@@ -50,63 +50,78 @@ def make_batch() -> Any:
     )
 
 
-def step(aggregation: str, micro_batch_size: int, chunk_size: int) -> dict[str, Any]:
-    """One forward and backward of a whole step: gradients of the whole model, and the reported means."""
+def grpo_config(**settings: Any) -> Any:
+    """A configuration of a small run, with some settings of one's own."""
+    from megatron_longact.rl.arguments import GRPOConfig
+    from megatron_longact.rl.policy_losses import PolicyLossConfig
+    from megatron_longact.rl.sampling import Sampling
+
+    defaults: dict[str, Any] = {
+        "prompts_per_step": N,
+        "group_size": 1,
+        "epochs": 1,
+        "global_batch_size": N,
+        "micro_batch_size": N,
+        "seq_length": SEQ_LENGTH,
+        "sampling": Sampling(max_response_length=6),
+        "policy_loss": "grpo",
+        "loss": PolicyLossConfig(),
+        "kl_beta": 0.0,
+        "kl_estimator": "k3",
+        "normalize_advantages": True,
+        "tasks": (),
+        "context_lengths": (8,),
+        "heldout_context_lengths": (8,),
+        "heldout_prompts": 1,
+        "seed": 1,
+    }
+    return GRPOConfig(**{**defaults, **settings})
+
+
+def step(policy_loss: str, aggregation: str, micro_batch_size: int, chunk_size: int) -> dict[str, Any]:
+    """One forward and backward of a whole step: gradients of the whole model, the reported means, what was selected."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.rl.arguments import GRPOConfig
-    from megatron_longact.rl.batches import make_micro_batch, plan_steps
-    from megatron_longact.rl.log_probs import ResponseScorer
+    from megatron_longact.rl.batches import BatchLayout
+    from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
     from megatron_longact.rl.objective import Objective
     from megatron_longact.rl.policy_losses import PolicyLossConfig
     from megatron_longact.rl.sampling import Sampling
+    from megatron_longact.rl.token_selection import TokenSelector
     from tests.models import ModelSpec, _named_shards, build
 
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    config = GRPOConfig(
-        prompts_per_step=N,
-        group_size=1,
-        epochs=1,
-        global_batch_size=N,
+    config = grpo_config(
+        policy_loss=policy_loss,
         micro_batch_size=micro_batch_size,
-        seq_length=SEQ_LENGTH,
+        loss=PolicyLossConfig(
+            clip_low=0.1,
+            clip_high=0.2,
+            kl_cov_ratio=0.2,
+            clip_cov_ratio=0.2,
+            clip_cov_lower=-10.0,
+            aggregation=aggregation,
+        ),
         sampling=Sampling(max_response_length=6, temperature=0.8),
-        policy_loss="grpo",
-        loss=PolicyLossConfig(clip_low=0.1, clip_high=0.2, aggregation=aggregation),
         kl_beta=0.1,
-        kl_estimator="k3",
-        normalize_advantages=True,
-        tasks=(),
-        context_lengths=(8,),
-        heldout_context_lengths=(8,),
-        heldout_prompts=1,
-        seed=1,
     )
     built = build(ModelSpec(layers=2))
     batch = make_batch()
-    [plan] = plan_steps(
-        batch,
-        seed=1,
-        epochs=1,
-        global_batch_size=N,
-        micro_batch_size=micro_batch_size,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-    )
+    pgs = ProcessGroupCollection.use_mpu_process_groups()
+    layout = BatchLayout(config, EOD, 16, dp_rank=dp_rank, dp_size=dp_size, pp_size=pgs.pp.size())
+    [plan] = layout.plan(batch)
     tp_group = parallel_state.get_tensor_model_parallel_group()
     scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=tp_group, chunk_size=chunk_size)
     objective = Objective(config, scorer, None, dp_size=dp_size)
+    selector = TokenSelector(config, TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs))
+    selected = selector.select(batch, plan, update=1)
     built.chunks[0].zero_grad_buffer()
     reports = get_forward_backward_func()(
         forward_step_func=objective.forward_step(batch.response_mask, num_microbatches=len(plan.micro_batches)),
-        data_iterator=iter(
-            [
-                make_micro_batch(batch, mb, pad_token=EOD, multiple_of=16, fixed_length=SEQ_LENGTH)
-                for mb in plan.micro_batches
-            ]
-        ),
+        data_iterator=iter([layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches]),
         model=built.chunks[0],
         num_microbatches=len(plan.micro_batches),
         seq_length=SEQ_LENGTH,
@@ -124,20 +139,39 @@ def step(aggregation: str, micro_batch_size: int, chunk_size: int) -> dict[str, 
         total = torch.stack([report[name] for report in reports]).sum(0)
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         sums[name] = float(total[0] / total[1])
-    return {"gradients": gradients, "metrics": sums}
+    return {"gradients": gradients, "metrics": sums, "selected": selected}
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_loss_and_gradient_do_not_depend_on_the_layout(aggregation: str) -> None:
+@pytest.mark.parametrize(
+    ("policy_loss", "aggregation"),
+    [
+        ("grpo", "token-mean"),
+        ("gspo", "seq-mean-token-mean"),  # the ratio of a whole response
+        ("kl-cov", "token-mean"),
+        ("clip-cov", "token-mean"),
+    ],
+)
+def test_loss_and_gradient_do_not_depend_on_the_layout(policy_loss: str, aggregation: str) -> None:
     results = {
         name: ranks.run(
-            step, layout=layout, world_size=world, aggregation=aggregation, micro_batch_size=mb, chunk_size=chunk
+            step,
+            layout=layout,
+            world_size=world,
+            policy_loss=policy_loss,
+            aggregation=aggregation,
+            micro_batch_size=mb,
+            chunk_size=chunk,
         )
         for name, (layout, world, mb, chunk) in CASES.items()
     }
     expected = results["micro-batches of 8"][0]
-    assert expected["metrics"]["clip_fraction"] > 0
-    assert expected["metrics"]["kl"] > 0
+    metrics = expected["metrics"]
+    assert metrics["kl"] > 0
+    if "cov" in policy_loss:
+        assert 0.05 < metrics["selected_fraction"] < 0.2
+        assert expected["selected"].sum() == round(metrics["selected_fraction"] * 33)
+    else:
+        assert metrics["clip_fraction"] > 0
     for name, by_rank in results.items():
         gradients = {k: v for result in by_rank for k, v in result["gradients"].items()}
         assert gradients.keys() == expected["gradients"].keys()
@@ -146,6 +180,8 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(aggregation: str) -> None
             assert scale > 0, key
             assert (gradient - expected["gradients"][key]).abs().max() <= RELATIVE * scale, (name, key)
         for result in by_rank:
+            if expected["selected"] is not None:
+                assert torch.equal(result["selected"], expected["selected"]), name
             if result["metrics"]:
                 assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4), name
 

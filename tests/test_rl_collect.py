@@ -1,0 +1,141 @@
+"""A rollout batch, with real models and engines: what dynamic sampling throws out, what is added to rewards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_longact.rl.environment import Score, Task
+from tests import ranks
+from tests.ranks import Layout
+
+EOD, GROUP, PROMPTS = 5, 4, 3
+
+
+class Arithmetic:
+    """Tasks of random tokens; a response is right if it has an even number of words that `right` likes."""
+
+    heldout_lengths: tuple[int, ...] = ()
+
+    def __init__(self, right: Callable[[str], bool]) -> None:
+        self.right = right
+
+    def training_tasks(self, step: int, *, count: int, first: int = 0) -> list[Task]:
+        def prompt(index: int) -> tuple[int, ...]:
+            generator = torch.Generator().manual_seed(1000 * step + index)
+            return tuple(torch.randint(6, 64, (8,), generator=generator).tolist())
+
+        return [Task(prompt(i), "arithmetic", i) for i in range(first, first + count)]
+
+    def heldout_tasks(self, length: int, *, count: int) -> list[Task]:
+        return []
+
+    def score(self, task: Task, response: str) -> Score:
+        return Score(float(self.right(response)), self.right(response))
+
+
+def starts_low(response: str) -> bool:
+    return int((response.split() or ["0"])[0]) < 20
+
+
+RIGHT: dict[str, Callable[[str], bool]] = {"starts low": starts_low, "never": lambda response: False}
+
+
+def collect(right: str, **settings: Any) -> dict[str, Any]:
+    """One rollout step of a tiny model."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_longact.rl.batches import BatchLayout
+    from megatron_longact.rl.collect import Collector
+    from megatron_longact.rl.evaluation import Judge
+    from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
+    from megatron_longact.rl.rollout import StaticRolloutEngine
+    from tests.models import ModelSpec, build
+    from tests.test_rl_objective import grpo_config
+
+    config = grpo_config(
+        prompts_per_step=PROMPTS, group_size=GROUP, global_batch_size=PROMPTS * GROUP, micro_batch_size=2, **settings
+    )
+    pgs = ProcessGroupCollection.use_mpu_process_groups()
+    built = build(ModelSpec(layers=2))
+    scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp)
+    layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=1)
+    collector = Collector(
+        config,
+        engine=StaticRolloutEngine(
+            built.chunks[0].module,
+            eod=EOD,
+            vocab_size=64,
+            max_batch_size=64,
+            dp_group=parallel_state.get_data_parallel_group(),
+        ),
+        judge=Judge(Arithmetic(RIGHT[right]), lambda ids: " ".join(map(str, ids))),
+        trainer_log_probs=TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs),
+        reference=None,
+    )
+    try:
+        batch = collector.rollouts(3)
+    except ValueError as error:
+        return {"error": str(error)}
+    collector.add_log_probs(batch)
+    return {"batch": batch}
+
+
+def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
+    plain = ranks.run(collect, right="starts low")[0]["batch"]
+    rewards = plain.rewards.view(PROMPTS, GROUP)
+    assert [prompt for prompt in plain.prompts[::GROUP]] == [
+        task.prompt for task in Arithmetic(starts_low).training_tasks(3, count=PROMPTS)
+    ]
+    spread = rewards.amax(1) != rewards.amin(1)
+    assert plain.counts == {
+        "groups_sampled": PROMPTS,
+        "groups_without_spread": int((~spread).sum()),
+        "groups_thrown_out": 0,
+    }
+    result = ranks.run(collect, right="starts low", dynamic_sampling=True, max_sampling_rounds=20)[0]["batch"]
+    kept = result.rewards.view(PROMPTS, GROUP)
+    assert (kept.amax(1) != kept.amin(1)).all()
+    assert result.counts["groups_sampled"] > PROMPTS
+    assert result.counts["groups_thrown_out"] == result.counts["groups_sampled"] - PROMPTS
+    order = [
+        task.prompt for task in Arithmetic(starts_low).training_tasks(3, count=int(result.counts["groups_sampled"]))
+    ]
+    places = [order.index(prompt) for prompt in result.prompts[::GROUP]]
+    assert places == sorted(places)
+    # what both kept is the same to the token: a response does not depend on what else was sampled
+    for index in spread.nonzero().flatten().tolist():
+        rows = slice(index * GROUP, (index + 1) * GROUP)
+        again = result.prompts.index(plain.prompts[index * GROUP])
+        assert torch.equal(plain.responses[rows], result.responses[again : again + GROUP])
+        assert torch.equal(plain.advantages[rows], result.advantages[again : again + GROUP])
+
+
+def test_dynamic_sampling_ends_with_one_line() -> None:
+    said = ranks.run(collect, right="never", dynamic_sampling=True, max_sampling_rounds=3)[0]["error"]
+    assert "of 9 groups sampled in rollout step 3 only 0 had rewards that differ" in said
+    assert "--max-sampling-rounds" in said
+    assert "\n" not in said
+
+
+def test_long_responses_lose_reward() -> None:
+    plain = ranks.run(collect, right="starts low")[0]["batch"]
+    soft = {"overlong_buffer_length": 4, "overlong_penalty_factor": 2.0}
+    punished = ranks.run(collect, right="starts low", **soft)[0]["batch"]
+    assert torch.equal(plain.responses, punished.responses)
+    loss = (plain.lengths - 2).clamp(min=0) / 4 * 2.0  # of six response tokens the last four
+    assert loss.max() > 0
+    torch.testing.assert_close(punished.rewards, plain.rewards - loss)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_are_near_one_where_engine_and_trainer_agree(level: str) -> None:
+    batch = ranks.run(collect, right="starts low", importance_level=level, layout=Layout(tp=2), world_size=2)[0][
+        "batch"
+    ]
+    weights, mask = batch.importance_weights, batch.response_mask
+    assert (weights[~mask] == 0).all()
+    assert ((weights[mask] - 1).abs() < 1e-3).all()
+    assert weights[mask].unique().numel() > 1
