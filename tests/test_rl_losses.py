@@ -373,3 +373,7 @@ def test_bad_inputs_are_refused(batch: Batch) -> None:
         aggregate(log_probs, mask[:, :1], mode="token-mean")
     with pytest.raises(ValueError, match="all tokens alike"):
         POLICY_LOSSES["grpo"](**batch, config=PolicyLossConfig(), selected=mask)
+    with pytest.raises(ValueError, match="one shape"):
+        POLICY_LOSSES["kl-cov"](**batch, config=PolicyLossConfig(), selected=mask[:1])
+    with pytest.raises(ValueError, match="one shape"):
+        POLICY_LOSSES["grpo"](**batch, config=PolicyLossConfig(), importance_weights=torch.ones(B, 1))
