@@ -14,7 +14,7 @@ def main() -> None:
     # Imported here: a checkpoint writer spawns a process that imports this file, and needs no Megatron.
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
+    from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
     from megatron_longact.rl.program import environment_of, run
     from megatron_longact.rl.run_log import MEGATRON_LOG, output_in_file
 
@@ -23,7 +23,7 @@ def main() -> None:
     run_dir = early.parse_known_args()[0].run_dir
     with output_in_file(run_dir / MEGATRON_LOG) as terminal:
         args = parse_and_validate_args(extra_args_provider=add_rl_args)
-        config = grpo_config_from_args(args)
+        config = rl_config_from_args(args)
         run(args, config, environment_of(config), terminal=terminal)
 
 

@@ -258,8 +258,8 @@ def test_rollouts_and_repeated_passes_do_not_count() -> None:
     assert same(results["plain"]["masks"], results["micro-batches of two"]["masks"])
 
 
-def packed_run() -> dict[str, Any]:
-    """Two sequences in one row, told by packed_seq_params alone; attention over them needs Transformer Engine."""
+def packed_run(named: bool) -> dict[str, Any]:
+    """Three sequences and padding in one row, told by packed_seq_params."""
     built, longact = both(config=LongActConfig(skip_first_tokens=2))
     bounds, padded = torch.tensor([0, 6, 14], dtype=torch.int32), torch.tensor([0, 6, 16], dtype=torch.int32)
     packed = PackedSeqParams(
@@ -271,24 +271,54 @@ def packed_run() -> dict[str, Any]:
         max_seqlen_q=10,
         max_seqlen_kv=10,
     )
-    seen: list[Tensor] = []
-    built.chunks[0].module.decoder.layers[0].self_attention.linear_qkv.register_forward_hook(
-        lambda module, args, out: seen.append(longact._capture._counted.clone())
+    log = reference.ActivationLog(built.chunks[0])
+
+    def name(inputs: Tensor) -> None:
+        if named:
+            longact.set_tokens(torch.arange(16)[None] < 9)
+
+    train_step(
+        built,
+        random_tokens(1, 16),
+        forward_kwargs=lambda inputs: {"packed_seq_params": packed},
+        before_forward=name,
     )
-    with pytest.raises(AssertionError, match="Packed sequence"):
-        train_step(
-            built,
-            random_tokens(1, 16),
-            forward_kwargs=lambda inputs: {"packed_seq_params": packed},
-            before_forward=lambda inputs: None,
-        )
-    return {"counted": seen[0].flatten().int().tolist(), "tokens": int(longact._capture.accumulator.sums[0, -1])}
+    keep = torch.tensor([2, 3, 4, 5, 8, *(() if named else (9, 10, 11, 12, 13))])
+    rows = reference.channels_of_row(SPEC.heads, SPEC.groups, SPEC.kv_channels)
+    wanted = {n: reference.saliency([out[0][keep]], rows, "mean-abs") for n, out in log.outputs.items()}
+    return {"saliency": cpu(longact.saliency), "wanted": wanted}
 
 
-def test_packed_sequences_are_counted_by_their_bounds() -> None:
-    result = ranks.run(packed_run)[0]
-    assert result["counted"] == [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
-    assert result["tokens"] == 10
+@pytest.mark.parametrize("named", [False, True])
+def test_packed_sequences_are_counted_by_their_bounds(named: bool) -> None:
+    result = ranks.run(packed_run, named=named)[0]
+    for layer, parts in result["wanted"].items():
+        for part, scores in parts.items():
+            torch.testing.assert_close(result["saliency"][layer][part].double(), scores, rtol=2e-5, atol=0)
+
+
+def packed_logits() -> list[Tensor]:
+    """Losses of two sequences, apart and packed into one row."""
+    model = build(SPEC).chunks[0].module
+    tokens = random_tokens(1, 14, seed=4)
+    bounds = torch.tensor([0, 6, 14], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=8, max_seqlen_kv=8
+    )
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    positions = torch.cat([torch.arange(6), torch.arange(8)])[None]
+    together = model(inputs, positions, None, labels=labels, packed_seq_params=packed)
+    apart = []
+    for begin, end in ((0, 6), (6, 14)):
+        n = end - begin
+        mask = torch.ones(1, 1, n, n, dtype=torch.bool).triu(1)
+        apart.append(model(inputs[:, begin:end], torch.arange(n)[None], mask, labels=labels[:, begin:end]))
+    return [together.detach(), torch.cat(apart, dim=1).detach()]
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    together, apart = ranks.run(packed_logits)[0]
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 
 def with_a_stub(place: int | None) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_longact.rl.arguments import add_rl_args, grpo_config_from_args
+from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
 
 MEGATRON = {
     "grpo_prompts_per_step": 8,
@@ -21,6 +21,7 @@ MEGATRON = {
     "rl_default_top_k": -1,
     "rl_prompts_per_eval": 16,
     "rl_use_sequence_packing": False,
+    "rl_sequence_packing_max_sequences_per_bin": 50,
     "rl_inference_logprobs_is_correction": False,
     "rl_importance_sampling_truncation_coef": None,
     "chat_template": None,
@@ -45,7 +46,7 @@ def parse(*flags: str, **megatron: Any) -> Namespace:
 
 
 def test_flags_become_the_run() -> None:
-    config = grpo_config_from_args(parse("--dual-clip", "3", "--loss-aggregation", "seq-mean-token-mean"))
+    config = rl_config_from_args(parse("--dual-clip", "3", "--loss-aggregation", "seq-mean-token-mean"))
     assert config.responses_per_step == 32
     assert config.updates_per_step == 4
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, 3.0)
@@ -54,11 +55,11 @@ def test_flags_become_the_run() -> None:
     assert (config.sampling.temperature, config.sampling.seed) == (0.9, 3)
     assert config.heldout_context_lengths == (128, 256)
     assert config.normalize_advantages
-    assert not grpo_config_from_args(parse("--no-advantage-std")).normalize_advantages
+    assert not rl_config_from_args(parse("--no-advantage-std")).normalize_advantages
 
 
 def test_sampling_flags_become_the_run() -> None:
-    plain = grpo_config_from_args(parse())
+    plain = rl_config_from_args(parse())
     assert (plain.dynamic_sampling, plain.max_sampling_rounds, plain.importance_level) == (False, 1, None)
     flags = ["--importance-sampling-level", "sequence", "--overlong-buffer-length", "4", "--policy-loss", "kl-cov"]
     megatron = {
@@ -66,16 +67,16 @@ def test_sampling_flags_become_the_run() -> None:
         "rl_inference_logprobs_is_correction": True,
         "rl_importance_sampling_truncation_coef": 4.0,
     }
-    config = grpo_config_from_args(parse(*flags, **megatron))
+    config = rl_config_from_args(parse(*flags, **megatron))
     assert (config.dynamic_sampling, config.max_sampling_rounds) == (True, 10)
     assert (config.importance_level, config.importance_threshold) == ("sequence", 4.0)
     assert (config.overlong_buffer_length, config.policy_loss) == (4, "kl-cov")
 
 
 def test_kl_cov_with_one_step_a_batch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    grpo_config_from_args(parse("--policy-loss", "kl-cov"))
+    rl_config_from_args(parse("--policy-loss", "kl-cov"))
     assert not caplog.records
-    grpo_config_from_args(parse("--policy-loss", "kl-cov", grpo_iterations=1, global_batch_size=32))
+    rl_config_from_args(parse("--policy-loss", "kl-cov", grpo_iterations=1, global_batch_size=32))
     assert "penalty is zero" in caplog.text
 
 
@@ -101,7 +102,7 @@ def test_kl_cov_with_one_step_a_batch_is_warned_of(caplog: pytest.LogCaptureFixt
         ((), {"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
         ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
-        ((), {"rl_use_sequence_packing": True}, "--rl-use-sequence-packing"),
+        ((), {"rl_sequence_packing_max_sequences_per_bin": 0}, "max-sequences-per-bin is 0"),
         (("--overlong-buffer-length", "17"), {}, "buffer_length is 17"),
         (("--logits-chunk-size", "0"), {}, "logits-chunk-size is 0"),
         (("--max-sampling-rounds", "0"), {"grpo_filter_groups_with_same_reward": True}, "max-sampling-rounds is 0"),
@@ -112,5 +113,5 @@ def test_kl_cov_with_one_step_a_batch_is_warned_of(caplog: pytest.LogCaptureFixt
 )
 def test_what_cannot_be_is_refused_in_one_line(flags: tuple[str, ...], megatron: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        grpo_config_from_args(parse(*flags, **megatron))
+        rl_config_from_args(parse(*flags, **megatron))
     assert "\n" not in str(caught.value)

@@ -6,14 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_longact.rl.batches import (
-    BatchLayout,
-    MicroBatchPlan,
-    RolloutBatch,
-    StepPlan,
-    make_micro_batch,
-    plan_steps,
-)
+from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.micro_batches import BatchLayout, make_micro_batch
+from megatron_longact.rl.plans import MicroBatchPlan, StepPlan, plan_steps
 
 PAD = 99
 

@@ -47,10 +47,10 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.rl.batches import BatchLayout
     from megatron_longact.rl.collect import Collector
     from megatron_longact.rl.evaluation import Judge
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
+    from megatron_longact.rl.micro_batches import BatchLayout
     from megatron_longact.rl.rollout import StaticRolloutEngine
     from tests.models import ModelSpec, build
     from tests.test_rl_objective import grpo_config

@@ -14,17 +14,20 @@ RELATIVE = 2e-5
 """fp32; sums over tokens and shards are rounded in another order."""
 
 EOD, SEQ_LENGTH, N = 5, 32, 8
-CASES = {
+CASES: dict[str, tuple[Layout, int, Any, int]] = {
     "micro-batches of 8": (Layout(), 1, 8, 1024),
+    "packed": (Layout(), 1, "packed", 1024),
     "micro-batches of 1": (Layout(), 1, 1, 1024),
     "logits of 8 tokens at once": (Layout(), 1, 8, 8),
     "tp2": (Layout(tp=2), 2, 4, 1024),
+    "tp2 dp2 packed": (Layout(tp=2), 4, "packed", 1024),
+    "pp2 packed": (Layout(pp=2), 2, "packed", 1024),
     "tp2, logits of 9 tokens at once": (Layout(tp=2), 2, 4, 9),
     "pp2": (Layout(pp=2), 2, 2, 1024),
     "dp2": (Layout(), 2, 2, 1024),
     "tp2 dp2": (Layout(tp=2), 4, 1, 1),
 }
-"""Layout, ranks, micro-batch size, tokens whose logits are made at once."""
+"""Layout, ranks, micro-batch size (or packed into rows), tokens whose logits are made at once."""
 
 
 def make_batch() -> Any:
@@ -52,7 +55,7 @@ def make_batch() -> Any:
 
 def grpo_config(**settings: Any) -> Any:
     """A configuration of a small run, with some settings of one's own."""
-    from megatron_longact.rl.arguments import GRPOConfig
+    from megatron_longact.rl.config import RLConfig
     from megatron_longact.rl.policy_losses import PolicyLossConfig
     from megatron_longact.rl.sampling import Sampling
 
@@ -75,18 +78,18 @@ def grpo_config(**settings: Any) -> Any:
         "heldout_prompts": 1,
         "seed": 1,
     }
-    return GRPOConfig(**{**defaults, **settings})
+    return RLConfig(**{**defaults, **settings})
 
 
-def step(policy_loss: str, aggregation: str, micro_batch_size: int, chunk_size: int) -> dict[str, Any]:
+def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: int) -> dict[str, Any]:
     """One forward and backward of a whole step: gradients of the whole model, the reported means, what was selected."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.rl.batches import BatchLayout
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
+    from megatron_longact.rl.micro_batches import BatchLayout
     from megatron_longact.rl.objective import Objective
     from megatron_longact.rl.policy_losses import PolicyLossConfig
     from megatron_longact.rl.sampling import Sampling
@@ -96,7 +99,7 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: int, chunk_size: 
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     config = grpo_config(
         policy_loss=policy_loss,
-        micro_batch_size=micro_batch_size,
+        **({"pack_sequences": True} if micro_batch_size == "packed" else {"micro_batch_size": micro_batch_size}),
         loss=PolicyLossConfig(
             clip_low=0.1,
             clip_high=0.2,
@@ -125,7 +128,7 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: int, chunk_size: 
         model=built.chunks[0],
         num_microbatches=len(plan.micro_batches),
         seq_length=SEQ_LENGTH,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=layout.micro_batch_size,
         forward_only=False,
     )
     gradients = {}
@@ -190,8 +193,9 @@ def peak_of_scoring(response_length: int, vocab: int) -> int:
     """Bytes at the peak of a forward and backward through the output layer, logits of 32 tokens at once."""
     from megatron.core import parallel_state
 
-    from megatron_longact.rl.batches import MicroBatchPlan, make_micro_batch
     from megatron_longact.rl.log_probs import ResponseScorer
+    from megatron_longact.rl.micro_batches import make_micro_batch
+    from megatron_longact.rl.plans import MicroBatchPlan
     from tests.models import ModelSpec, build
 
     n, tokens = 1, response_length

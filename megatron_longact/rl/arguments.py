@@ -5,6 +5,8 @@ Whatever Megatron has a flag for keeps that flag: `--grpo-prompts-per-step`, `--
 `--rl-default-top-p`, `--rl-default-top-k`, `--rl-prompts-per-eval` (here: for each context length),
 `--grpo-filter-groups-with-same-reward` (DAPO's dynamic sampling),
 `--rl-inference-logprobs-is-correction`, `--rl-importance-sampling-truncation-coef`,
+`--rl-use-sequence-packing` (rows of at most `--seq-length` tokens),
+`--rl-sequence-packing-max-sequences-per-bin`,
 `--eval-interval`, `--inference-max-requests` (responses made at once), `--global-batch-size`
 (responses an optimizer step), `--seq-length` (longest prompt plus response). Megatron checks its RL
 flags only with `--perform-rl-step`, which belongs to its own loop, so they are checked here.
@@ -14,13 +16,13 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
 
 from megatron_longact.rl.aggregation import Aggregation
-from megatron_longact.rl.data_arguments import DataConfig, add_data_args, data_config_from_args
+from megatron_longact.rl.config import RLConfig
+from megatron_longact.rl.data_arguments import add_data_args, data_config_from_args
 from megatron_longact.rl.importance_weights import Level
 from megatron_longact.rl.kl import KLKind
 from megatron_longact.rl.overlong import overlong_penalty
@@ -28,60 +30,6 @@ from megatron_longact.rl.policy_losses import POLICY_LOSSES, PolicyLossConfig
 from megatron_longact.rl.sampling import Sampling
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
-    """One GRPO run, from the flags; `grpo_config_from_args` checks them."""
-
-    prompts_per_step: int
-    group_size: int
-    epochs: int
-    """Times that each rollout batch is gone through (`--grpo-iterations`)."""
-    global_batch_size: int
-    micro_batch_size: int
-    seq_length: int
-    sampling: Sampling
-    policy_loss: str
-    loss: PolicyLossConfig
-    kl_beta: float
-    kl_estimator: KLKind
-    normalize_advantages: bool
-    dynamic_sampling: bool = False
-    """Throw groups out whose rewards are all equal, and sample on."""
-    max_sampling_rounds: int = 1
-    """Rounds of prompts_per_step prompts that dynamic sampling makes at most."""
-    overlong_buffer_length: int = 0
-    """Response tokens before the longest one over which the punishment grows; 0: no punishment."""
-    overlong_penalty_factor: float = 1.0
-    importance_level: Level | None = None
-    """Of the weights that correct for rollouts that differ from the trainer; None: no correction."""
-    importance_threshold: float = 2.0
-    offload_reference: bool = False
-    """Keep the reference weights on the host."""
-    logits_chunk_size: int = 1024
-    data: DataConfig = field(default_factory=DataConfig)
-    tasks: tuple[str, ...]
-    context_lengths: tuple[int, ...]
-    heldout_context_lengths: tuple[int, ...]
-    heldout_prompts: int
-    """Held-out prompts for each context length."""
-    seed: int
-
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of a prompt that fit beside a response."""
-        return self.seq_length - self.sampling.max_response_length
-
-    @property
-    def responses_per_step(self) -> int:
-        """Responses of one rollout batch."""
-        return self.prompts_per_step * self.group_size
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps on one rollout batch."""
-        return self.epochs * self.responses_per_step // self.global_batch_size
 
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
@@ -132,7 +80,7 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
     add(
         "--logits-chunk-size",
         type=int,
-        default=GRPOConfig.logits_chunk_size,
+        default=RLConfig.logits_chunk_size,
         help="Tokens whose logits are in memory at once; what is beyond is made again in the backward. Default: 1024.",
     )
     add(
@@ -195,14 +143,14 @@ def _add_sampling_args(parser: ArgumentParser) -> None:
     add(
         "--overlong-buffer-length",
         type=int,
-        default=GRPOConfig.overlong_buffer_length,
+        default=RLConfig.overlong_buffer_length,
         help="Tokens before --max-response-length over which a response's reward falls (DAPO's soft overlong "
         "punishment). Default: 0, no punishment.",
     )
     add(
         "--overlong-penalty-factor",
         type=float,
-        default=GRPOConfig.overlong_penalty_factor,
+        default=RLConfig.overlong_penalty_factor,
         help="What a response of full length loses. Default: 1.",
     )
     add(
@@ -214,7 +162,7 @@ def _add_sampling_args(parser: ArgumentParser) -> None:
     )
 
 
-def grpo_config_from_args(args: Namespace) -> GRPOConfig:
+def rl_config_from_args(args: Namespace) -> RLConfig:
     """The run that the flags ask for.
 
     Raises ValueError, in one line, for a value that makes no sense, for what the rollout engine
@@ -222,7 +170,7 @@ def grpo_config_from_args(args: Namespace) -> GRPOConfig:
     """
     _refuse_unsupported(args)
     context_lengths = tuple(args.context_lengths)
-    config = GRPOConfig(
+    config = RLConfig(
         prompts_per_step=args.grpo_prompts_per_step,
         group_size=args.grpo_group_size,
         epochs=args.grpo_iterations,
@@ -259,6 +207,8 @@ def grpo_config_from_args(args: Namespace) -> GRPOConfig:
         importance_threshold=_truncation(args),
         offload_reference=args.offload_reference,
         logits_chunk_size=args.logits_chunk_size,
+        pack_sequences=args.rl_use_sequence_packing,
+        max_sequences_per_row=args.rl_sequence_packing_max_sequences_per_bin,
         data=data_config_from_args(args),
         tasks=tuple(args.needle_tasks or ()),
         context_lengths=context_lengths,
@@ -275,10 +225,10 @@ def grpo_config_from_args(args: Namespace) -> GRPOConfig:
 def _truncation(args: Namespace) -> float:
     """The bound of importance weights: Megatron's flag, which is off by default."""
     given = args.rl_importance_sampling_truncation_coef
-    return GRPOConfig.importance_threshold if given is None else float(given)
+    return RLConfig.importance_threshold if given is None else float(given)
 
 
-def _check_lengths(config: GRPOConfig, *, max_position_embeddings: int) -> None:
+def _check_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
     if config.seq_length > max_position_embeddings:
         raise ValueError(
             f"--seq-length is {config.seq_length}, longer than the model's "
@@ -293,7 +243,7 @@ def _check_lengths(config: GRPOConfig, *, max_position_embeddings: int) -> None:
         _check_needle_lengths(config, max_position_embeddings=max_position_embeddings)
 
 
-def _check_needle_lengths(config: GRPOConfig, *, max_position_embeddings: int) -> None:
+def _check_needle_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
     lengths = config.context_lengths + config.heldout_context_lengths
     if not lengths or (config.data.trains_on_needles and not config.context_lengths):
         raise ValueError("the needle tasks need --context-lengths, the lengths of their prompts in tokens")
@@ -308,7 +258,7 @@ def _check_needle_lengths(config: GRPOConfig, *, max_position_embeddings: int) -
         )
 
 
-def _check_batches(config: GRPOConfig) -> None:
+def _check_batches(config: RLConfig) -> None:
     counts = {
         "--grpo-prompts-per-step": config.prompts_per_step,
         "--grpo-iterations": config.epochs,
@@ -331,7 +281,7 @@ def _check_batches(config: GRPOConfig) -> None:
         raise ValueError(f"--grpo-kl-beta is {config.kl_beta}; it must not be negative")
 
 
-def _check_objective(config: GRPOConfig) -> None:
+def _check_objective(config: RLConfig) -> None:
     if config.overlong_buffer_length:  # raises for a buffer that does not fit
         overlong_penalty(
             torch.zeros(1),
@@ -346,6 +296,7 @@ def _check_objective(config: GRPOConfig) -> None:
     counts = {
         "--max-sampling-rounds": config.max_sampling_rounds,
         "--logits-chunk-size": config.logits_chunk_size,
+        "--rl-sequence-packing-max-sequences-per-bin": config.max_sequences_per_row,
     }
     for flag, count in counts.items():
         if count < 1:
@@ -374,7 +325,6 @@ def _refuse_unsupported(args: Namespace) -> None:
         ),
         "--rampup-batch-size": (args.rampup_batch_size is not None, "rollout batches are fixed"),
         "--grpo-entropy-term-weight": (args.grpo_entropy_term_weight != 0, "not implemented"),
-        "--rl-use-sequence-packing": (args.rl_use_sequence_packing, "not implemented"),
     }
     for flag, (given, reason) in refused.items():
         if given:

@@ -1,11 +1,4 @@
-"""From rollouts to the micro-batches of optimizer steps: layout alone, no communication.
-
-Shapes: n responses of a rollout batch, R response tokens, b rows of a micro-batch, s tokens of a
-padded sequence (prompt, response, padding, in this order).
-
-Every rank holds the whole rollout batch, so which response is trained in which step is a function
-of (seed, rollout step) and does not depend on the layout.
-"""
+"""A rollout batch: every rank holds the whole of it."""
 
 from __future__ import annotations
 
@@ -13,11 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from megatron_longact.rl.arguments import GRPOConfig
 
 Row = int
 """Index of a response in its rollout batch."""
@@ -61,6 +51,10 @@ class RolloutBatch:
         """Tokens of a row's prompt and response."""
         return len(self.prompts[row]) + int(self.lengths[row])
 
+    def sequence(self, row: Row) -> Tensor:
+        """Prompt and response of a row: int64 [total length]."""
+        return torch.cat([torch.tensor(self.prompts[row]), self.responses[row, : self.lengths[row]]])
+
     def select(self, rows: list[Row]) -> RolloutBatch:
         """Some of the responses, in the order of `rows`; without counts."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -91,186 +85,3 @@ class RolloutBatch:
         lengths = state.pop("prompt_lengths").tolist()
         parts = state.pop("prompt_tokens").split(lengths)
         return cls(prompts=[tuple(part.tolist()) for part in parts], **state)
-
-
-@dataclass(frozen=True)
-class MicroBatchPlan:
-    """Which rows a micro-batch holds on this replica, and the longest row on any replica."""
-
-    rows: tuple[Row, ...]
-    longest: int
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """All rows of an optimizer step, and this replica's micro-batches of it."""
-
-    rows: tuple[Row, ...]
-    micro_batches: tuple[MicroBatchPlan, ...]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward sees.
-
-    rows: which responses of the rollout batch, b of them; tokens, position_ids: int64 [b, s];
-    token_mask: bool [b, s], True at prompt and response tokens; positions: int64 [b, R], where the
-    hidden state stands that predicts each response token; targets: int64 [b, R]; response_mask:
-    bool [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs, importance_weights: fp32 [b, R]
-    or None; selected: bool [b, R], the tokens that a covariance objective treats apart, or None.
-    """
-
-    rows: tuple[Row, ...]
-    tokens: Tensor
-    position_ids: Tensor
-    token_mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    response_mask: Tensor
-    advantages: Tensor
-    old_log_probs: Tensor | None
-    ref_log_probs: Tensor | None
-    importance_weights: Tensor | None
-    selected: Tensor | None
-
-    def cuda(self) -> MicroBatch:
-        """A copy on this process's device."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: v.cuda() if isinstance(v, Tensor) else v for name, v in values.items()}
-        return MicroBatch(**moved)
-
-
-def plan_steps(
-    batch: RolloutBatch,
-    *,
-    seed: int,
-    epochs: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-) -> list[StepPlan]:
-    """The optimizer steps on a rollout batch, with this replica's micro-batches of each.
-
-    Each epoch goes once through the batch in a new random order, `global_batch_size` rows a step.
-    Inside a step rows are sorted by length, so that a micro-batch holds little padding, and dealt
-    out to the replicas in turn, so that all have the same work and the same shapes.
-    """
-    steps: list[StepPlan] = []
-    stretch = micro_batch_size * dp_size
-    for epoch in range(epochs):
-        order = _random_order(len(batch), seed, batch.step, epoch)
-        for begin in range(0, len(order), global_batch_size):
-            rows = sorted(order[begin : begin + global_batch_size], key=batch.total_length)
-            stretches = [rows[i : i + stretch] for i in range(0, len(rows), stretch)]
-            micro_batches = tuple(
-                MicroBatchPlan(
-                    rows=tuple(together[dp_rank::dp_size]),
-                    longest=batch.total_length(together[-1]),
-                )
-                for together in stretches
-            )
-            steps.append(StepPlan(rows=tuple(rows), micro_batches=micro_batches))
-    return steps
-
-
-def make_micro_batch(
-    batch: RolloutBatch,
-    plan: MicroBatchPlan,
-    *,
-    pad_token: int,
-    multiple_of: int,
-    fixed_length: int | None = None,
-    selected: Tensor | None = None,
-) -> MicroBatch:
-    """Put rows of a rollout batch side by side, padded on the right.
-
-    Sequences are as long as the plan's longest row, rounded up to a multiple of `multiple_of`, or
-    `fixed_length` long if that is given (pipeline stages exchange one fixed shape). selected: bool
-    [n, R] of the whole rollout batch, if the objective has a selection.
-    """
-    rows = plan.rows
-    lengths = [batch.total_length(row) for row in rows]
-    s = fixed_length or round_up(plan.longest, multiple_of)
-    tokens = torch.full((len(rows), s), pad_token, dtype=torch.int64)
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        prompt = batch.prompts[row]
-        tokens[i, : len(prompt)] = torch.tensor(prompt)
-        tokens[i, len(prompt) : length] = batch.responses[row, : length - len(prompt)]
-    index = list(rows)
-    r = int(batch.lengths[index].max())
-    prompt_lengths = torch.tensor([len(batch.prompts[row]) for row in rows])
-    positions = (prompt_lengths - 1).unsqueeze(-1) + torch.arange(r)
-
-    def of_rows(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[index, :r]
-
-    return MicroBatch(
-        rows=rows,
-        tokens=tokens,
-        position_ids=torch.arange(s).expand(len(rows), s).contiguous(),
-        token_mask=torch.arange(s) < torch.tensor(lengths).unsqueeze(-1),
-        positions=positions.clamp(max=s - 1),
-        targets=batch.responses[index, :r],
-        response_mask=batch.response_mask[index, :r],
-        advantages=batch.advantages[index],
-        old_log_probs=of_rows(batch.old_log_probs),
-        ref_log_probs=of_rows(batch.ref_log_probs),
-        importance_weights=of_rows(batch.importance_weights),
-        selected=of_rows(selected),
-    )
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How rollout batches become micro-batches on this replica."""
-
-    config: GRPOConfig
-    pad_token: int
-    multiple_of: int
-    dp_rank: int
-    dp_size: int
-    pp_size: int
-
-    def plan(self, batch: RolloutBatch) -> list[StepPlan]:
-        """The optimizer steps on a batch."""
-        return plan_steps(
-            batch,
-            seed=self.config.seed,
-            epochs=self.config.epochs,
-            global_batch_size=self.config.global_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            dp_rank=self.dp_rank,
-            dp_size=self.dp_size,
-        )
-
-    def micro_batch(self, batch: RolloutBatch, plan: MicroBatchPlan, *, selected: Tensor | None = None) -> MicroBatch:
-        """A micro-batch; of one fixed length if pipeline stages must know it."""
-        return make_micro_batch(
-            batch,
-            plan,
-            pad_token=self.pad_token,
-            multiple_of=self.multiple_of,
-            fixed_length=self._fixed_length,
-            selected=selected,
-        )
-
-    def padding_share(self, batch: RolloutBatch, plan: StepPlan) -> float:
-        """Share of the positions of an optimizer step that hold padding, on all replicas."""
-        real = sum(batch.total_length(row) for row in plan.rows)
-        padded = [self._fixed_length or round_up(mb.longest, self.multiple_of) for mb in plan.micro_batches]
-        rows = [len(mb.rows) * self.dp_size for mb in plan.micro_batches]
-        return 1 - real / sum(n * s for n, s in zip(rows, padded, strict=True))
-
-    @property
-    def _fixed_length(self) -> int | None:
-        return self.config.seq_length if self.pp_size > 1 else None
-
-
-def round_up(length: int, multiple_of: int) -> int:
-    """The smallest multiple that is at least `length`."""
-    return -(-length // multiple_of) * multiple_of
-
-
-def _random_order(n: int, *key: int) -> list[Row]:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).permutation(n).tolist()

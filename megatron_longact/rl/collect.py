@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_longact.rl.advantages import group_relative_advantages
-from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.evaluation import Judge
 from megatron_longact.rl.importance_weights import truncated_importance_weights
 from megatron_longact.rl.log_probs import TrainerLogProbs
@@ -24,7 +24,7 @@ class Collector:
 
     def __init__(
         self,
-        config: GRPOConfig,
+        config: RLConfig,
         *,
         engine: RolloutEngine,
         judge: Judge,
@@ -45,13 +45,14 @@ class Collector:
         """
         config = self._config
         kept: list[RolloutBatch] = []
-        sampled = thrown_out = 0
+        sampled = thrown_out = without_spread = 0
         for round_ in range(config.max_sampling_rounds):
-            made = self._sample(step, first=round_ * config.prompts_per_step)
-            rows = _rows_with_spread(made, config.group_size) if config.dynamic_sampling else list(range(len(made)))
-            kept.append(made.select(rows))
-            sampled += len(made) // config.group_size
-            thrown_out += (len(made) - len(rows)) // config.group_size
+            made, spread = self._sample(step, first=round_ * config.prompts_per_step)
+            wanted = spread if config.dynamic_sampling else torch.ones_like(spread)
+            kept.append(made.select(wanted.repeat_interleave(config.group_size).nonzero().flatten().tolist()))
+            sampled += len(spread)
+            thrown_out += int((~wanted).sum())
+            without_spread += int((~spread).sum())
             if sum(map(len, kept)) >= config.responses_per_step:
                 break
         else:
@@ -59,13 +60,17 @@ class Collector:
         batch = RolloutBatch.concatenate(kept).select(list(range(config.responses_per_step)))
         batch.counts = {
             "groups_sampled": sampled,
-            "groups_without_spread": sum(_without_spread(part, config.group_size) for part in kept) + thrown_out,
+            "groups_without_spread": without_spread,
             "groups_thrown_out": sampled - config.prompts_per_step,
         }
         return batch
 
-    def _sample(self, step: int, *, first: int) -> RolloutBatch:
-        """A group of responses to each of the prompts `first`, `first + 1`, ... of a rollout step."""
+    def _sample(self, step: int, *, first: int) -> tuple[RolloutBatch, Tensor]:
+        """A group of responses to each of the prompts `first`, `first + 1`, ... of a rollout step.
+
+        With them, bool [groups], whether the tasks' own rewards differ in a group; what is taken off for length does
+        not count there.
+        """
         config = self._config
         group = config.group_size
         tasks = self._judge.environment.training_tasks(step, count=config.prompts_per_step, first=first)
@@ -73,6 +78,8 @@ class Collector:
         rollouts = self._engine.generate(prompts, replace(config.sampling, step=step))
         scores = self._judge.score([task for task in tasks for _ in range(group)], rollouts)
         rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32)
+        by_group = rewards.view(-1, group)
+        spread = by_group.amax(1) != by_group.amin(1)
         if config.overlong_buffer_length:
             rewards = rewards + overlong_penalty(
                 rollouts.lengths,
@@ -80,7 +87,7 @@ class Collector:
                 buffer_length=config.overlong_buffer_length,
                 penalty_factor=config.overlong_penalty_factor,
             )
-        return RolloutBatch(
+        batch = RolloutBatch(
             step=step,
             prompts=[prompt.tokens for prompt in prompts],
             responses=rollouts.tokens,
@@ -95,6 +102,7 @@ class Collector:
                 normalize_std=config.normalize_advantages,
             ),
         )
+        return batch, spread
 
     def add_log_probs(self, batch: RolloutBatch) -> None:
         """Set `old_log_probs`, and what rests on them, and `ref_log_probs` if there is a reference."""
@@ -115,22 +123,7 @@ class Collector:
             return self._trainer_log_probs.of_batch(batch)
 
 
-def _spread(batch: RolloutBatch, group_size: int) -> Tensor:
-    """Whether the rewards of each group differ; bool [groups]."""
-    rewards = batch.rewards.view(-1, group_size)
-    return rewards.amax(1) != rewards.amin(1)
-
-
-def _rows_with_spread(batch: RolloutBatch, group_size: int) -> list[int]:
-    """Responses of the groups whose rewards differ."""
-    return _spread(batch, group_size).repeat_interleave(group_size).nonzero().flatten().tolist()
-
-
-def _without_spread(batch: RolloutBatch, group_size: int) -> int:
-    return int((~_spread(batch, group_size)).sum())
-
-
-def _not_full(config: GRPOConfig, *, step: int, sampled: int, kept: int) -> str:
+def _not_full(config: RLConfig, *, step: int, sampled: int, kept: int) -> str:
     return (
         f"dynamic sampling: of {sampled} groups sampled in rollout step {step} only {kept} had rewards that differ, "
         f"and --grpo-prompts-per-step is {config.prompts_per_step}; the tasks are too easy or too hard for the model: "

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.utils.checkpoint import checkpoint
 
-from megatron_longact.rl.batches import BatchLayout, MicroBatch, RolloutBatch, StepPlan
+from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.micro_batches import BatchLayout, MicroBatch
+from megatron_longact.rl.plans import StepPlan
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ class ResponseScorer:
         [0] is log p of each response token, [1] the entropy where it was chosen, without gradient;
         both are garbage in the padding. Earlier stages return their hidden states.
         """
+        packed = None if batch.cu_seqlens is None else _packed_seq_params(batch.cu_seqlens)
         return model(
             batch.tokens,
             batch.position_ids,
             None,
+            packed_seq_params=packed,
             output_processor=self._process,
             output_processor_context=batch,
         )
@@ -66,8 +71,8 @@ class ResponseScorer:
         context: MicroBatch,
         **unused: Any,
     ) -> Tensor:
-        index = context.positions.t().unsqueeze(-1)  # [R, b, 1]
-        hidden_states = hidden_states.gather(0, index.expand(-1, -1, hidden_states.shape[-1]))
+        index = context.positions.t()  # [R, b]
+        hidden_states = hidden_states.flatten(0, 1)[index.flatten()].unflatten(0, index.shape)
         targets = context.targets.t().contiguous()  # [R, b]
 
         def score(hidden_states: Tensor, targets: Tensor) -> Tensor:
@@ -100,6 +105,17 @@ class ResponseScorer:
             return logits
         padded = torch.arange(first, last, device=logits.device) >= self.vocab_size
         return logits.masked_fill(padded, torch.finfo(logits.dtype).min)
+
+
+def _packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
+    longest = int(cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 @torch.no_grad()
@@ -197,7 +213,7 @@ class TrainerLogProbs:
             micro_batches,
             scorer=self._scorer,
             seq_length=config.seq_length,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=self._layout.micro_batch_size,
             pg_collection=self._pgs,
         )
         log_probs = torch.zeros_like(batch.rollout_log_probs).cuda()

@@ -18,12 +18,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_longact import metrics as longact_metrics
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.audit import RowAudit, RowCounts
-from megatron_longact.rl.batches import BatchLayout, RolloutBatch, StepPlan
+from megatron_longact.rl.batches import RolloutBatch
 from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.evaluation import Judge, evaluate_heldout, heldout_scalars
+from megatron_longact.rl.micro_batches import BatchLayout
 from megatron_longact.rl.objective import Objective
+from megatron_longact.rl.plans import StepPlan
 from megatron_longact.rl.rollout import RolloutEngine
 from megatron_longact.rl.run_log import MetricsLog, Progress
 from megatron_longact.rl.state import LoopState
@@ -40,12 +42,12 @@ STEP_METRICS = ("loss", "clip_fraction", "dual_clip_fraction", "selected_fractio
 """Names that the objective may report, in the order in which pipeline stages exchange them."""
 
 
-class GRPOLoop:
+class RLLoop:
     """A run from its first to its last iteration; every rank has one and calls the same methods."""
 
     def __init__(
         self,
-        config: GRPOConfig,
+        config: RLConfig,
         trainer: MegatronTrainer,
         *,
         state: LoopState,
@@ -165,6 +167,7 @@ class GRPOLoop:
                 batch.response_mask[list(plan.rows)], num_microbatches=len(plan.micro_batches)
             ),
             [self._layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches],
+            micro_batch_size=self._layout.micro_batch_size,
             size=StepSize(tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
         )
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.aggregation import aggregate, aggregation_weight
-from megatron_longact.rl.arguments import GRPOConfig
-from megatron_longact.rl.batches import MicroBatch
+from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.kl import masked_kl
 from megatron_longact.rl.log_probs import ResponseScorer
+from megatron_longact.rl.micro_batches import MicroBatch
 from megatron_longact.rl.policy_losses import POLICY_LOSSES
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -33,13 +33,15 @@ class Objective:
 
     def __init__(
         self,
-        config: GRPOConfig,
+        config: RLConfig,
         scorer: ResponseScorer,
         longact: LongAct | None,
         *,
         dp_size: int,
     ) -> None:
         self._config = config
+        self._policy_loss = POLICY_LOSSES[config.policy_loss]
+        self._aggregation = self._policy_loss.aggregation(config.loss)
         self._scorer = scorer
         self._longact = longact
         self._dp_size = dp_size
@@ -51,7 +53,7 @@ class Objective:
 
         response_mask: bool [n, R] of all responses of the step, on all replicas.
         """
-        weight = aggregation_weight(response_mask, mode=self._config.loss.aggregation)
+        weight = aggregation_weight(response_mask, mode=self._aggregation)
         # Megatron divides by the micro-batches, and averages gradients over the replicas.
         scale = num_microbatches * self._dp_size / max(int(weight), 1)
 
@@ -67,7 +69,7 @@ class Objective:
         config, mask = self._config, batch.response_mask
         assert batch.old_log_probs is not None
         log_probs, entropy = output[0], output[1].detach()
-        loss, means = POLICY_LOSSES[config.policy_loss](
+        loss, means = self._policy_loss(
             log_probs,
             batch.old_log_probs,
             batch.advantages,
@@ -79,11 +81,11 @@ class Objective:
         means = dict(means)
         if batch.ref_log_probs is not None:
             kl = masked_kl(log_probs, batch.ref_log_probs, mask, kind=config.kl_estimator)
-            loss = loss + config.kl_beta * aggregate(kl, mask, mode=config.loss.aggregation)
+            loss = loss + config.kl_beta * aggregate(kl, mask, mode=self._aggregation)
             means["kl"] = aggregate(kl.detach(), mask, mode="token-mean")
         means["entropy"] = aggregate(entropy, mask, mode="token-mean")
         _check_finite(loss)
-        weight, tokens = aggregation_weight(mask, mode=config.loss.aggregation), mask.sum()
+        weight, tokens = aggregation_weight(mask, mode=self._aggregation), mask.sum()
         sums = {"loss": torch.stack([loss.detach() * weight, weight.float()])}
         for name, mean in means.items():
             sums[name] = torch.stack([mean * tokens, tokens.float()])

@@ -12,8 +12,8 @@ from typing import Any
 from megatron_longact import metrics
 from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.audit import RowCounts
+from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.report import HeldOutAccuracy, RunSummary, render_table, write_report
 
 REPORT, SALIENCY, REWARD = "report.md", "saliency.png", "reward.png"
@@ -26,7 +26,7 @@ PICTURES = {
 
 def write_outcome(
     args: Namespace,
-    config: GRPOConfig,
+    config: RLConfig,
     *,
     evaluations: Sequence[Mapping[str, Any]],
     rows: RowCounts,
@@ -87,7 +87,7 @@ def _what_is_shown(config: LongActConfig) -> str:
     return {"mean-abs": "mean |activation|", "rms": "rms activation", "max-abs": "max |activation|"}[config.statistic]
 
 
-def _settings(args: Namespace, config: GRPOConfig, longact: LongAct | None) -> dict[str, object]:
+def _settings(args: Namespace, config: RLConfig, longact: LongAct | None) -> dict[str, object]:
     parallel = f"TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}"
     settings: dict[str, object] = {
         "LongAct": "off" if longact is None else longact.config,

@@ -21,16 +21,16 @@ from torch import nn
 
 from megatron_longact.checkpointing import check_load
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.arguments import GRPOConfig
 from megatron_longact.rl.audit import RowAudit
-from megatron_longact.rl.batches import BatchLayout
 from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.curriculum import Curriculum
 from megatron_longact.rl.data_arguments import build_environment
 from megatron_longact.rl.environment import Environment, NeedleEnvironment
 from megatron_longact.rl.evaluation import Judge
 from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
-from megatron_longact.rl.loop import GRPOLoop
+from megatron_longact.rl.loop import RLLoop
+from megatron_longact.rl.micro_batches import BatchLayout
 from megatron_longact.rl.objective import Objective
 from megatron_longact.rl.outcome import REPORT, write_outcome
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
@@ -46,7 +46,7 @@ SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
 
 
-def environment_of(config: GRPOConfig) -> Environment:
+def environment_of(config: RLConfig) -> Environment:
     """The tasks of a run, with Megatron's tokenizer; raises ValueError, in one line, for what cannot be."""
     tokenizer = get_tokenizer()
 
@@ -71,7 +71,7 @@ def environment_of(config: GRPOConfig) -> Environment:
     )
 
 
-def run(args: Namespace, config: GRPOConfig, environment: Environment, *, terminal: TextIO) -> None:
+def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal: TextIO) -> None:
     """Train from the first iteration, or the saved one, to the last; table and report at the end."""
     loop = build_loop(args, config, environment, terminal=terminal)
     if not loop.run():
@@ -82,7 +82,7 @@ def run(args: Namespace, config: GRPOConfig, environment: Environment, *, termin
         print(f"{table}\nmetrics, checkpoints, pictures and {REPORT} are in {args.run_dir}", file=terminal)
 
 
-def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *, terminal: TextIO) -> GRPOLoop:
+def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, terminal: TextIO) -> RLLoop:
     """Initialise Megatron, build or load model and optimizer, and put the loop around them.
 
     Attaches nothing by itself: LongAct is found if the launcher's seams are open.
@@ -110,7 +110,7 @@ def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *,
     engine = _engine(args, trainer.model, pgs)
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
     longact = LongAct.of(trainer.optimizer)
-    return GRPOLoop(
+    return RLLoop(
         config,
         trainer,
         state=state,
@@ -132,7 +132,7 @@ def build_loop(args: Namespace, config: GRPOConfig, environment: Environment, *,
     )
 
 
-def _reference(config: GRPOConfig, trainer: MegatronTrainer) -> ReferenceWeights | None:
+def _reference(config: RLConfig, trainer: MegatronTrainer) -> ReferenceWeights | None:
     if config.kl_beta == 0:
         return None
     return start_reference(trainer.model, trainer.args, offload=config.offload_reference)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.arguments import GRPOConfig
-from megatron_longact.rl.batches import RolloutBatch, StepPlan
+from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.log_probs import TrainerLogProbs
+from megatron_longact.rl.plans import StepPlan
 from megatron_longact.rl.policy_losses import POLICY_LOSSES
 
 
 class TokenSelector:
     """Chooses them with the model as it is; called by all ranks, between optimizer steps."""
 
-    def __init__(self, config: GRPOConfig, trainer_log_probs: TrainerLogProbs) -> None:
+    def __init__(self, config: RLConfig, trainer_log_probs: TrainerLogProbs) -> None:
         self._config = config
         self._loss = POLICY_LOSSES[config.policy_loss]
         self._trainer_log_probs = trainer_log_probs

@@ -7,12 +7,13 @@ around them is done here, in its order. Source: megatron/training/training.py, `
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import get_num_microbatches, reconfigure_num_microbatches_calculator
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
@@ -95,8 +96,37 @@ class MegatronTrainer:
             self._param_sync_func, config.param_sync_func = config.param_sync_func, None
         get_timers()("interval-time", log_level=0).start(barrier=True)
 
-    def step(self, forward_step: Callable[..., Any], micro_batches: Iterable[Any], *, size: StepSize) -> StepOutcome:
+    def step(
+        self, forward_step: Callable[..., Any], micro_batches: Sequence[Any], *, micro_batch_size: int, size: StepSize
+    ) -> StepOutcome:
         """One optimizer step on this replica's micro-batches; logged, not saved."""
+        with self._schedule(len(micro_batches), micro_batch_size):
+            return self._step(forward_step, micro_batches, size=size)
+
+    @contextmanager
+    def _schedule(self, num_microbatches: int, micro_batch_size: int) -> Iterator[None]:
+        """Let Megatron count micro-batches as they are: packed ones differ in number from step to step."""
+        args, own = self.args, (self.args.global_batch_size, self.args.micro_batch_size)
+        if num_microbatches == get_num_microbatches() and micro_batch_size == args.micro_batch_size:
+            yield
+            return
+        args.micro_batch_size = micro_batch_size
+        self._count_microbatches(num_microbatches * micro_batch_size * args.data_parallel_size, micro_batch_size)
+        try:
+            yield
+        finally:
+            args.micro_batch_size = own[1]
+            self._count_microbatches(*own)
+
+    def _count_microbatches(self, global_batch_size: int, micro_batch_size: int) -> None:
+        reconfigure_num_microbatches_calculator(
+            rank=self.args.rank,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=self.args.data_parallel_size,
+        )
+
+    def _step(self, forward_step: Callable[..., Any], micro_batches: Sequence[Any], *, size: StepSize) -> StepOutcome:
         maybe_finalize_async_save(blocking=False)
         self.args.curr_iteration = self.iteration
         losses, skipped, should_save, should_exit, exit_code, *statistics = training.train_step(

@@ -15,6 +15,6 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "dapo": PolicyLoss(token_losses=clipped_token_losses),
     "kl-cov": PolicyLoss(token_losses=kl_cov_token_losses, selection=select_kl_cov),
     "clip-cov": PolicyLoss(token_losses=clip_cov_token_losses, selection=select_clip_cov),
-    "gspo": PolicyLoss(token_losses=gspo_token_losses),
+    "gspo": PolicyLoss(token_losses=gspo_token_losses, fixed_aggregation="seq-mean-token-mean"),
     "cispo": PolicyLoss(token_losses=cispo_token_losses),
 }

@@ -38,8 +38,8 @@ class PolicyLossConfig:
     """clip-cov: tokens are left out only where their covariance is smaller than this."""
 
     aggregation: Aggregation = "token-mean"
-    """How the tokens' losses become one number; see `aggregate`. GSPO is meant to be used with
-    seq-mean-token-mean."""
+    """How the tokens' losses become one number; see `aggregate`. gspo is an objective of responses: it
+    always takes seq-mean-token-mean, as in verl."""
 
     def __post_init__(self) -> None:
         if not (self.clip_low > 0 and self.clip_high > 0):

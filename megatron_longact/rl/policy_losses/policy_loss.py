@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from megatron_longact.rl.aggregation import aggregate, masked, token_mean
+from megatron_longact.rl.aggregation import Aggregation, aggregate, masked, token_mean
 from megatron_longact.rl.policy_losses.config import PolicyLossConfig
 
 MAX_LOG_RATIO = 20.0
@@ -67,6 +67,13 @@ class PolicyLoss:
     selection: TokenSelection | None = None
     """None: the loss treats all tokens alike."""
 
+    fixed_aggregation: Aggregation | None = None
+    """How its tokens' losses become one number, whatever the configuration says; None: as that says."""
+
+    def aggregation(self, config: PolicyLossConfig) -> Aggregation:
+        """How the tokens' losses become one number."""
+        return self.fixed_aggregation or config.aggregation
+
     def __call__(
         self,
         log_probs: Tensor,
@@ -95,7 +102,7 @@ class PolicyLoss:
             losses = losses * masked(importance_weights, batch.mask)
         metrics = metrics | {"kl_old": -batch.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)}
         means = {name: token_mean(values.detach(), batch.mask) for name, values in metrics.items()}
-        return aggregate(losses, batch.mask, mode=config.aggregation), means
+        return aggregate(losses, batch.mask, mode=self.aggregation(config)), means
 
     def select(
         self,

@@ -1,0 +1,175 @@
+"""What one forward and backward sees, made from a rollout batch: padded rows, or one packed row.
+
+Shapes: n responses of a rollout batch, R response tokens, b rows of a micro-batch, s tokens of a
+padded sequence (prompt, response, padding, in this order), t tokens of a packed row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longact.rl.batches import RolloutBatch, Row
+from megatron_longact.rl.config import RLConfig
+from megatron_longact.rl.packing import packed_row
+from megatron_longact.rl.plans import MicroBatchPlan, Packing, StepPlan, plan_steps
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward sees.
+
+    rows: which responses of the rollout batch, b of them; tokens, position_ids: int64 [b, s], or
+    [1, t] if they are packed into one row; token_mask: bool, the same shape, True at prompt and
+    response tokens; positions: int64 [b, R], where in the flattened [s, b] or [t, 1] hidden states the
+    one stands that predicts each response token; cu_seqlens: int32 bounds of packed sequences, None
+    if they are not packed; targets: int64 [b, R]; response_mask: bool
+    [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs, importance_weights: fp32 [b, R] or
+    None; selected: bool [b, R], the tokens that a covariance objective treats apart, or None.
+    """
+
+    rows: tuple[Row, ...]
+    tokens: Tensor
+    position_ids: Tensor
+    token_mask: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor | None
+    targets: Tensor
+    response_mask: Tensor
+    advantages: Tensor
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    importance_weights: Tensor | None
+    selected: Tensor | None
+
+    def cuda(self) -> MicroBatch:
+        """A copy on this process's device."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: v.cuda() if isinstance(v, Tensor) else v for name, v in values.items()}
+        return MicroBatch(**moved)
+
+
+def make_micro_batch(
+    batch: RolloutBatch,
+    plan: MicroBatchPlan,
+    *,
+    pad_token: int,
+    multiple_of: int,
+    fixed_length: int | None = None,
+    selected: Tensor | None = None,
+    packed: bool = False,
+) -> MicroBatch:
+    """Put rows of a rollout batch side by side, padded on the right, or one behind the other in one row.
+
+    They are as long as the plan's longest row, rounded up to a multiple of `multiple_of`, or
+    `fixed_length` long if that is given (pipeline stages exchange one fixed shape). selected: bool
+    [n, R] of the whole rollout batch, if the objective has a selection.
+    """
+    length = fixed_length or round_up(plan.longest, multiple_of)
+    sequences = [batch.sequence(row) for row in plan.rows]
+    index = list(plan.rows)
+    r = int(batch.lengths[index].max())
+    first = torch.tensor([len(batch.prompts[row]) - 1 for row in plan.rows])
+    cu_seqlens: Tensor | None = None
+    if packed:
+        tokens, position_ids, token_mask, cu_seqlens = packed_row(sequences, length=length, pad_token=pad_token)
+        first = first + cu_seqlens[: len(sequences)]
+    else:
+        tokens = torch.full((len(sequences), length), pad_token, dtype=torch.int64)
+        for row, sequence in zip(tokens, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        position_ids = torch.arange(length).expand_as(tokens).contiguous()
+        token_mask = position_ids < torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(-1)
+    positions = (first.unsqueeze(-1) + torch.arange(r)).clamp(max=length - 1)
+    if not packed:  # [s, b] flattened
+        positions = positions * len(sequences) + torch.arange(len(sequences)).unsqueeze(-1)
+
+    def of_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[index, :r]
+
+    return MicroBatch(
+        rows=plan.rows,
+        tokens=tokens,
+        position_ids=position_ids,
+        token_mask=token_mask,
+        positions=positions,
+        cu_seqlens=cu_seqlens,
+        targets=batch.responses[index, :r],
+        response_mask=batch.response_mask[index, :r],
+        advantages=batch.advantages[index],
+        old_log_probs=of_rows(batch.old_log_probs),
+        ref_log_probs=of_rows(batch.ref_log_probs),
+        importance_weights=of_rows(batch.importance_weights),
+        selected=of_rows(selected),
+    )
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How rollout batches become micro-batches on this replica."""
+
+    config: RLConfig
+    pad_token: int
+    multiple_of: int
+    dp_rank: int
+    dp_size: int
+    pp_size: int
+
+    def plan(self, batch: RolloutBatch) -> list[StepPlan]:
+        """The optimizer steps on a batch."""
+        return plan_steps(
+            batch,
+            seed=self.config.seed,
+            epochs=self.config.epochs,
+            global_batch_size=self.config.global_batch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            packing=self.packing,
+        )
+
+    def micro_batch(self, batch: RolloutBatch, plan: MicroBatchPlan, *, selected: Tensor | None = None) -> MicroBatch:
+        """A micro-batch; of one fixed length if pipeline stages must know it."""
+        return make_micro_batch(
+            batch,
+            plan,
+            pad_token=self.pad_token,
+            multiple_of=self.multiple_of,
+            fixed_length=self._fixed_length,
+            selected=selected,
+            packed=self.packing is not None,
+        )
+
+    @property
+    def packing(self) -> Packing | None:
+        """How responses are packed; None if each has a row of its own."""
+        if not self.config.pack_sequences:
+            return None
+        return Packing(capacity=self.config.seq_length, max_sequences=self.config.max_sequences_per_row)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a micro-batch."""
+        return 1 if self.config.pack_sequences else self.config.micro_batch_size
+
+    def padding_share(self, batch: RolloutBatch, plan: StepPlan) -> float:
+        """Share of the positions of an optimizer step that hold padding, on all replicas."""
+        real = sum(batch.total_length(row) for row in plan.rows)
+        positions = 0
+        for part in plan.micro_batches:
+            rows = 1 if self.packing is not None else len(part.rows)
+            positions += rows * (self._fixed_length or round_up(part.longest, self.multiple_of))
+        return 1 - real / (positions * self.dp_size)
+
+    @property
+    def _fixed_length(self) -> int | None:
+        return self.config.seq_length if self.pp_size > 1 else None
+
+
+def round_up(length: int, multiple_of: int) -> int:
+    """The smallest multiple that is at least `length`."""
+    return -(-length // multiple_of) * multiple_of

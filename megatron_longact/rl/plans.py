@@ -1,0 +1,96 @@
+"""Which responses are trained in which optimizer step, and in which micro-batch of it: layout alone.
+
+Every rank holds the whole rollout batch, so this is a function of (seed, rollout step), and which response is
+trained in which step does not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_longact.rl.batches import RolloutBatch, Row
+from megatron_longact.rl.packing import pack
+
+
+@dataclass(frozen=True)
+class MicroBatchPlan:
+    """Which rows a micro-batch holds on this replica, and the longest row on any replica."""
+
+    rows: tuple[Row, ...]
+    longest: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All rows of an optimizer step, and this replica's micro-batches of it."""
+
+    rows: tuple[Row, ...]
+    micro_batches: tuple[MicroBatchPlan, ...]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Several responses in one row of a micro-batch."""
+
+    capacity: int
+    """Tokens of a row at most."""
+
+    max_sequences: int
+    """Responses in a row at most."""
+
+
+def plan_steps(
+    batch: RolloutBatch,
+    *,
+    seed: int,
+    epochs: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    packing: Packing | None = None,
+) -> list[StepPlan]:
+    """The optimizer steps on a rollout batch, with this replica's micro-batches of each.
+
+    Each epoch goes once through the batch in a new random order, `global_batch_size` rows a step.
+    Inside a step rows are sorted by length, so that a micro-batch holds little padding, and dealt
+    out to the replicas in turn, so that all have the same work and the same shapes. With packing a
+    micro-batch is one row of several responses.
+    """
+    steps: list[StepPlan] = []
+    for epoch in range(epochs):
+        order = _random_order(len(batch), seed, batch.step, epoch)
+        for begin in range(0, len(order), global_batch_size):
+            rows = sorted(order[begin : begin + global_batch_size], key=batch.total_length)
+            if packing is None:
+                micro_batches = _padded(batch, rows, micro_batch_size, dp_rank, dp_size)
+            else:
+                micro_batches = _packed(batch, rows, packing, dp_rank, dp_size)
+            steps.append(StepPlan(rows=tuple(rows), micro_batches=tuple(micro_batches)))
+    return steps
+
+
+def _padded(
+    batch: RolloutBatch, rows: list[Row], micro_batch_size: int, dp_rank: int, dp_size: int
+) -> Iterator[MicroBatchPlan]:
+    stretch = micro_batch_size * dp_size
+    for begin in range(0, len(rows), stretch):
+        together = rows[begin : begin + stretch]
+        yield MicroBatchPlan(rows=tuple(together[dp_rank::dp_size]), longest=batch.total_length(together[-1]))
+
+
+def _packed(
+    batch: RolloutBatch, rows: list[Row], packing: Packing, dp_rank: int, dp_size: int
+) -> Iterator[MicroBatchPlan]:
+    lengths = [batch.total_length(row) for row in rows]
+    bins = pack(lengths, capacity=packing.capacity, max_sequences=packing.max_sequences, multiple_of=dp_size)
+    for begin in range(0, len(bins), dp_size):  # longest first, so the first of a stretch is its longest
+        longest = sum(lengths[index] for index in bins[begin])
+        yield MicroBatchPlan(rows=tuple(rows[index] for index in bins[begin + dp_rank]), longest=longest)
+
+
+def _random_order(n: int, *key: int) -> list[Row]:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).permutation(n).tolist()
