@@ -15,6 +15,7 @@ Results are in --output (default: runs/evaluation): results.json, scores.png and
 
 import argparse
 import os
+import socket
 import sys
 import time
 import traceback
@@ -64,9 +65,17 @@ def _run_megatron(argv: list[str], *, cpu: bool) -> None:
 
         cpu_mode.enable_cpu_mode()
         sys.argv += cpu_mode.missing_cpu_flags(argv)
+    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     from megatron_longact.evaluation import program
 
     program.main()
+
+
+def _free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
 
 
 def _is_refusal(error: ValueError) -> bool:
