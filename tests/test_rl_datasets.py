@@ -260,6 +260,9 @@ def test_the_needle_environment_draws_what_the_generator_draws() -> None:
     ]
     assert source.training_tasks(3, count=2, first=4) == source.training_tasks(3, count=6)[4:]
     assert source.heldout_lengths == (160, 96)
+    measured_only = needles(lengths=())
+    assert measured_only.heldout_tasks(96, count=5) == source.heldout_tasks(96, count=5)
+    assert {len(t.prompt) for t in measured_only.training_tasks(0, count=16)} == {96, 160}
 
 
 def test_a_curriculum_bounds_needle_prompts_too() -> None:

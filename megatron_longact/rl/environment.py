@@ -100,8 +100,8 @@ class NeedleEnvironment:
     """RULER's needle tasks (`megatron_longact.rl.tasks`).
 
     lengths: prompt lengths in tokens, drawn for each training task out of those that the curriculum allows at its
-    step; seed: of the training tasks. Raises ValueError for a length that cannot hold a task, and for a curriculum
-    that allows no length, when it is made.
+    step; none: the held-out ones. seed: of the training tasks. Raises ValueError for a length that cannot hold a
+    task, and for a curriculum that allows no length, when it is made.
     """
 
     def __init__(
@@ -116,8 +116,9 @@ class NeedleEnvironment:
     ) -> None:
         chosen = tuple(names) or tuple(tasks.NEEDLE_TASKS)
         self._curriculum = curriculum or Curriculum()
+        drawn = lengths or heldout_lengths
         self._training = {
-            limit: NeedleGenerator(tokenizer, tasks=chosen, lengths=_allowed(lengths, limit), seed=seed)
+            limit: NeedleGenerator(tokenizer, tasks=chosen, lengths=_allowed(drawn, limit), seed=seed)
             for limit in self._curriculum.limits
         }
         self._heldout = NeedleGenerator(tokenizer, tasks=chosen, lengths=heldout_lengths, split="heldout", seed=seed)
