@@ -27,8 +27,24 @@ def _one_rank() -> Any:
     torch.distributed.destroy_process_group()
 
 
-def build(*, fp8_recipe: str | None, precision_aware: bool) -> tuple[Any, Any]:
-    """A two-layer Qwen3-shaped model with Transformer Engine layers, in Megatron's DDP, and its optimizer."""
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "masters": {},
+    "precision-aware": {"use_precision_aware_optimizer": True},
+    "offloaded": {
+        "use_precision_aware_optimizer": True,
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": 0.5,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    },
+}
+
+
+def build(*, fp8_recipe: str | None, optimizer: str = "masters", fused_accumulation: bool = False) -> tuple[Any, Any]:
+    """A two-layer Qwen3-shaped model with Transformer Engine layers, in Megatron's DDP, and its optimizer.
+
+    With fused accumulation weight gradients exist in `main_grad` only. The model then ends with its hidden states:
+    Megatron's own output layer needs Apex for that.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -50,7 +66,7 @@ def build(*, fp8_recipe: str | None, precision_aware: bool) -> tuple[Any, Any]:
         attention_dropout=0.0,
         bf16=True,
         params_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_accumulation,
         fp8="hybrid" if fp8_recipe else None,
         fp8_recipe=fp8_recipe or "delayed",
     )
@@ -61,10 +77,11 @@ def build(*, fp8_recipe: str | None, precision_aware: bool) -> tuple[Any, Any]:
         vocab_size=512,
         max_sequence_length=128,
         position_embedding_type="rope",
+        post_process=not fused_accumulation,
     )
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunk = DistributedDataParallel(config, ddp_config, Float16Module(config, model.cuda()))
-    optimizer = get_megatron_optimizer(
+    megatron_optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=1e-3,
@@ -72,12 +89,12 @@ def build(*, fp8_recipe: str | None, precision_aware: bool) -> tuple[Any, Any]:
             bf16=True,
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=True,
-            use_precision_aware_optimizer=precision_aware,
             fp8_recipe=config.fp8_recipe if fp8_recipe else None,
+            **OPTIMIZERS[optimizer],
         ),
         [chunk],
     )
-    return chunk, optimizer
+    return chunk, megatron_optimizer
 
 
 def step(chunk: Any, optimizer: Any, longact: LongAct, seed: int) -> None:
@@ -90,7 +107,7 @@ def step(chunk: Any, optimizer: Any, longact: LongAct, seed: int) -> None:
         inputs = tokens[:, :-1].contiguous()
         longact.set_tokens(torch.ones_like(inputs, dtype=torch.bool))
         positions = torch.arange(128, device="cuda").expand(2, 128)
-        output = model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
+        output = model(inputs, positions, None, labels=tokens[:, 1:].contiguous())  # losses, or hidden states
         return output, lambda losses: (losses.float().mean(), {})
 
     chunk.zero_grad_buffer()
@@ -107,10 +124,14 @@ def step(chunk: Any, optimizer: Any, longact: LongAct, seed: int) -> None:
     assert optimizer.step()[0]
 
 
-@pytest.mark.parametrize("precision_aware", [False, True], ids=["masters", "precision-aware"])
+@pytest.mark.parametrize(
+    "options",
+    [*({"optimizer": name} for name in OPTIMIZERS), {"fused_accumulation": True}],
+    ids=[*OPTIMIZERS, "fused accumulation"],
+)
 @pytest.mark.parametrize("fp8_recipe", [None, "delayed", "tensorwise", "blockwise"])
-def test_frozen_masters_are_bit_identical(fp8_recipe: str | None, precision_aware: bool) -> None:
-    chunk, optimizer = build(fp8_recipe=fp8_recipe, precision_aware=precision_aware)
+def test_frozen_masters_are_bit_identical(fp8_recipe: str | None, options: dict[str, Any]) -> None:
+    chunk, optimizer = build(fp8_recipe=fp8_recipe, **options)
     with LongAct.attach([chunk], optimizer, LongActConfig()) as longact:
         for seed in range(3):
             shards = [shard for freeze in longact._freezes for shard in freeze.shards]
