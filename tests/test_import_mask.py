@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_longact import LongActConfig
+from megatron_longact import LongAct, LongActConfig
 from megatron_longact.imported_masks import mask_name, read_masks
 from megatron_longact.qkv_layout import QKVLayout
 from tests import ranks, runs
-from tests.models import ModelSpec, OptimizerSpec
+from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
 from tests.ranks import Layout
 
 SPEC = ModelSpec(layers=2)
@@ -94,6 +94,25 @@ def test_a_projection_that_is_no_target_trains_densely(tmp_path: Path) -> None:
     for number, parts in result["masks"][-1].items():
         assert torch.equal(parts["q"], only_q[number]["q"])
         assert parts["k"].all()
+
+
+def resume(*, state: dict[str, Any], config: LongActConfig) -> Any:
+    built = build(SPEC)
+    with LongAct.attach(built.chunks, built.optimizer, config) as longact:
+        longact.load_state_dict(state)
+        assert train_step(built, random_tokens(4, 16), before_forward=runs.name_all(longact))[0]
+        return runs.cpu(longact.masks)
+
+
+def test_a_run_that_resumes_goes_on_with_its_own_masks(tmp_path: Path) -> None:
+    config = LongActConfig(refresh_interval=0)
+    selected = ranks.run(runs.train, spec=SPEC, config=config, steps=1)[0]
+    path = mask_file(tmp_path / "mask")
+    with_file = replace(config, import_mask=str(path))
+    assert same(ranks.run(resume, state=selected["state"], config=with_file)[0], selected["masks"][-1])
+    imported = train(path, refresh_interval=0)["state"]
+    path.unlink()
+    assert same(ranks.run(resume, state=imported, config=config)[0], given_masks())
 
 
 def refused(path: Path, **changes: Any) -> str:

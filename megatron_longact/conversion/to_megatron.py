@@ -93,11 +93,17 @@ def convert(hf_dir: Path, save: Path) -> str:
         (staging.path / "model_args.txt").write_text("\n".join(model_flags(conversion.model)) + "\n")
         (staging.path / TRACKER).write_text(ITERATION)
         done = progress.done
-    return (
-        f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}\n"
-        f"run it with --load {save} --use-checkpoint-args; without megatron_longact.run Megatron leaves out and needs "
-        f"also: {' '.join(flags_not_taken(conversion.model))}"
-    )
+    lines = [
+        f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}",
+        f"run it with --load {save} --use-checkpoint-args; what Megatron does not take from there: "
+        + " ".join(flags_not_taken(conversion.model)),
+    ]
+    if conversion.model.rope.llama3_factor not in (None, 8.0):
+        lines.append(
+            "careful: megatron.training 0.19 builds with a RoPE scaling factor of 8, whatever --rope-scaling-factor "
+            "says; see docs/checkpoints.md"
+        )
+    return "\n".join(lines)
 
 
 def _stored(conversion: Conversion) -> list[Any]:
