@@ -107,7 +107,8 @@ def generate_all(samplings: list[Sampling], *, static: bool, **settings: Any) ->
     from tests.test_rollout import make_engine
 
     config = {"sequence_parallel": settings.pop("sequence_parallel", False)}
-    model = build(ModelSpec(layers=2, config=config)).chunks[0].module
+    model = build(ModelSpec(layers=2, dtype=settings.pop("dtype", "fp32"), config=config)).chunks[0].module
+    model = getattr(model, "module", model)  # bf16 has one wrapper more
     with attention_on_cpu():
         engine = make_engine(model) if static else make_dynamic_engine(model, **settings)
         return [vars(engine.generate(make_prompts(), sampling)) for sampling in samplings]
@@ -149,6 +150,17 @@ def test_it_says_what_the_static_engine_says(name: str) -> None:
     assert all(len({tuple(row.tolist()) for row in expected["tokens"]}) >= 5 for expected in all_expected)
     assert all_expected[-1]["finished"].any()
     assert not all_expected[-1]["finished"].all()
+
+
+def test_bf16_models_have_a_bf16_cache() -> None:
+    """First tokens only: what follows depends on roundings that no two kernels share."""
+    greedy = [Sampling(max_response_length=2, greedy=True)]
+    [[expected]] = ranks.run(generate_all, samplings=greedy, static=True, dtype="bf16")
+    [[got]] = ranks.run(generate_all, samplings=greedy, static=False, dtype="bf16")
+    same = got["tokens"][:, 0] == expected["tokens"][:, 0]
+    assert same.sum() >= 12
+    difference = (got["log_probs"] - expected["log_probs"])[same, 0].abs()
+    assert difference.max() < 0.1  # bf16 logits of size 4 have steps of 0.03
 
 
 def generate_watched(sampling: Sampling, **settings: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -279,14 +291,12 @@ def leaves_nothing_behind(fail: bool) -> dict[str, bool]:
             "modes": modes == [m.training for m in model.modules()],
             "generators": before == generators(),
             "inference mode off": not InferenceMode.is_active(),
-            "trains": train_step(built, random_tokens(4, 64), step=False) == (False, None),  # 64: cached RoPE tables
+            "RoPE tables": not model.rotary_pos_emb(64, packed_seq=False, cp_group=None).is_inference(),
+            "trains": train_step(built, random_tokens(4, 64))[0],
         }
         again = engine.generate(make_prompts(), sampling)
         expected = make_dynamic_engine(model).generate(make_prompts(), sampling)
-    return kept | {
-        "as if nothing had happened": torch.equal(again.tokens, expected.tokens),
-        "same each time": rollouts is None or torch.equal(rollouts.log_probs, expected.log_probs),
-    }
+    return kept | {"as if nothing had happened": torch.equal(again.log_probs, expected.log_probs)}
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -320,7 +330,7 @@ def disagreeing_draws() -> tuple[Tensor, Tensor]:
         mp_group=parallel_state.get_model_parallel_group(),
     )
     rank = torch.distributed.get_rank()
-    logits = torch.eye(64)[rank : rank + 1].expand(4, -1)  # four rows for one request: CUDA graphs pad
+    logits = (1 + rank) * torch.eye(64)[rank].expand(4, -1)  # four rows for one request: CUDA graphs pad
     assert draws.sample_kernel(logits, 1, context).tolist() == [0]
     return draws.results()
 
