@@ -1,0 +1,323 @@
+"""tools/evaluate.py: predictions files scored or refused, and the demo's checkpoint evaluated by real ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_longact.evaluation import longbench_v2, ruler
+
+ROOT = Path(__file__).resolve().parent.parent
+START = ROOT / "examples/demo/start_checkpoint"
+
+
+def _load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools/evaluate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOL = _load_tool()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ruler_rows(task: str = "vt", length: int = 4096, count: int = 4) -> list[dict[str, Any]]:
+    """Every second one right."""
+    return [
+        {
+            "task": task,
+            "max_seq_length": length,
+            "index": i,
+            "pred": f" A{i}\n" if i % 2 == 0 else "",
+            "outputs": [f"a{i}"],
+            "others": {"haystack": "essays"},
+        }
+        for i in range(count)
+    ]
+
+
+def longbench_items(count: int = 6) -> list[dict[str, Any]]:
+    return [
+        {
+            "_id": f"id{i}",
+            "difficulty": ("easy", "hard")[i % 2],
+            "length": ("short", "medium", "long")[i % 3],
+            "question": "What?",
+            **{f"choice_{letter}": letter.lower() for letter in "ABCD"},
+            "answer": "A",
+            "context": "word " * 400,
+        }
+        for i in range(count)
+    ]
+
+
+def score(tmp_path: Path, benchmark: str, *flags: str | Path) -> dict[str, Any]:
+    """Run the tool; what it wrote."""
+    output = tmp_path / "out"
+    status = TOOL.main(["--benchmark", benchmark, "--output", str(output), *map(str, flags)])
+    assert status == 0
+    assert (output / "scores.png").stat().st_size > 5000
+    return json.loads((output / "results.json").read_text())
+
+
+def test_ruler_predictions_become_a_table_json_and_a_picture(tmp_path, capsys):
+    rows = ruler_rows() + ruler_rows(length=8192) + ruler_rows("qa_1", count=2)
+    results = score(tmp_path, "ruler", "--predictions", write(tmp_path / "predictions.jsonl", rows))
+    assert results["scores"] == {"4096": {"vt": 50.0, "qa_1": 50.0}, "8192": {"vt": 50.0}}
+    assert results["averages"] == {"4096": 50.0, "8192": 50.0}
+    assert results["nulls"]["4096"] == {"vt": 2, "qa_1": 1}
+    assert results["samples"]["8192"] == {"vt": 4}
+    assert results["sources"] == {"haystack": ["essays"]}
+    shown = capsys.readouterr().out
+    assert "4096 tokens" in shown
+    assert [line.split() for line in shown.split("\n") if line.startswith("qa_1")] == [["qa_1", "50.00", "-"]]
+    assert "2 to 4 samples each; 5 empty predictions" in shown
+
+
+def test_scores_of_a_file_are_those_of_the_functions(tmp_path):
+    class Letters:
+        def encode(self, text: str) -> bytes:
+            return text.encode()
+
+    samples = ruler.generate("niah_multivalue", num_samples=5, max_seq_length=1500, tokenizer=Letters(), seed=1)
+    predictions = [" ".join(sample["outputs"][: i + 1]) for i, sample in enumerate(samples)]
+    rows = [
+        {"index": s["index"], "pred": p, "outputs": s["outputs"], "others": s["others"]}
+        for s, p in zip(samples, predictions, strict=True)
+    ]
+    path = write(tmp_path / "any.jsonl", rows)
+    expected = ruler.score("niah_multivalue", predictions, [s["outputs"] for s in samples])
+    for more in ((), ("--data", write(tmp_path / "samples/all.jsonl", samples))):
+        results = score(tmp_path, "ruler", "--predictions", path, *more)
+        assert results["scores"] == {"1500": {"niah_multivalue": expected}}
+
+
+def test_files_of_the_official_scripts_are_read(tmp_path):
+    """Task and length in the path, and niah.py's place of the answer where the index belongs."""
+    rows = []
+    for i in range(3):
+        text = f"{'x' * (i // 2)} The number is 123456{i}. And then"
+        rows.append({"input": text, "outputs": [f"123456{i}"], "pred": f"123456{i}", "others": {}, "length": 9})
+        rows[i]["index"] = text.find(rows[i]["outputs"][0])
+    assert rows[0]["index"] == rows[1]["index"]
+    write(tmp_path / "model/8192/pred/niah_single_1.jsonl", rows)
+    vt = [{name: row[name] for name in ("index", "pred", "outputs")} for row in ruler_rows()]
+    write(tmp_path / "model/16384/pred/vt.jsonl", vt)
+    results = score(tmp_path, "ruler", "--predictions", tmp_path / "model")
+    assert results["scores"] == {"8192": {"niah_single_1": 100.0}, "16384": {"vt": 50.0}}
+
+
+def without(rows: list[dict[str, Any]], *places: int) -> list[dict[str, Any]]:
+    return [row for i, row in enumerate(rows) if i not in places]
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "message"),
+    [
+        (without(ruler_rows(), 1), None, "1 missing id: 4096 vt 1 (of 4 samples)"),
+        (without(ruler_rows(), 3), ruler_rows(), "1 missing id: 4096 vt 3 (of 4 samples)"),
+        (without(ruler_rows(), 0, 2, 3), ruler_rows(), "3 missing ids: 4096 vt 0, 4096 vt 2, 4096 vt 3"),
+        (ruler_rows() + ruler_rows()[:1], None, "1 doubled id: 4096 vt 0"),
+        (ruler_rows() + ruler_rows()[:1], ruler_rows(), "1 doubled id: 4096 vt 0"),
+        (ruler_rows(count=5), ruler_rows(), "1 unknown id: 4096 vt 4"),
+        (ruler_rows(length=8192), ruler_rows(), "4 missing ids"),
+        (ruler_rows("cwe"), ruler_rows(), "4 unknown ids: 4096 cwe 0"),
+        ([{"task": "vt", "pred": "x"}], None, "has no 'id': task, pred"),
+        ([{"task": "vt", "index": 0, "outputs": ["x"]}], None, "has no 'pred' or 'prediction'"),
+        ([{"task": "vt", "index": 0, "pred": "x"}], None, "has no 'output'"),
+        ([{"index": 0, "pred": "x", "outputs": ["x"]}], None, "neither the file nor its folder is named after one"),
+        ([], None, "holds no predictions"),
+    ],
+)  # fmt: skip
+def test_ruler_predictions_that_do_not_match_are_refused(tmp_path, capsys, rows, data, message):
+    flags = ["--predictions", str(write(tmp_path / "p.jsonl", rows))]
+    flags += [] if data is None else ["--data", str(write(tmp_path / "d.jsonl", data))]
+    assert TOOL.main(["--benchmark", "ruler", "--output", str(tmp_path / "out"), *flags]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def answers(*letters: str | None) -> list[dict[str, Any]]:
+    said = [f"The correct answer is ({letter})" if letter else "I do not know" for letter in letters]
+    return [{"_id": f"id{i}", "response": text} for i, text in enumerate(said)]
+
+
+def test_longbench_predictions(tmp_path, capsys):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(longbench_items()))
+    path = write(tmp_path / "p.jsonl", answers("A", "A", "B", None, "A", "C"))
+    results = score(tmp_path, "longbench-v2", "--predictions", path, "--data", data)
+    assert results["scores"] == {
+        "overall": 50.0,
+        "easy": 66.7,
+        "hard": 33.3,
+        "short": 50.0,
+        "medium": 100.0,
+        "long": 0.0,
+    }
+    assert results["compensated"]["overall"] == 54.2
+    assert results["no_answer"] == 1
+    assert results["samples"] == {"overall": 6, "easy": 3, "hard": 3, "short": 2, "medium": 2, "long": 2}
+    assert ["medium", "100.0", "100.0", "2"] in [line.split() for line in capsys.readouterr().out.split("\n")]
+
+
+def test_longbench_rows_of_the_official_script_need_no_data(tmp_path):
+    rows = [item | {"response": "x", "pred": "A", "judge": True} for item in longbench_items()]
+    for row in rows:
+        del row["response"]
+    path = write(tmp_path / "p.jsonl", rows)
+    assert score(tmp_path, "longbench-v2", "--predictions", path)["scores"]["overall"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (answers("A", "A", "A", "A", "A"), "1 missing id: id5"),
+        (answers(*"AAAAAAA"), "1 unknown id: id6"),
+        (answers(*"AAAAAA") + answers("B"), "1 doubled id: id0"),
+        ([{"_id": f"id{i}"} for i in range(6)], "has no 'pred'"),
+    ],
+)
+def test_longbench_predictions_that_do_not_match_are_refused(tmp_path, capsys, rows, message):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(longbench_items()))
+    flags = ["--predictions", str(write(tmp_path / "p.jsonl", rows)), "--data", str(data)]
+    assert TOOL.main(["--benchmark", "longbench-v2", "--output", str(tmp_path / "out"), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_flags_that_make_no_sense_are_refused(tmp_path, capsys):
+    path = str(write(tmp_path / "p.jsonl", ruler_rows()))
+    output = ["--output", str(tmp_path / "out")]
+    for flags in ([], ["--load", "x", "--predictions", path], ["--predictions", path, "--num-layers", "3"]):
+        with pytest.raises(SystemExit) as ended:
+            TOOL.main(["--benchmark", "ruler", *output, *flags])
+        assert ended.value.code == 2
+    assert TOOL.main(["--benchmark", "ruler", *output, "--predictions", path, "--tasks", "niah"]) == 1
+    assert "--tasks has 'niah'; RULER's tasks are niah_single_1" in capsys.readouterr().err
+    assert TOOL.main(["--benchmark", "ruler", *output, "--predictions", str(tmp_path / "none.jsonl")]) == 1
+    assert "cannot read" in capsys.readouterr().err
+
+
+def model_args() -> list[str]:
+    script = 'source examples/demo/model_args.sh; printf "%s\\n" "${MODEL_ARGS[@]}"'
+    environment = {name: value for name, value in os.environ.items() if name != "DEMO_DIR"}
+    found = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return found.stdout.split("\n")[:-1]
+
+
+def evaluate(output: Path, *flags: str, ranks: int = 1, timeout: float = 140) -> subprocess.CompletedProcess[str]:
+    """Run the tool on the demo's checkpoint; every process that it started has ended when this returns."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
+    command = [*launcher, "tools/evaluate.py", "--output", str(output), "--load", str(START), *model_args(), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+RULER_FLAGS = [
+    *("--benchmark", "ruler"),
+    *("--tasks", "niah_single_1", "fwe"),
+    *("--lengths", "256", "384"),
+    *("--num-samples", "3"),
+    *("--tokens-to-generate", "12"),
+]
+
+
+def rows_of(output: Path) -> dict[tuple[Any, ...], str]:
+    rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+    return {(row["max_seq_length"], row["task"], row["index"]): row["pred"] for row in rows}
+
+
+@pytest.mark.timeout(300)
+def test_a_checkpoint_is_evaluated_and_a_killed_evaluation_goes_on(tmp_path):
+    """On two tensor-parallel ranks; then on one, from what a kill would have left, with the same responses."""
+    done = evaluate(tmp_path, *RULER_FLAGS, "--tensor-model-parallel-size", "2", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "12/12" in done.stdout
+    assert "256 tokens" in done.stdout
+    rows, results = rows_of(tmp_path), json.loads((tmp_path / "results.json").read_text())
+    assert set(rows) == {(n, t, i) for n in (256, 384) for t in ("niah_single_1", "fwe") for i in range(3)}
+    assert all(rows.values())
+    assert results["settings"]["iteration"] == "800"
+    assert results["sources"]["words"] == ["built-in words"]
+    assert (tmp_path / "scores.png").stat().st_size > 5000
+
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "predictions.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    again = evaluate(tmp_path, *RULER_FLAGS)
+    assert again.returncode == 0, again.stderr
+    assert "5 of 12 predictions are there already" in again.stdout
+    assert rows_of(tmp_path) == rows
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+    other = evaluate(tmp_path, *RULER_FLAGS, "--sample-seed", "7")
+    assert other.returncode == 1
+    assert other.stderr.strip().split("\n")[-1].startswith("evaluate: ")
+    assert "holds an evaluation with another sample_seed (42, not 7)" in other.stderr
+
+
+@pytest.mark.timeout(200)
+def test_longbench_with_chain_of_thought_on_two_data_parallel_ranks(tmp_path):
+    """1024 tokens of reasoning, then the answer; with RoPE the demo's model may be told of more positions."""
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(longbench_items(3)))
+    flags = ["--benchmark", "longbench-v2", "--style", "cot", "--data", str(data), "--num-samples", "2"]
+    flags += ["--max-position-embeddings", "2048", "--max-length", "65", "--inference-max-requests", "1"]
+    done = evaluate(tmp_path / "out", *flags, ranks=2)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert {row["_id"] for row in rows} == {"id0", "id1"}
+    for row in rows:
+        assert row["response_cot"]
+        assert row["pred"] == longbench_v2.extract_answer(row["response"])
+        assert row["judge"] == (row["pred"] == "A")
+        assert len(row["context"]) == 1000
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["scores"] == longbench_v2.aggregate(rows)
+    refused = evaluate(tmp_path / "out", *flags, "--max-length", "1025")
+    assert refused.returncode == 1
+    assert "--max-length can be at most 1024" in refused.stderr
