@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megatron_longact.conversion import plan, to_hf, to_megatron
+from megatron_longact.conversion import plan, staging, to_hf, to_megatron
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import entries_of
 from megatron_longact.conversion.safetensors_files import read_header
@@ -448,6 +448,18 @@ def test_another_source_is_not_mixed_in(hf: Path, tmp_path: Path) -> None:
     assert "were there already" not in to_megatron.convert(hf, target)
     to_hf.convert(target, hf, tmp_path / "back")
     assert_bitwise(tensors_of(tmp_path / "back"), tensors_of(hf))
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with staging.staged(target, source=1, needed_bytes=0) as first:
+        (first.path / "file").write_text("ours")
+        with (
+            pytest.raises(ValueError, match="another process is writing"),
+            staging.staged(target, source=1, needed_bytes=0),
+        ):
+            raise AssertionError
+    assert (target / "file").read_text() == "ours"
 
 
 # -- the way back ----------------------------------------------------------------------------------

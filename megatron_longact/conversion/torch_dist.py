@@ -124,6 +124,7 @@ class TorchDistReader:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        self._by_layer: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of a tensor."""
@@ -136,7 +137,7 @@ class TorchDistReader:
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A part of a tensor. Raises `ValueError` with its name if the files do not hold it, or hold it broken."""
         part = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, self.tensors[key], [part])
+        items = create_read_items_for_chunk_list(key, self._chunks_near(key, offsets), [part])
         found = sum(item.lengths.numel() for item in items)
         if found != part.sizes.numel():
             raise ValueError(f"{self.path} holds {found} of the {part.sizes.numel()} elements of {key}")
@@ -144,6 +145,18 @@ class TorchDistReader:
         with _named(f"cannot read {key} from {self.path}"):
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target
+
+    def _chunks_near(self, key: str, offsets: Sequence[int]) -> TensorStorageMetadata:
+        """The tensor with the chunks of one layer alone, where each chunk is of one: experts make many thousands."""
+        if key not in self._by_layer:
+            layers: dict[int, list[ChunkStorageMetadata]] = {}
+            for chunk in self.tensors[key].chunks:
+                one = len(chunk.sizes) > 1 and chunk.sizes[0] == 1
+                layers.setdefault(chunk.offsets[0] if one else -1, []).append(chunk)
+            self._by_layer[key] = {} if -1 in layers else layers
+        chunks = self._by_layer[key].get(offsets[0])
+        whole = self.tensors[key]
+        return whole if chunks is None else TensorStorageMetadata(whole.properties, whole.size, chunks)
 
 
 class _Into(DefaultLoadPlanner):
