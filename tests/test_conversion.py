@@ -9,6 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -380,14 +382,6 @@ def test_a_write_that_fails_half_way_names_the_tensor_and_leaves_nothing(tmp_pat
     assert not save.with_name("out.partial").exists()
 
 
-def test_tool_says_what_is_wrong_in_one_line(hf: Path) -> None:
-    shard_of(hf, NAME).unlink()
-    result = tool("convert_hf_to_megatron.py", "--hf-dir", str(hf), "--save", str(hf.parent / "megatron"))
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "Traceback" not in result.stderr
-
-
 # -- stopped half-way ------------------------------------------------------------------------------
 
 KILLED = """
@@ -403,7 +397,23 @@ def note_then_die(self, unit, record):
 staging.Staging.note = note_then_die
 """
 TO_MEGATRON = "to_megatron.convert(Path(sys.argv[1]), Path(sys.argv[2]))"
-TO_HF = "to_hf.convert(Path(sys.argv[1]), Path(sys.argv[1]) / 'hf', Path(sys.argv[2]), max_shard_bytes=40_000)"
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """Ctrl-C, when two files are finished."""
+    note, left = staging.Staging.note, [2]
+
+    def note_then_stop(self: staging.Staging, unit: str, record: Any) -> None:
+        note(self, unit, record)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(staging.Staging, "note", note_then_stop)
+        yield
+    assert not left[0]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -428,23 +438,26 @@ def test_killed_conversion_is_not_there_and_goes_on(hf: Path, tmp_path: Path) ->
     assert digests(target) == digests(whole)
 
 
-def test_killed_way_back_goes_on(hf: Path, tmp_path: Path) -> None:
-    to_megatron.convert(hf, tmp_path / "megatron")
-    target = tmp_path / "back"
-    command = [sys.executable, "-c", KILLED + TO_HF, tmp_path / "megatron", target]
-    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+def test_interrupted_way_back_goes_on(hf: Path, tmp_path: Path) -> None:
+    load, target = tmp_path / "megatron", tmp_path / "back"
+    to_megatron.convert(hf, load)
+    with interrupted():
+        to_hf.convert(load, hf, target, max_shard_bytes=40_000)
     assert not target.exists()
-    message = to_hf.convert(tmp_path / "megatron", tmp_path / "megatron" / "hf", target, max_shard_bytes=40_000)
-    assert "were there already" in message
+    files = list((tmp_path / "back.partial").glob("*.safetensors"))
+    assert len(files) == 2
+    written = [file.stat().st_mtime_ns for file in files]
+    assert "were there already" in to_hf.convert(load, hf, target, max_shard_bytes=40_000)
+    assert [(target / file.name).stat().st_mtime_ns for file in files] == written
     assert_bitwise(tensors_of(target), tensors_of(hf))
 
 
 def test_another_source_is_not_mixed_in(hf: Path, tmp_path: Path) -> None:
     target = tmp_path / "megatron"
-    subprocess.run([sys.executable, "-c", KILLED + TO_MEGATRON, hf, target], timeout=60, check=False)
-    shard = shard_of(hf, NAME)
-    rewrite(shard, lambda tensors: tensors.update({NAME: tensors[NAME] + 1}))
-    os.utime(shard, ns=(0, 0))
+    with interrupted():
+        to_megatron.convert(hf, target)
+    rewrite(shard_of(hf, NAME), lambda tensors: tensors.update({NAME: tensors[NAME] + 1}))
+    os.utime(shard_of(hf, NAME), ns=(0, 0))
     assert "were there already" not in to_megatron.convert(hf, target)
     to_hf.convert(target, hf, tmp_path / "back")
     assert_bitwise(tensors_of(tmp_path / "back"), tensors_of(hf))
