@@ -63,7 +63,7 @@ def _draw_curves(axes: Axes, results: Results, lengths: list[str]) -> None:
 
 def _draw_grid(axes: Axes, results: Results, lengths: list[str], tasks: list[str]) -> None:
     values = [[results["scores"][length].get(task, float("nan")) for length in lengths] for task in tasks]
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")  # up to 130: dark ink is read on all cells
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=200, aspect="auto")  # up to 200: dark ink is read on all cells
     for row, of_task in enumerate(values):
         for column, value in enumerate(of_task):
             text = "-" if value != value else f"{value:.1f}"
@@ -102,11 +102,11 @@ def longbench_figure(results: Results) -> Figure:
         axes.bar(place, value or 0, color=colours[bucket], width=0.7)
         axes.text(place, (value or 0) + 1, "-" if value is None else f"{value:.1f}", ha="center", fontsize=9, color=INK)
     axes.axhline(25, color=FAINT_INK, linewidth=1, linestyle="--")
-    axes.text(len(BUCKETS) - 0.45, 26, "guessing", ha="right", fontsize=9, color=FAINT_INK)
+    axes.text(len(BUCKETS) - 0.5, 26, "guessing", fontsize=9, color=FAINT_INK)
     names = [f"{bucket}\n{results['samples'][bucket]} items" for bucket in BUCKETS]
     axes.set_xticks(range(len(BUCKETS)), names)
     axes.set_ylim(0, 105)
-    axes.set_xlim(-0.6, len(BUCKETS) - 0.4)
+    axes.set_xlim(-0.6, len(BUCKETS) + 0.2)
     axes.set_ylabel("right, percent", fontsize=10)
     axes.set_title("LongBench v2 by difficulty and by length", fontsize=10.5, fontweight="bold", loc="left")
     axes.tick_params(labelsize=9, colors=INK)
