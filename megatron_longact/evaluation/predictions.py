@@ -129,15 +129,18 @@ def check_complete(found: Iterable[Id], expected: Iterable[Id]) -> None:
 
 
 def check_consecutive(ids: Iterable[Id]) -> None:
-    """Raise ValueError unless the RULER ids of each task and length are 0, 1, 2 and so on without a gap."""
+    """Raise ValueError unless the RULER ids of each task and length are 0, 1, 2 and so on without a gap.
+
+    A task and length with an id that is no whole number is left alone: nothing says what ids there should be.
+    """
     groups: dict[Id, set[Any]] = {}
     for *group, index in ids:
         groups.setdefault(tuple(group), set()).add(index)
-    expected = [(*group, i) for group, own in groups.items() for i in range(len(own))]
-    found = [(*group, index) for group, own in groups.items() for index in own]
-    if set(found) != set(expected):
-        largest = {group: max((i for i in own if isinstance(i, int)), default=-1) for group, own in groups.items()}
-        check_complete(found, [(*group, i) for group, last in largest.items() for i in range(last + 1)])
+    counted = {group: own for group, own in groups.items() if all(isinstance(index, int) for index in own)}
+    found = [(*group, index) for group, own in counted.items() for index in own]
+    check_complete(
+        found, [(*group, i) for group, own in counted.items() for i in range(min(max(own) + 1, 2 * len(own)))]
+    )
 
 
 def ruler_prediction(row: Row) -> str:
