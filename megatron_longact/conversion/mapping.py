@@ -89,6 +89,11 @@ class HFTensor:
     name: str
     shape: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        return prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Entry:

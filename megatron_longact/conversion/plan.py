@@ -48,10 +48,8 @@ def _lines(entry: Entry, dtype: torch.dtype, padded: int) -> list[str]:
         else:
             where = f"{place}, rows {row}:{row + tensor.shape[0]}" if len(entry.hf) > 1 else place
         row += tensor.shape[0]
-        numel = entry.numel // entry.rows * tensor.shape[0]
-        lines.append(
-            f"{tensor.name} {list(tensor.shape)} {_size(numel * dtype.itemsize)} -> {entry.key}{where} of {shape}"
-        )
+        size = _size(tensor.numel * dtype.itemsize)
+        lines.append(f"{tensor.name} {list(tensor.shape)} {size} -> {entry.key}{where} of {shape}")
     return lines
 
 

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,12 +38,12 @@ class Staging:
 
 
 @contextmanager
-def staged(target: Path, *, source: Any, needed_bytes: int) -> Iterator[Staging]:
+def staged(target: Path, *, source: Any, sizes: Sequence[tuple[str, int]]) -> Iterator[Staging]:
     """Write `target` by way of a folder beside it; `target` appears when the block ends well.
 
     source: what the conversion is made from, as something that JSON has; an earlier start is taken up only if it was
-    the same. needed_bytes: what all files will hold. Raises `ValueError` if the target exists, if another process is
-    writing it, or if the disk is too small, and removes what was written at any error.
+    the same. sizes: what is written, in order: names, and bytes. Raises `ValueError` if the target exists, if another
+    process is writing it, or if the disk is too small, and removes what was written at any error.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; give another name, or remove it first")
@@ -56,7 +57,7 @@ def staged(target: Path, *, source: Any, needed_bytes: int) -> Iterator[Staging]
         _lock(journal, path)  # outside of what removes the folder: it may be another process's
         try:
             finished = _take_up(path, journal, source)
-            _check_space(path, needed_bytes)
+            _check_space(path, sizes)
             yield Staging(path, journal, finished)
             _move(path, target)
         except Exception as error:
@@ -97,13 +98,15 @@ def _take_up(path: Path, journal: IO[str], source: Any) -> dict[str, Any]:
     return finished
 
 
-def _check_space(path: Path, needed_bytes: int) -> None:
+def _check_space(path: Path, sizes: Sequence[tuple[str, int]]) -> None:
     there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(path).free
-    if needed_bytes - there > free:
-        raise ValueError(
-            f"the disk of {path} is too full: {needed_bytes / 1e9:.2f} GB are needed, {(free + there) / 1e9:.2f} free"
-        )
+    free = shutil.disk_usage(path).free + there
+    total = sum(nbytes for _, nbytes in sizes)
+    for (name, _), end in zip(sizes, accumulate(nbytes for _, nbytes in sizes), strict=True):
+        if end > free:
+            raise ValueError(
+                f"the disk of {path.parent} is too full from {name} on: {total:,} bytes are needed, {free:,} are free"
+            )
 
 
 def _move(path: Path, target: Path) -> None:

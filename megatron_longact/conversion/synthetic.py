@@ -27,7 +27,8 @@ def write(config: Mapping[str, Any], save: Path, *, seed: int = 0, max_shard_byt
     numel = sum(entry.numel for entry in entries_of(model))
     generator = torch.Generator().manual_seed(seed)
     total = numel * model.dtype.itemsize
-    with staged(save, source=["synthetic", dict(config), seed], needed_bytes=total) as staging:
+    sizes = [(tensor.name, tensor.numel * model.dtype.itemsize) for tensor in tensors]
+    with staged(save, source=["synthetic", dict(config), seed], sizes=sizes) as staging:
         shards = _shards(tensors, model.dtype, max_shard_bytes)
         weight_map: dict[str, str] = {}
         with Progress("random weights", total) as progress:
@@ -58,7 +59,7 @@ def _shards(tensors: list[HFTensor], dtype: torch.dtype, max_bytes: int) -> list
     shards: list[list[HFTensor]] = []
     size = max_bytes + 1
     for tensor in tensors:
-        nbytes = torch.Size(tensor.shape).numel() * dtype.itemsize
+        nbytes = tensor.numel * dtype.itemsize
         if size + nbytes > max_bytes:
             shards.append([])
             size = 0

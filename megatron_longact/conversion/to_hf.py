@@ -116,8 +116,9 @@ def convert(
     source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     config_text = (hf_config / "config.json").read_text()
     total = conversion.nbytes(conversion.entries)
+    sizes = [(t.name, t.numel * conversion.dtype(entry).itemsize) for entry in conversion.entries for t in entry.hf]
     with (
-        staged(save, source=["to hf", source, config_text, max_shard_bytes], needed_bytes=total) as staging,
+        staged(save, source=["to hf", source, config_text, max_shard_bytes], sizes=sizes) as staging,
         Progress("to Hugging Face", total) as progress,
     ):
         _write(conversion, conversion.shards(max_shard_bytes), staging, progress)

@@ -69,6 +69,11 @@ class Conversion:
         """Size of all weights."""
         return sum(entry.numel * self.dtypes[entry.key].itemsize for entry in self.entries)
 
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """Hugging Face's tensors, and their bytes."""
+        return [(t.name, t.numel * self.dtypes[entry.key].itemsize) for entry in self.entries for t in entry.hf]
+
     def global_shape(self, entry: Entry) -> tuple[int, ...]:
         """Shape of the Megatron tensor that an entry is a part of."""
         rows = padded_vocab_size(self.model) if entry.layout == "vocab" else entry.rows
@@ -82,9 +87,8 @@ def convert(hf_dir: Path, save: Path) -> str:
     """
     conversion = Conversion.check(hf_dir)
     source = [[str(t.path), t.name, t.path.stat().st_size, t.path.stat().st_mtime_ns] for t in _stored(conversion)]
-    extra = 64 * len(conversion.entries) * 64
     with (
-        staged(save, source=["to megatron", source], needed_bytes=conversion.nbytes + extra) as staging,
+        staged(save, source=["to megatron", source], sizes=conversion.sizes) as staging,
         Progress("to Megatron", conversion.nbytes) as progress,
     ):
         _write(conversion, staging, progress)

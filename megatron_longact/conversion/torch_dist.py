@@ -79,8 +79,7 @@ class TorchDistWriter:
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            raise ValueError(f"cannot write {source} to {self.path / file_name}: {reason}") from error
+            raise ValueError(f"cannot write {source} to {self.path / file_name}: {_line(_first(error))}") from error
         self.take(record)
         return record
 
@@ -183,7 +182,14 @@ def _named(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def _first(error: BaseException) -> BaseException:
+    """The error of the file that torch's own error came from."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _line(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__).split("\n")[0]
 
 
