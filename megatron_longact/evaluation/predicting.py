@@ -36,7 +36,7 @@ def predict(
             seed=seed,
             step=step,
         )
-        rollouts = engine.generate([Prompt(s.tokens, index=numbers[s.id]) for s in samples], sampling)
+        rollouts = engine.generate([Prompt(tuple(s.tokens), index=numbers[s.id]) for s in samples], sampling)
         lengths = (rollouts.lengths - rollouts.finished.long()).tolist()
         return [detokenize(rollouts.tokens[i, :length].tolist()) for i, length in enumerate(lengths)]
 

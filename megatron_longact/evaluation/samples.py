@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from megatron_longact.evaluation.predictions import Id, Row, longbench_rows, rea
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
 
 RULER_SAMPLES = 500
+LONGBENCH_GROUP = 64
+"""Items that are tokenized at once: before it is cut an item can have millions of tokens."""
 
 
 class Encoder(Protocol):
@@ -26,12 +29,12 @@ class Encoder(Protocol):
 class Sample:
     """One prompt, and the row of its prediction.
 
-    row: what the prediction is written with; `answered(response)` completes it. follow_up: the sample that asks
-    again with the response (chain of thought), instead of a row.
+    tokens: 32-bit integers; a group can have a hundred million. answered: turns the response into the row of the
+    prediction. follow_up: turns it into the sample that asks again instead (chain of thought).
     """
 
     id: Id
-    tokens: tuple[int, ...]
+    tokens: array[int]
     tokens_to_generate: int
     answered: Callable[[str], Row]
     follow_up: Callable[[str], Sample] | None = None
@@ -53,7 +56,7 @@ def groups_of(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -
     """
     if config.benchmark == "ruler":
         return list(_ruler_groups(config, tokenizer, positions=positions))
-    return [_longbench_group(config, tokenizer, positions=positions)]
+    return _longbench_groups(config, tokenizer, positions=positions)
 
 
 def _ruler_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> Iterator[Group]:
@@ -98,25 +101,23 @@ def _ruler_sample(
 
     return Sample(
         (length, task, sample["index"]),
-        tuple(tokenizer.encode(prompt)),
+        array("i", tokenizer.encode(prompt)),
         config.tokens_to_generate or ruler.TASKS[task].tokens_to_generate,
         answered,
     )
 
 
-def _longbench_group(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> Group:
+def _longbench_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> list[Group]:
     if config.data is None:
         raise ValueError("--benchmark longbench-v2 needs its file: --data data.json")
-    rows = list(longbench_rows(read_rows(config.data), what="items of --data").values())
-    items = rows[: config.num_samples]
+    rows = longbench_rows(read_rows(config.data), what="items of --data").values()
+    items = list(rows)[: config.num_samples]
+    if not items:
+        raise ValueError(f"{config.data} holds no items")
     prompts = _LongBenchPrompts(config, tokenizer, positions=positions)
     for item in items:
         prompts.check(item)
-    return Group(
-        "LongBench v2",
-        tuple((item["_id"],) for item in items),
-        lambda: [prompts.sample(item) for item in items],
-    )
+    return [prompts.group(items[i : i + LONGBENCH_GROUP]) for i in range(0, len(items), LONGBENCH_GROUP)]
 
 
 class _LongBenchPrompts:
@@ -129,8 +130,12 @@ class _LongBenchPrompts:
         cot = config.style == "0shot_cot"
         self.answer_tokens = longbench_v2.TOKENS_TO_GENERATE_COT if cot else longbench_v2.TOKENS_TO_GENERATE
         room = positions - self.answer_tokens - len(self.before) - len(self.after)
+        if room < 1:
+            raise ValueError(
+                f"{self.answer_tokens} tokens to generate leave no room for a prompt in the model's {positions} positions"
+            )
         self.max_length = min(longbench_v2.MAX_LENGTH, room) if config.max_length is None else config.max_length
-        if not 1 <= self.max_length <= room:
+        if self.max_length > room:
             raise ValueError(
                 f"a prompt of {self.max_length} tokens with {self.answer_tokens} to generate does not fit into the "
                 f"model's {positions} positions; --max-length can be at most {room}"
@@ -143,7 +148,12 @@ class _LongBenchPrompts:
             raise ValueError(f"item {item['_id']!r} of {self.config.data} has no {missing[0]!r}")
         longbench_v2.build_prompt(item, style=self.config.style, num_chunks=self.config.num_chunks)
 
-    def sample(self, item: Row) -> Sample:
+    def group(self, items: Sequence[Row]) -> Group:
+        """The items as a group."""
+        ids = tuple((item["_id"],) for item in items)
+        return Group("LongBench v2", ids, lambda: [self._first(item) for item in items])
+
+    def _first(self, item: Row) -> Sample:
         prompt = longbench_v2.build_prompt(item, style=self.config.style, num_chunks=self.config.num_chunks)
         if self.config.style != "0shot_cot":
             return self._sample(item, prompt, longbench_v2.TOKENS_TO_GENERATE, {})
@@ -168,4 +178,4 @@ class _LongBenchPrompts:
             judged = {"response": response, "pred": pred, "judge": pred == item["answer"]}
             return kept | context | extra | judged
 
-        return Sample((item["_id"],), (*self.before, *ids, *self.after), tokens_to_generate, answered)
+        return Sample((item["_id"],), array("i", [*self.before, *ids, *self.after]), tokens_to_generate, answered)
