@@ -132,7 +132,7 @@ class _LongBenchPrompts:
         room = positions - self.answer_tokens - len(self.before) - len(self.after)
         if room < 1:
             raise ValueError(
-                f"{self.answer_tokens} tokens to generate leave no room for a prompt in the model's {positions} positions"
+                f"{self.answer_tokens} tokens to generate leave no room for a prompt among {positions} positions"
             )
         self.max_length = min(longbench_v2.MAX_LENGTH, room) if config.max_length is None else config.max_length
         if self.max_length > room:
