@@ -24,7 +24,12 @@ def main() -> None:
     with output_in_file(run_dir / MEGATRON_LOG) as terminal:
         args = parse_and_validate_args(extra_args_provider=add_rl_args)
         config = rl_config_from_args(args)
-        run(args, config, environment_of(config), terminal=terminal)
+
+        def say(line: str) -> None:
+            if args.rank == 0:
+                print(line, file=terminal)
+
+        run(args, config, environment_of(config, say=say), terminal=terminal)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Nothing is committed unless the inner optimizer stepped, so a skipped or repeate
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,7 +25,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_longact import metrics
-from megatron_longact.config import LongActConfig, flag
+from megatron_longact.config import LongActConfig
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_squares, mask_gradients
 from megatron_longact.optimizer_shards import chained, resolve_shards
@@ -33,32 +33,11 @@ from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
 from megatron_longact.saliency import SaliencyCapture
 from megatron_longact.selection import QK, GlobalSaliency, random_saliency, select_masks
+from megatron_longact.state import LongActState, changed_settings
 
 logger = logging.getLogger(__name__)
 
 _ATTACHED: "WeakKeyDictionary[Any, LongAct]" = WeakKeyDictionary()
-_NOT_COMPARED = ("on_mismatch", "import_mask")
-"""Settings that a run may resume without: they say how it starts."""
-
-
-@dataclass(frozen=True)
-class LongActState:
-    """What LongAct remembers between steps; the same on every rank."""
-
-    updates: int = 0
-    """Successful optimizer steps seen."""
-
-    refreshes: int = 0
-    """Selections made."""
-
-    rejected: int = 0
-    """Refreshes without a counted token, or with NaN or Inf: the mask stayed."""
-
-    saliency: QK | None = None
-    """fp32 Q [L, np * hn] and K [L, ng * hn], smoothed."""
-
-    masks: QK | None = None
-    """bool, same shapes; True: the row is updated."""
 
 
 class LongAct:
@@ -72,7 +51,7 @@ class LongAct:
         self._finalize_functions: list[tuple[Any, Any]] = []
         self._state = self._pending = LongActState()
         self._frozen: FrozenRows = {}
-        self._frozen_masks: QK | None = None
+        self._frozen_for: QK | bool | None = None
         self._unstepped: set[int] = set()
         self._jaccard: float | None = None
         self._gradient_squares: Tensor | None = None
@@ -270,11 +249,12 @@ class LongAct:
 
     def _frozen_rows(self) -> FrozenRows:
         """The frozen local rows of every parameter, for the pending masks; cached while they stay."""
-        state = self._pending
-        if state.masks is not None and state.masks is self._frozen_masks:
+        masks = self._pending.masks
+        wanted = self._in_warmup(self._pending) if masks is None else masks
+        if wanted is self._frozen_for:
             return self._frozen
-        self._frozen_masks = state.masks
-        return self._model.frozen_rows(state.masks or self._target(self._model.channels(self._in_warmup(state))))
+        self._frozen_for = wanted
+        return self._model.frozen_rows(masks or self._target(self._model.channels(wanted is True)))
 
     def _before_step(self, freeze: StrictFreeze) -> Any:
         def before(*_: Any) -> None:
@@ -370,17 +350,7 @@ class LongAct:
 
         Keyed by global layer and channel, so it loads at any other parallel layout.
         """
-        state = self._state
-        return {
-            "config": asdict(self.config),
-            "layout": asdict(self._model.layout),
-            "layer_numbers": list(self._model.layer_numbers),
-            "updates": state.updates,
-            "refreshes": state.refreshes,
-            "rejected": state.rejected,
-            "saliency": _to(state.saliency, "cpu"),
-            "masks": _to(state.masks, "cpu"),
-        }
+        return {**self._shape(), "config": asdict(self.config), **self._state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -388,47 +358,24 @@ class LongAct:
         Raises `ValueError` for another model shape, and for another configuration unless
         `on_mismatch="use-flags"`; the message names what differs.
         """
-        shape = {"layout": asdict(self._model.layout), "layer_numbers": list(self._model.layer_numbers)}
-        for name, value in shape.items():
+        for name, value in self._shape().items():
             if state_dict[name] != value:
                 raise ValueError(f"the checkpoint's LongAct state has {name} {state_dict[name]}, this model {value}")
-        self._check_config(state_dict["config"])
-        self._state = self._pending = LongActState(
-            updates=state_dict["updates"],
-            refreshes=state_dict["refreshes"],
-            rejected=state_dict["rejected"],
-            saliency=_from(state_dict["saliency"], self._model.device),
-            masks=_from(state_dict["masks"], self._model.device),
-        )
-        self._unstepped, self._frozen_masks = set(), None
+        differ = changed_settings(state_dict["config"], self.config)
+        if differ:
+            _log_once(f"LongAct goes on with the flags given now: {differ}")
+        self._state = self._pending = LongActState.from_state_dict(state_dict, self._model.device)
+        self._unstepped, self._frozen_for = set(), None
         self._capture.accumulator.reset()
         self._capture.enabled = self._capture_next_step()
 
-    def _check_config(self, saved: dict[str, Any]) -> None:
-        now = asdict(self.config)
-        names = [name for name in now if name not in _NOT_COMPARED and saved.get(name) != now[name]]
-        if not names:
-            return
-        differ = ", ".join(f"{flag(name)} {saved.get(name)} -> {now[name]}" for name in names)
-        if self.config.on_mismatch == "error":
-            raise ValueError(
-                f"the checkpoint was made with another LongAct configuration: {differ}; give the same flags, or "
-                "--longact-on-mismatch use-flags"
-            )
-        _log_once(f"LongAct goes on with the flags given now: {differ}")
+    def _shape(self) -> dict[str, Any]:
+        return {"layout": asdict(self._model.layout), "layer_numbers": list(self._model.layer_numbers)}
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             _log_once(message, level=logging.WARNING)
-
-
-def _to(pair: QK | None, device: str) -> dict[str, Tensor] | None:
-    return None if pair is None else {"q": pair.q.to(device, copy=True), "k": pair.k.to(device, copy=True)}
-
-
-def _from(pair: dict[str, Tensor] | None, device: torch.device) -> QK | None:
-    return None if pair is None else QK(pair["q"].to(device), pair["k"].to(device))
 
 
 def _log_once(message: str, *, level: int = logging.INFO) -> None:

@@ -10,7 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.longact import LongActState
+from megatron_longact.state import LongActState
 from tests import ranks, reference
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
 from tests.ranks import Layout

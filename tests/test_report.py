@@ -80,9 +80,10 @@ def test_table_without_longact_claims_no_frozen_rows() -> None:
     [(0.75, "rose by 15.0", True), (0.70, "rose by 10.0", True), (0.64, "rose by 4.0", False), (0.5, "fell by", False)],
 )
 def test_verdict_is_honest(after: float, said: str, enough: bool) -> None:
-    summary = replace(SUMMARY, after=replace(SUMMARY.after, overall=after))
+    summary = replace(SUMMARY, after=replace(SUMMARY.after, overall=after), expected_gain=10.0)
     assert said in summary.verdict()
     assert ("LESS than the 10 points" in summary.verdict()) is not enough
+    assert "LESS" not in replace(summary, expected_gain=None).verdict()
     assert render_table(summary).endswith(summary.verdict())
 
 

@@ -29,6 +29,7 @@ TASK_ARGS=(
     --seq-length 416                   # longest prompt plus response, rounded up
     --rl-prompts-per-eval 128          # held-out prompts for each context length
     --eval-interval 1000               # before and after only
+    --expected-gain 10                 # points; the report says so if it is less
 )
 GRPO_ARGS=(
     --grpo-prompts-per-step 16         # prompts of a rollout batch

@@ -83,6 +83,7 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
         default=RLConfig.logits_chunk_size,
         help="Tokens whose logits are in memory at once; what is beyond is made again in the backward. Default: 1024.",
     )
+    add("--expected-gain", type=float, help="Points of held-out accuracy; the report says so if a run gains less.")
     add(
         "--save-first-iteration",
         action="store_true",
@@ -215,6 +216,7 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
         heldout_context_lengths=tuple(args.heldout_context_lengths or context_lengths),
         heldout_prompts=args.rl_prompts_per_eval,
         seed=args.seed,
+        expected_gain=args.expected_gain,
     )
     _check_lengths(config, max_position_embeddings=args.max_position_embeddings)
     _check_batches(config)

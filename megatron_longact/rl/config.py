@@ -51,6 +51,8 @@ class RLConfig:
     heldout_prompts: int
     """Held-out prompts for each context length."""
     seed: int
+    expected_gain: float | None = None
+    """Points of held-out accuracy; the report says so if a run gains less."""
 
     @property
     def longest_prompt(self) -> int:

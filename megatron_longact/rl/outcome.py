@@ -44,6 +44,7 @@ def write_outcome(
         frozen=rows.never_active,
         frozen_changed=rows.frozen_changed,
         longact_time_share=None if longact is None else _time_share(steps),
+        expected_gain=config.expected_gain,
     )
     table = render_table(summary)
     if find_spec("matplotlib") is None:

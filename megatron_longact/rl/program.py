@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,14 +39,15 @@ from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.token_selection import TokenSelector
 from megatron_longact.rl.trainer import MegatronTrainer
 
-logger = logging.getLogger(__name__)
-
 SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
 
 
-def environment_of(config: RLConfig) -> Environment:
-    """The tasks of a run, with Megatron's tokenizer; raises ValueError, in one line, for what cannot be."""
+def environment_of(config: RLConfig, *, say: Callable[[str], None]) -> Environment:
+    """The tasks of a run, with Megatron's tokenizer; raises ValueError, in one line, for what cannot be.
+
+    say: is given a line for each data set that was read.
+    """
     tokenizer = get_tokenizer()
 
     def needles(curriculum: Curriculum) -> NeedleEnvironment:
@@ -67,7 +67,7 @@ def environment_of(config: RLConfig) -> Environment:
         max_prompt_length=config.longest_prompt,
         prompts_per_step=config.prompts_per_step,
         seed=config.seed,
-        say=logger.info,
+        say=say,
     )
 
 

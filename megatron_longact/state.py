@@ -1,0 +1,78 @@
+"""What LongAct remembers between steps and in checkpoints."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longact.config import LongActConfig, flag
+from megatron_longact.selection import QK
+
+_NOT_COMPARED = ("on_mismatch", "import_mask")
+"""Settings that a run may resume without: they say how it starts."""
+
+
+@dataclass(frozen=True)
+class LongActState:
+    """Counters, saliency and masks; the same on every rank."""
+
+    updates: int = 0
+    """Successful optimizer steps seen."""
+
+    refreshes: int = 0
+    """Selections made."""
+
+    rejected: int = 0
+    """Refreshes without a counted token, or with NaN or Inf: the mask stayed."""
+
+    saliency: QK | None = None
+    """fp32 Q [L, np * hn] and K [L, ng * hn], smoothed."""
+
+    masks: QK | None = None
+    """bool, same shapes; True: the row is updated."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and copies of the tensors on the host."""
+        return {
+            "updates": self.updates,
+            "refreshes": self.refreshes,
+            "rejected": self.rejected,
+            "saliency": _to_host(self.saliency),
+            "masks": _to_host(self.masks),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Any], device: torch.device) -> "LongActState":
+        """The state that `state_dict` came from; other keys are ignored."""
+        return cls(
+            updates=state_dict["updates"],
+            refreshes=state_dict["refreshes"],
+            rejected=state_dict["rejected"],
+            saliency=_to_device(state_dict["saliency"], device),
+            masks=_to_device(state_dict["masks"], device),
+        )
+
+
+def changed_settings(saved: dict[str, Any], config: LongActConfig) -> str:
+    """The settings of a checkpoint that differ from those given now, as `--flag old -> new`; "" if none.
+
+    Raises `ValueError` that names them if `config.on_mismatch` is "error".
+    """
+    now = asdict(config)
+    names = [name for name in now if name not in _NOT_COMPARED and saved.get(name) != now[name]]
+    differ = ", ".join(f"{flag(name)} {saved.get(name)} -> {now[name]}" for name in names)
+    if differ and config.on_mismatch == "error":
+        raise ValueError(
+            f"the checkpoint was made with another LongAct configuration: {differ}; give the same flags, or "
+            "--longact-on-mismatch use-flags"
+        )
+    return differ
+
+
+def _to_host(pair: QK | None) -> dict[str, Tensor] | None:
+    return None if pair is None else {"q": pair.q.to("cpu", copy=True), "k": pair.k.to("cpu", copy=True)}
+
+
+def _to_device(pair: dict[str, Tensor] | None, device: torch.device) -> QK | None:
+    return None if pair is None else QK(pair["q"].to(device), pair["k"].to(device))
