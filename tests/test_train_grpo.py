@@ -29,6 +29,11 @@ KEYS = {
     "grad_norm",
     "kl",
     "clip_fraction",
+    "selected_fraction",
+    "importance_weight_mean",
+    "groups_thrown_out",
+    "padding_share",
+    "rollout_tokens_per_s",
     "rollout_train_logprob_abs_diff",
     "longact/active_fraction_q",
     "longact/active_fraction_k",
@@ -59,6 +64,17 @@ FLAGS = [
     *("--save-interval", "1000"),
     *("--pretrained-checkpoint", str(START)),
 ]
+
+EVERYTHING = [
+    "--longact",
+    *("--grpo-kl-beta", "0.01"),
+    *("--policy-loss", "kl-cov", "--kl-cov-ratio", "0.1"),
+    *("--grpo-filter-groups-with-same-reward", "--overlong-buffer-length", "8"),
+    "--rl-inference-logprobs-is-correction",
+    "--rl-use-sequence-packing",
+    *("--eval-samples", "2"),
+]
+"""Of a run that uses what there is."""
 
 
 def model_args() -> list[str]:
@@ -109,9 +125,9 @@ def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run without a break at TP=2 with LongAct and a KL penalty; its folder and what the terminal showed."""
+    """A run without a break at TP=2 with everything; its folder and what the terminal showed."""
     run_dir = tmp_path_factory.mktemp("straight")
-    done = train(run_dir, "--longact", "--grpo-kl-beta", "0.01", "--save-first-iteration", tp=2)
+    done = train(run_dir, *EVERYTHING, "--save-first-iteration", tp=2)
     assert done.returncode == 0, done.stderr
     return run_dir, done.stdout
 
@@ -183,11 +199,10 @@ def compare_checkpoints(first: str, second: str) -> list[str]:
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(straight: tuple[Path, str], tmp_path: Path) -> None:
     """Bit for bit, from the middle of a rollout batch: same rollouts, metrics, weights and optimizer."""
-    flags = ("--longact", "--grpo-kl-beta", "0.01")
-    stopped = train(tmp_path, *flags, "--exit-interval", str(STOP), tp=2)
+    stopped = train(tmp_path, *EVERYTHING, "--exit-interval", str(STOP), tp=2)
     assert stopped.returncode == 0, stopped.stderr
     assert [row["iteration"] for row in rows_of(tmp_path)] == [1, 2, 3]
-    resumed = train(tmp_path, *flags, tp=2)
+    resumed = train(tmp_path, *EVERYTHING, tp=2)
     assert resumed.returncode == 0, resumed.stderr
 
     def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
