@@ -3,11 +3,11 @@
 import io
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import pytest
 import torch
 import transformers
 
@@ -140,10 +140,10 @@ def build_from_args(load: Path, flags: list[str], *, fused_norms: bool = False) 
     from megatron_longact.cpu import CPU_MODE_FLAGS
 
     argv = ["program", "--load", str(load), *_TRAINING.split(), *flags, *CPU_MODE_FLAGS]
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(sys, "argv", argv))
-        original = checkpointing.load_args_from_checkpoint
-        stack.enter_context(patch.object(checkpointing, "load_args_from_checkpoint", completing(original)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        complete = completing(checkpointing.load_args_from_checkpoint)
+        patch.setattr(checkpointing, "load_args_from_checkpoint", complete)
         args = arguments.parse_and_validate_args()
     config = with_rope_scaling_factor(argument_utils.gpt_config_from_args)(args)
     if fused_norms:

@@ -27,6 +27,7 @@ from megatron_longact.conversion import plan, staging, to_hf, to_megatron
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import entries_of
 from megatron_longact.conversion.safetensors_files import read_header
+from megatron_longact.conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter, iteration_folder
 from tests.conversion import FAMILIES, config_of, make_hf
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -517,6 +518,39 @@ def test_damaged_checkpoint_is_refused(hf: Path, tmp_path: Path) -> None:
         damage(tmp_path / "damaged" / "release")
         assert named in refused_back(tmp_path / "damaged", hf, tmp_path / "back")
     assert "no Megatron checkpoint" in refused_back(tmp_path, hf, tmp_path / "back")
+
+
+def write_layer_by_layer(load: Path, save: Path) -> None:
+    """The same checkpoint with a tensor of its own for each layer, as Megatron writes layers that are not alike."""
+    reader = TorchDistReader(iteration_folder(load))
+    save.mkdir()
+    writer = TorchDistWriter(save)
+    chunks = []
+    for key in reader.tensors:
+        shape = reader.shape(key)
+        whole = reader.read(key, [0] * len(shape), shape)
+        for layer in range(shape[0]) if key.startswith("decoder.layers.") else [None]:
+            name = key if layer is None else key.replace("layers.", f"layers.{layer}.")
+            part = whole if layer is None else whole[layer].clone()
+            writer.declare(name, part.shape, part.dtype)
+            chunks.append(Chunk(name, (0,) * part.dim(), part, name))
+    writer.write_file("__0_0", iter(chunks))
+    writer.finish()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+def test_a_checkpoint_with_a_tensor_for_each_layer_converts(tmp_path: Path, family: str) -> None:
+    make_hf(family, tmp_path / "hf")
+    to_megatron.convert(tmp_path / "hf", tmp_path / "megatron")
+    write_layer_by_layer(tmp_path / "megatron", tmp_path / "layers")
+    to_hf.convert(tmp_path / "layers", tmp_path / "hf", tmp_path / "back")
+    assert_bitwise(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    message = refused_back(tmp_path / "layers", tmp_path / "other", tmp_path / "more")
+    assert "decoder.layers.1." in message
+    assert "has no place" in message
 
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "start_checkpoint"

@@ -1,7 +1,7 @@
 """Megatron → Hugging Face: a torch_dist checkpoint becomes a folder of safetensors, one tensor at a time."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ class Conversion:
         conversion = cls(model, TorchDistReader(folder), entries_of(model))
         for entry in conversion.entries:
             conversion._check_entry(entry)
-        used = {key for entry in conversion.entries for key in (entry.key, entry.also)}
+        used = {key for entry in conversion.entries for key, _ in _places(entry)}
         for key in conversion.reader.tensors:
-            if key.startswith(_MODEL_PARTS) and key not in used and _without_layer(key) not in used:
+            if key.startswith(_MODEL_PARTS) and key not in used:
                 raise ValueError(f"{folder}: {key} has no place in {hf_config / 'config.json'}")
         return conversion
 
@@ -56,18 +56,10 @@ class Conversion:
             raise ValueError(f"{self.reader.path}: {key} is {self.reader.dtype(key)}; written are 32 and 16 bit floats")
 
     def place(self, entry: Entry) -> tuple[str, tuple[int, ...]]:
-        """The tensor of the checkpoint that holds an entry, and where on its first axes.
-
-        Megatron writes all layers as one tensor, or, where they are not alike, each as its own.
-        """
-        tensors = self.reader.tensors
-        for key in filter(None, (entry.key, entry.also)):
-            if key in tensors:
-                return key, entry.index
-            if entry.index:
-                own = key.replace("decoder.layers.", f"decoder.layers.{entry.index[0]}.", 1)
-                if own in tensors:
-                    return own, entry.index[1:]
+        """The tensor of the checkpoint that holds an entry, and where on its first axes."""
+        for key, index in _places(entry):
+            if key in self.reader.tensors:
+                return key, index
         raise ValueError(f"{self.reader.path} has no {entry.key}, which {entry.hf[0].name} comes from")
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -92,9 +84,12 @@ class Conversion:
         return shards
 
 
-def _without_layer(key: str) -> str:
-    parts = key.split(".")
-    return ".".join(part for place, part in enumerate(parts) if not (place == 2 and part.isdecimal()))
+def _places(entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Where an entry may be: Megatron writes all layers as one tensor, or each as its own where they are not alike."""
+    for key in filter(None, (entry.key, entry.also)):
+        yield key, entry.index
+        if entry.index:
+            yield key.replace("decoder.layers.", f"decoder.layers.{entry.index[0]}.", 1), entry.index[1:]
 
 
 def convert(

@@ -136,7 +136,7 @@ class TorchDistReader:
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A part of a tensor. Raises `ValueError` with its name if the files do not hold it, or hold it broken."""
         part = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, self._chunks_near(key, offsets), [part])
+        items = create_read_items_for_chunk_list(key, self._chunks_near(key, part), [part])
         found = sum(item.lengths.numel() for item in items)
         if found != part.sizes.numel():
             raise ValueError(f"{self.path} holds {found} of the {part.sizes.numel()} elements of {key}")
@@ -145,17 +145,18 @@ class TorchDistReader:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target
 
-    def _chunks_near(self, key: str, offsets: Sequence[int]) -> TensorStorageMetadata:
-        """The tensor with the chunks of one layer alone, where each chunk is of one: experts make many thousands."""
-        if key not in self._by_layer:
-            layers: dict[int, list[ChunkStorageMetadata]] = {}
-            for chunk in self.tensors[key].chunks:
-                one = len(chunk.sizes) > 1 and chunk.sizes[0] == 1
-                layers.setdefault(chunk.offsets[0] if one else -1, []).append(chunk)
-            self._by_layer[key] = {} if -1 in layers else layers
-        chunks = self._by_layer[key].get(offsets[0])
+    def _chunks_near(self, key: str, part: ChunkStorageMetadata) -> TensorStorageMetadata:
+        """The tensor with the chunks of a part's layer alone, where that is possible: experts make many thousands."""
         whole = self.tensors[key]
-        return whole if chunks is None else TensorStorageMetadata(whole.properties, whole.size, chunks)
+        if len(part.sizes) < 2 or part.sizes[0] != 1:
+            return whole
+        if key not in self._by_layer:
+            layers = self._by_layer[key] = {}
+            for chunk in whole.chunks:
+                for layer in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    layers.setdefault(layer, []).append(chunk)
+        chunks = self._by_layer[key].get(part.offsets[0], [])
+        return TensorStorageMetadata(whole.properties, whole.size, chunks)
 
 
 class _Into(DefaultLoadPlanner):
