@@ -16,7 +16,7 @@ def main() -> None:
 
     from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
     from megatron_longact.rl.program import environment_of, run
-    from megatron_longact.rl.run_log import MEGATRON_LOG, output_in_file
+    from megatron_longact.rl.reports.run_log import MEGATRON_LOG, output_in_file
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--run-dir", type=Path, default=Path("."))

@@ -12,7 +12,7 @@ ROWS = 2 * (4 + 2) * 8  # layers x (Q heads + K heads) x channels of the test mo
 
 def audit(config: LongActConfig | None, *, tamper: bool = False) -> dict[str, int]:
     from megatron_longact import LongAct
-    from megatron_longact.rl.audit import RowAudit
+    from megatron_longact.rl.reports.audit import RowAudit
     from tests.models import ModelSpec, build, random_tokens, train_step
     from tests.runs import name_all
 

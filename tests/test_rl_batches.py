@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_longact.rl.batches import RolloutBatch
-from megatron_longact.rl.micro_batches import BatchLayout, make_micro_batch
-from megatron_longact.rl.plans import MicroBatchPlan, StepPlan, plan_steps
+from megatron_longact.rl.batches.micro_batches import BatchLayout, make_micro_batch
+from megatron_longact.rl.batches.plans import MicroBatchPlan, StepPlan, plan_steps
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 
 PAD = 99
 

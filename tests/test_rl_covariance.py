@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_longact.rl import POLICY_LOSSES, PolicyLossConfig
-from megatron_longact.rl.policy_losses.covariance import share_of_tokens
+from megatron_longact.rl.objectives.policy_losses.covariance import share_of_tokens
 
 N, R = 40, 12
 

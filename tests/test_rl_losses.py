@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_longact.rl import POLICY_LOSSES, PolicyLossConfig, aggregate, aggregation_weight, kl_penalty
-from megatron_longact.rl.kl import masked_kl
+from megatron_longact.rl.objectives.kl import masked_kl
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 NAMES = sorted(POLICY_LOSSES)

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Layout, int, Any, int]] = {
 
 
 def make_batch() -> Any:
-    from megatron_longact.rl.batches import RolloutBatch
+    from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 
     generator = torch.Generator().manual_seed(5)
 
@@ -56,8 +56,8 @@ def make_batch() -> Any:
 def grpo_config(**settings: Any) -> Any:
     """A configuration of a small run, with some settings of one's own."""
     from megatron_longact.rl.config import RLConfig
-    from megatron_longact.rl.policy_losses import PolicyLossConfig
-    from megatron_longact.rl.sampling import Sampling
+    from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
+    from megatron_longact.rl.rollouts.sampling import Sampling
 
     defaults: dict[str, Any] = {
         "prompts_per_step": N,
@@ -88,12 +88,12 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_longact.rl.batches.micro_batches import BatchLayout
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
-    from megatron_longact.rl.micro_batches import BatchLayout
-    from megatron_longact.rl.objective import Objective
-    from megatron_longact.rl.policy_losses import PolicyLossConfig
-    from megatron_longact.rl.sampling import Sampling
-    from megatron_longact.rl.token_selection import TokenSelector
+    from megatron_longact.rl.objectives.objective import Objective
+    from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
+    from megatron_longact.rl.objectives.token_selection import TokenSelector
+    from megatron_longact.rl.rollouts.sampling import Sampling
     from tests.models import ModelSpec, _named_shards, build
 
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -193,9 +193,9 @@ def peak_of_scoring(response_length: int, vocab: int) -> int:
     """Bytes at the peak of a forward and backward through the output layer, logits of 32 tokens at once."""
     from megatron.core import parallel_state
 
+    from megatron_longact.rl.batches.micro_batches import make_micro_batch
+    from megatron_longact.rl.batches.plans import MicroBatchPlan
     from megatron_longact.rl.log_probs import ResponseScorer
-    from megatron_longact.rl.micro_batches import make_micro_batch
-    from megatron_longact.rl.plans import MicroBatchPlan
     from tests.models import ModelSpec, build
 
     n, tokens = 1, response_length

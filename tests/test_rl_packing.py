@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longact.rl.packing import pack, packed_row
+from megatron_longact.rl.batches.packing import pack, packed_row
 
 
 @given(

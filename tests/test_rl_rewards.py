@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longact.rl.rewards import REWARDS, find_reward, finite_reward
+from megatron_longact.rl.data.rewards import REWARDS, find_reward, finite_reward
 
 _modules = count()
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from megatron_longact.evaluation.longbench_v2 import BUCKETS
 from megatron_longact.evaluation.report import Results
 from megatron_longact.evaluation.ruler.tasks import TASKS
-from megatron_longact.rl.plots import DPI, FAINT_INK, INK, WIDTH_IN
+from megatron_longact.rl.reports.plots import DPI, FAINT_INK, INK, WIDTH_IN
 
 CATEGORIES = {
     "retrieval": ("#0072b2", "o"),

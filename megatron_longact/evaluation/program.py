@@ -26,8 +26,8 @@ from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.predictions import Id, Row, check_complete
 from megatron_longact.evaluation.samples import groups_of
 from megatron_longact.evaluation.scoring import report, rows_by_id
-from megatron_longact.rl.rollout import StaticRolloutEngine
-from megatron_longact.rl.run_log import MEGATRON_LOG, Progress, output_in_file
+from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
+from megatron_longact.rl.rollouts.static_engine import StaticRolloutEngine
 
 INFERENCE_FLAGS = ["--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-size=1", "--seq-length=64"]
 """What Megatron asks every program for, or would otherwise load."""

@@ -7,7 +7,8 @@ Whatever Megatron has a flag for keeps that flag: `--grpo-prompts-per-step`, `--
 `--rl-inference-logprobs-is-correction`, `--rl-importance-sampling-truncation-coef`,
 `--rl-use-sequence-packing` (rows of at most `--seq-length` tokens),
 `--rl-sequence-packing-max-sequences-per-bin`,
-`--eval-interval`, `--inference-max-requests` (responses made at once), `--global-batch-size`
+`--eval-interval`, `--inference-max-requests` (responses made at once by the static engine),
+`--inference-dynamic-batching` (the dynamic engine, with its own flags), `--global-batch-size`
 (responses an optimizer step), `--seq-length` (longest prompt plus response). Megatron checks its RL
 flags only with `--perform-rl-step`, which belongs to its own loop, so they are checked here.
 """
@@ -20,14 +21,14 @@ from typing import get_args
 
 import torch
 
-from megatron_longact.rl.aggregation import Aggregation
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.data_arguments import add_data_args, data_config_from_args
-from megatron_longact.rl.importance_weights import Level
-from megatron_longact.rl.kl import KLKind
-from megatron_longact.rl.overlong import overlong_penalty
-from megatron_longact.rl.policy_losses import POLICY_LOSSES, PolicyLossConfig
-from megatron_longact.rl.sampling import Sampling
+from megatron_longact.rl.data.arguments import add_data_args, data_config_from_args
+from megatron_longact.rl.objectives.aggregation import Aggregation
+from megatron_longact.rl.objectives.importance_weights import Level
+from megatron_longact.rl.objectives.kl import KLKind
+from megatron_longact.rl.objectives.overlong import overlong_penalty
+from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, PolicyLossConfig
+from megatron_longact.rl.rollouts.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -313,9 +314,14 @@ def _check_objective(config: RLConfig) -> None:
 
 def _refuse_unsupported(args: Namespace) -> None:
     engine = "the static inference engine cannot generate with it"
+    static = not args.inference_dynamic_batching
     refused = {
         "--perform-rl-step": (args.perform_rl_step, "it switches on Megatron's own RL loop"),
-        "--sequence-parallel": (args.sequence_parallel, engine),
+        "--sequence-parallel": (args.sequence_parallel, "log-probs are taken from hidden states of whole sequences"),
+        "--cuda-graph-impl local": (
+            args.cuda_graph_impl == "local" and static,
+            "without --inference-dynamic-batching it captures training forwards, whose replay runs no hook",
+        ),
         "--context-parallel-size": (args.context_parallel_size > 1, engine),
         "--num-layers-per-virtual-pipeline-stage": (
             args.virtual_pipeline_model_parallel_size is not None,

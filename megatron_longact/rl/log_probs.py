@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.utils.checkpoint import checkpoint
 
-from megatron_longact.rl.batches import RolloutBatch
-from megatron_longact.rl.micro_batches import BatchLayout, MicroBatch
-from megatron_longact.rl.plans import StepPlan
+from megatron_longact.rl.batches.micro_batches import BatchLayout, MicroBatch
+from megatron_longact.rl.batches.plans import StepPlan
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 
 
 @dataclass(frozen=True)

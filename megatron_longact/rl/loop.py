@@ -18,18 +18,18 @@ from torch.distributed import ProcessGroup
 
 from megatron_longact import metrics as longact_metrics
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.audit import RowAudit, RowCounts
-from megatron_longact.rl.batches import RolloutBatch
-from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.batches.micro_batches import BatchLayout
+from megatron_longact.rl.batches.plans import StepPlan
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.evaluation import Judge, evaluate_heldout, heldout_scalars
-from megatron_longact.rl.micro_batches import BatchLayout
-from megatron_longact.rl.objective import Objective
-from megatron_longact.rl.plans import StepPlan
-from megatron_longact.rl.rollout import RolloutEngine
-from megatron_longact.rl.run_log import MetricsLog, Progress
+from megatron_longact.rl.objectives.objective import Objective
+from megatron_longact.rl.objectives.token_selection import TokenSelector
+from megatron_longact.rl.reports.audit import RowAudit, RowCounts
+from megatron_longact.rl.reports.run_log import MetricsLog, Progress
+from megatron_longact.rl.rollouts.collect import Collector
+from megatron_longact.rl.rollouts.evaluation import Judge, evaluate_heldout, heldout_scalars
+from megatron_longact.rl.rollouts.static_engine import RolloutEngine
 from megatron_longact.rl.state import LoopState
-from megatron_longact.rl.token_selection import TokenSelector
 from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome, StepSize
 
 TIME_SHARE = "longact/time_share"

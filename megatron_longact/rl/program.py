@@ -20,23 +20,24 @@ from torch import nn
 
 from megatron_longact.checkpointing import check_load
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.audit import RowAudit
-from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.curriculum import Curriculum
-from megatron_longact.rl.data_arguments import build_environment
-from megatron_longact.rl.environment import Environment, NeedleEnvironment
-from megatron_longact.rl.evaluation import Judge
+from megatron_longact.rl.data.arguments import build_environment
+from megatron_longact.rl.data.curriculum import Curriculum
+from megatron_longact.rl.data.environment import Environment, NeedleEnvironment
 from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import RLLoop
-from megatron_longact.rl.micro_batches import BatchLayout
-from megatron_longact.rl.objective import Objective
-from megatron_longact.rl.outcome import REPORT, write_outcome
+from megatron_longact.rl.objectives.objective import Objective
+from megatron_longact.rl.objectives.token_selection import TokenSelector
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
-from megatron_longact.rl.rollout import StaticRolloutEngine
-from megatron_longact.rl.run_log import MetricsLog, Progress
+from megatron_longact.rl.reports.audit import RowAudit
+from megatron_longact.rl.reports.outcome import REPORT, write_outcome
+from megatron_longact.rl.reports.run_log import MetricsLog, Progress
+from megatron_longact.rl.rollouts.collect import Collector
+from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine, inference_config_from_args
+from megatron_longact.rl.rollouts.evaluation import Judge
+from megatron_longact.rl.rollouts.static_engine import RolloutEngine, StaticRolloutEngine
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
-from megatron_longact.rl.token_selection import TokenSelector
 from megatron_longact.rl.trainer import MegatronTrainer
 
 SEQUENCE_MULTIPLE = 16
@@ -150,10 +151,20 @@ def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
     return MegatronTrainer(args, model, optimizer, scheduler, checkpointing_context=context)
 
 
-def _engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> StaticRolloutEngine:
-    tokenizer = get_tokenizer()
+def _engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
+    """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one."""
+    tokenizer, unwrapped = get_tokenizer(), unwrap_model(model[0])
+    if args.inference_dynamic_batching:
+        return DynamicRolloutEngine(
+            unwrapped,
+            config=inference_config_from_args(args, unwrapped),
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            dp_group=pgs.dp,
+            mp_group=pgs.mp,
+        )
     return StaticRolloutEngine(
-        unwrap_model(model[0]),
+        unwrapped,
         eod=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
         max_batch_size=args.inference_max_requests,

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.training import training
 
 from megatron_longact.checkpointing import Stateful, carry_state
-from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 
 
 @dataclass

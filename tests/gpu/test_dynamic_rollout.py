@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.rl.sampling import Sampling
+from megatron_longact.rl.rollouts.sampling import Sampling
 
 _FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flashattn_hopper")
 
@@ -105,7 +105,7 @@ def make_engine(model: Any, **settings: Any) -> Any:
     from megatron.core import parallel_state
     from megatron.core.inference.config import InferenceConfig
 
-    from megatron_longact.rl.dynamic_rollout import DynamicRolloutEngine
+    from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine
 
     graphs = {"num_cuda_graphs": 4} if model.config.cuda_graph_impl == "local" else {}
     defaults = {"buffer_size_gb": BUFFER_BYTES / 2**30, "max_sequence_length": 768, "max_requests": 16}
@@ -121,7 +121,7 @@ def make_engine(model: Any, **settings: Any) -> Any:
 
 def make_prompts() -> list[Any]:
     """Four samples of each of four prompts; one fills two blocks of 256 tokens, one will just outgrow its first."""
-    from megatron_longact.rl.rollout import Prompt
+    from megatron_longact.rl.rollouts.static_engine import Prompt
 
     generator = torch.Generator().manual_seed(3)
     tokens = [tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()) for n in (40, 250, 530, 7)]

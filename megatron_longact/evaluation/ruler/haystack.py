@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_longact.rl.tasks import sentences_of
+from megatron_longact.rl.data.tasks import sentences_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
 

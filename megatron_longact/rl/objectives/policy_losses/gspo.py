@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_longact.rl.policy_losses.clipped import clipped_surrogate
-from megatron_longact.rl.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.clipped import clipped_surrogate
+from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
 
 MAX_SEQUENCE_LOG_RATIO = 10.0
 """The logarithm of a response's ratio is clamped to this from above, as verl does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longact.rl.aggregation import Aggregation, check_aggregation
+from megatron_longact.rl.objectives.aggregation import Aggregation, check_aggregation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_longact.rl.policy_losses.clipped import clamped_ratio
-from megatron_longact.rl.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.clipped import clamped_ratio
+from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
 
 
 def cispo_token_losses(

@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.advantages import group_relative_advantages
-from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.evaluation import Judge
-from megatron_longact.rl.importance_weights import truncated_importance_weights
 from megatron_longact.rl.log_probs import TrainerLogProbs
-from megatron_longact.rl.overlong import overlong_penalty
+from megatron_longact.rl.objectives.advantages import group_relative_advantages
+from megatron_longact.rl.objectives.importance_weights import truncated_importance_weights
+from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.reference import ReferenceWeights
-from megatron_longact.rl.rollout import Prompt, RolloutEngine
+from megatron_longact.rl.rollouts.evaluation import Judge
+from megatron_longact.rl.rollouts.static_engine import Prompt, RolloutEngine
 
 
 class Collector:

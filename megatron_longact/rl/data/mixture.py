@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any
 
-from megatron_longact.rl.environment import Environment, Score, Source, Task, Turn, turns
+from megatron_longact.rl.data.environment import Environment, Score, Source, Task, Turn, turns
 
 
 @dataclass(frozen=True)

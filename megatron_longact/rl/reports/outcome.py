@@ -12,9 +12,9 @@ from typing import Any
 from megatron_longact import metrics
 from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.audit import RowCounts
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.report import HeldOutAccuracy, RunSummary, render_table, write_report
+from megatron_longact.rl.reports.audit import RowCounts
+from megatron_longact.rl.reports.report import HeldOutAccuracy, RunSummary, render_table, write_report
 
 REPORT, SALIENCY, REWARD = "report.md", "saliency.png", "reward.png"
 
@@ -66,7 +66,7 @@ def _draw(
     evaluations: Sequence[Mapping[str, Any]],
     longact: LongAct | None,
 ) -> None:
-    from megatron_longact.rl.plots import plot_reward, plot_saliency
+    from megatron_longact.rl.reports.plots import plot_reward, plot_saliency
 
     plot_reward(steps, evaluations, path=run_dir / REWARD)
     if longact is not None and longact.saliency and longact.masks:

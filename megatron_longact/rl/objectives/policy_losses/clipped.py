@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.policy_losses.policy_loss import MAX_LOG_RATIO, TokenBatch
+from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.policy_losses.policy_loss import MAX_LOG_RATIO, TokenBatch
 
 
 def clipped_token_losses(

@@ -1,12 +1,12 @@
 """Policy losses by name; each is one small module, and what they share is `policy_loss`."""
 
-from megatron_longact.rl.policy_losses.cispo import cispo_token_losses
-from megatron_longact.rl.policy_losses.clip_cov import clip_cov_token_losses, select_clip_cov
-from megatron_longact.rl.policy_losses.clipped import clipped_token_losses
-from megatron_longact.rl.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.policy_losses.gspo import gspo_token_losses
-from megatron_longact.rl.policy_losses.kl_cov import kl_cov_token_losses, select_kl_cov
-from megatron_longact.rl.policy_losses.policy_loss import PolicyLoss
+from megatron_longact.rl.objectives.policy_losses.cispo import cispo_token_losses
+from megatron_longact.rl.objectives.policy_losses.clip_cov import clip_cov_token_losses, select_clip_cov
+from megatron_longact.rl.objectives.policy_losses.clipped import clipped_token_losses
+from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.policy_losses.gspo import gspo_token_losses
+from megatron_longact.rl.objectives.policy_losses.kl_cov import kl_cov_token_losses, select_kl_cov
+from megatron_longact.rl.objectives.policy_losses.policy_loss import PolicyLoss
 
 __all__ = ["POLICY_LOSSES", "PolicyLoss", "PolicyLossConfig"]
 

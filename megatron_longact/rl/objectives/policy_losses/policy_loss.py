@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from megatron_longact.rl.aggregation import Aggregation, aggregate, masked, token_mean
-from megatron_longact.rl.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.aggregation import Aggregation, aggregate, masked, token_mean
+from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this before `exp`, as verl does: exp(20) is still far from overflow."""

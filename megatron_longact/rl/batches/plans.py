@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longact.rl.batches import RolloutBatch, Row
-from megatron_longact.rl.packing import pack
+from megatron_longact.rl.batches.packing import pack
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
 
 
 @dataclass(frozen=True)

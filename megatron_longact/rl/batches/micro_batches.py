@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.batches import RolloutBatch, Row
+from megatron_longact.rl.batches.packing import packed_row
+from megatron_longact.rl.batches.plans import MicroBatchPlan, Packing, StepPlan, plan_steps
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.packing import packed_row
-from megatron_longact.rl.plans import MicroBatchPlan, Packing, StepPlan, plan_steps
 
 
 @dataclass(frozen=True)

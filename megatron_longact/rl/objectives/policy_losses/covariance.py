@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
 
 MAX_LOG_RATIO = 85.0
 """Log-ratios are clamped to this from above before `exp`: fp32 then has room for a factor of 40. A

@@ -21,7 +21,7 @@ from numbers import Real
 from types import ModuleType
 from typing import Any
 
-from megatron_longact.rl import tasks
+from megatron_longact.rl.data import tasks
 
 RewardFunction = Callable[[str, str, Any], float]
 

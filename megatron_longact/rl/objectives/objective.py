@@ -14,12 +14,12 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor, nn
 
 from megatron_longact.longact import LongAct
-from megatron_longact.rl.aggregation import aggregate, aggregation_weight
+from megatron_longact.rl.batches.micro_batches import MicroBatch
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.kl import masked_kl
 from megatron_longact.rl.log_probs import ResponseScorer
-from megatron_longact.rl.micro_batches import MicroBatch
-from megatron_longact.rl.policy_losses import POLICY_LOSSES
+from megatron_longact.rl.objectives.aggregation import aggregate, aggregation_weight
+from megatron_longact.rl.objectives.kl import masked_kl
+from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 

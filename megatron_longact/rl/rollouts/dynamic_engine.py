@@ -54,8 +54,8 @@ from megatron.training.argument_utils import inference_cfg_from_args
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_longact.rl.rollout import Prompt, Rollouts, _end_at_eod, generation_mode
-from megatron_longact.rl.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+from megatron_longact.rl.rollouts.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+from megatron_longact.rl.rollouts.static_engine import Prompt, Rollouts, end_at_eod, from_all_replicas, generation_mode
 
 ROWS_AT_ONCE = 64
 """Requests whose distribution is written out together: bounds sampling's memory to so many fp64 [V]."""
@@ -132,7 +132,7 @@ class DynamicRolloutEngine:
             self._check_blocks(engine.context, prompts, sampling)
             if own:
                 tokens[own], log_probs[own] = self._run(engine, [prompts[row] for row in own], sampling)
-        return _end_at_eod(*self._from_all_replicas(tokens, log_probs), eod=self.eod)
+        return end_at_eod(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group), eod=self.eod)
 
     @contextmanager
     def _awake(self) -> Iterator[DynamicInferenceEngine]:
@@ -203,15 +203,6 @@ class DynamicRolloutEngine:
                 f"a sequence of {longest} tokens needs {needed} blocks of the KV cache, which has {most}: raise "
                 "--inference-dynamic-batching-buffer-size-gb"
             )
-
-    def _from_all_replicas(self, *parts: Tensor) -> list[Tensor]:
-        """Each row stands on one replica and is zero elsewhere, so a sum is exact."""
-        if self.dp_group.size() == 1:
-            return list(parts)
-        on_device = [part.cuda() for part in parts]
-        for part in on_device:
-            torch.distributed.all_reduce(part, group=self.dp_group)
-        return [part.cpu() for part in on_device]
 
 
 def spread(prompts: Sequence[Prompt], *, replicas: int, response_length: int, together: bool) -> list[list[int]]:

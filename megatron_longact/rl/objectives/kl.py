@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from megatron_longact.rl.aggregation import masked
+from megatron_longact.rl.objectives.aggregation import masked
 
 KLKind = Literal["k1", "k2", "k3"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longact.rl.chat import Messages, PromptEncoder
-from megatron_longact.rl.rewards import REWARDS, find_reward
+from megatron_longact.rl.data.chat import Messages, PromptEncoder
+from megatron_longact.rl.data.rewards import REWARDS, find_reward
 
 FIELDS = ("prompt", "reference", "reward")
 

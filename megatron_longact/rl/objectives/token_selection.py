@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.batches import RolloutBatch
+from megatron_longact.rl.batches.plans import StepPlan
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.log_probs import TrainerLogProbs
-from megatron_longact.rl.plans import StepPlan
-from megatron_longact.rl.policy_losses import POLICY_LOSSES
+from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES
 
 
 class TokenSelector:

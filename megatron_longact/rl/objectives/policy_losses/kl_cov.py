@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from megatron_longact.rl.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.policy_losses.covariance import (
+from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.policy_losses.covariance import (
     share_of_tokens,
     token_covariances,
     tokens_at,
     unclipped_ratio,
 )
-from megatron_longact.rl.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
 
 
 def kl_cov_token_losses(

@@ -43,7 +43,7 @@ from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_longact.rl.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+from megatron_longact.rl.rollouts.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class StaticRolloutEngine:
                 tokens[rows, :made] = torch.stack(draws.tokens, dim=1).cpu()
                 log_probs[rows, :made] = torch.stack(draws.log_probs, dim=1).cpu()
                 tokens[rows, made:] = self.eod
-        return _end_at_eod(*self._from_all_replicas(tokens, log_probs), eod=self.eod)
+        return end_at_eod(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group), eod=self.eod)
 
     def _own_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Rows of this replica's prompts, batch by batch: one length each, equal prompts adjacent.
@@ -156,14 +156,15 @@ class StaticRolloutEngine:
         )
         return draws
 
-    def _from_all_replicas(self, *parts: Tensor) -> list[Tensor]:
-        """Each row stands on one replica and is zero elsewhere, so a sum is exact."""
-        if self.dp_group.size() == 1:
-            return list(parts)
-        on_device = [part.cuda() for part in parts]
-        for part in on_device:
-            torch.distributed.all_reduce(part, group=self.dp_group)
-        return [part.cpu() for part in on_device]
+
+def from_all_replicas(*parts: Tensor, dp_group: ProcessGroup) -> list[Tensor]:
+    """Sums over the replicas, on the CPU; each row stands on one of them and is zero elsewhere, so it is exact."""
+    if dp_group.size() == 1:
+        return list(parts)
+    on_device = [part.cuda() for part in parts]
+    for part in on_device:
+        torch.distributed.all_reduce(part, group=dp_group)
+    return [part.cpu() for part in on_device]
 
 
 @contextmanager
@@ -289,7 +290,7 @@ def _common_copies(prompts: Sequence[Prompt]) -> int:
     return counts.pop() if len(counts) == 1 else 1
 
 
-def _end_at_eod(tokens: Tensor, log_probs: Tensor, *, eod: int) -> Rollouts:
+def end_at_eod(tokens: Tensor, log_probs: Tensor, *, eod: int) -> Rollouts:
     """Cut each response after its first end-of-text token; tokens and log_probs are [n, R]."""
     is_eod = tokens == eod
     finished = is_eod.any(-1)

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_longact.rl.environment import Environment, Score, Task
-from megatron_longact.rl.pass_at_k import PassAtK, pass_at_k
-from megatron_longact.rl.rewards import finite_reward
-from megatron_longact.rl.rollout import Prompt, RolloutEngine, Rollouts
-from megatron_longact.rl.sampling import Sampling
+from megatron_longact.rl.data.environment import Environment, Score, Task
+from megatron_longact.rl.data.rewards import finite_reward
+from megatron_longact.rl.rollouts.pass_at_k import PassAtK, pass_at_k
+from megatron_longact.rl.rollouts.sampling import Sampling
+from megatron_longact.rl.rollouts.static_engine import Prompt, RolloutEngine, Rollouts
 
 Detokenize = Callable[[list[int]], str]
 

@@ -1,0 +1,1 @@
+"""Layout alone: rollout batches, optimizer steps, micro-batches."""
