@@ -13,7 +13,7 @@ from megatron_longact.conversion.hf_folder import HFFolder
 from megatron_longact.conversion.plan import table
 from megatron_longact.conversion.safetensors_files import StoredTensor, read_header
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 
 
 @dataclass

@@ -67,6 +67,12 @@ def staged(target: Path, *, source: Any, sizes: Sequence[tuple[str, int]]) -> It
             raise
 
 
+def identity(file: Path) -> list[Any]:
+    """What tells a file from an edited one."""
+    status = file.stat()
+    return [str(file), status.st_size, status.st_mtime_ns]
+
+
 def _lock(journal: IO[str], path: Path) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from megatron_longact.conversion.hf_folder import INDEX, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of
 from megatron_longact.conversion.progress import Progress
 from megatron_longact.conversion.safetensors_files import SafetensorsWriter
-from megatron_longact.conversion.staging import Staging, staged
+from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import TorchDistReader, iteration_folder
 
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
@@ -107,13 +107,12 @@ def convert(
     """
     folder = iteration_folder(load, ckpt_step)
     conversion = Conversion.check(folder, hf_config)
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = [hf_config / "config.json", *sorted(file for file in folder.iterdir() if file.is_file())]
     config_text = (hf_config / "config.json").read_text()
     total = conversion.nbytes(conversion.entries)
     sizes = [(t.name, t.numel * conversion.dtype(entry).itemsize) for entry in conversion.entries for t in entry.hf]
     with (
-        staged(save, source=["to hf", source, config_text, max_shard_bytes], sizes=sizes) as staging,
+        staged(save, source=["to hf", max_shard_bytes, *map(identity, files)], sizes=sizes) as staging,
         Progress("to Hugging Face", total) as progress,
     ):
         _write(conversion, conversion.shards(max_shard_bytes), staging, progress)

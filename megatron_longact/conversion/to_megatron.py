@@ -15,7 +15,7 @@ from megatron_longact.conversion.hf_folder import HFFolder, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of, padded_vocab_size
 from megatron_longact.conversion.megatron_args import common_state, flags_not_taken, model_flags
 from megatron_longact.conversion.progress import Progress
-from megatron_longact.conversion.staging import Staging, staged
+from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import COMMON, TRACKER, Chunk, TorchDistWriter
 
 ITERATION = "release"
@@ -86,9 +86,9 @@ def convert(hf_dir: Path, save: Path) -> str:
     Raises `ValueError` with one line, before anything is written where the input is at fault.
     """
     conversion = Conversion.check(hf_dir)
-    source = [[str(t.path), t.name, t.path.stat().st_size, t.path.stat().st_mtime_ns] for t in _stored(conversion)]
+    files = [hf_dir / "config.json", *sorted({stored.path for stored in conversion.folder.tensors.values()})]
     with (
-        staged(save, source=["to megatron", source], sizes=conversion.sizes) as staging,
+        staged(save, source=["to megatron", *map(identity, files)], sizes=conversion.sizes) as staging,
         Progress("to Megatron", conversion.nbytes) as progress,
     ):
         _write(conversion, staging, progress)
@@ -108,10 +108,6 @@ def convert(hf_dir: Path, save: Path) -> str:
             "says; see docs/checkpoints.md"
         )
     return "\n".join(lines)
-
-
-def _stored(conversion: Conversion) -> list[Any]:
-    return list({stored.path: stored for stored in conversion.folder.tensors.values()}.values())
 
 
 def _write(conversion: Conversion, staging: Staging, progress: Progress) -> None:
