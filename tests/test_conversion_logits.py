@@ -13,6 +13,8 @@ from tests import ranks
 from tests.conversion import FAMILIES, SMALL, hf_logits, make_hf, megatron_logits
 from tests.ranks import Layout
 
+pytestmark = pytest.mark.timeout(200)  # the first one starts the ranks
+
 TOKENS = torch.randint(SMALL["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
 STRICT = ["--dist-ckpt-strictness", "raise_unexpected"]  # everything that the model asks for is in the checkpoint
 
