@@ -85,7 +85,8 @@ def test_a_micro_batch_holds_its_rows(batch: RolloutBatch) -> None:
         assert mask.sum() == length
         assert torch.equal(got.targets[i][mask], response)
         # the hidden state at a position predicts the token behind it
-        assert torch.equal(got.tokens[i, got.positions[i][mask] + 1], response)
+        flat = got.tokens.t().flatten()  # [s * b], as the hidden states are read
+        assert torch.equal(flat[got.positions[i][mask] + len(got.rows)], response)
         assert got.old_log_probs is not None
         assert torch.equal(got.old_log_probs[i][mask], batch.old_log_probs[row, :length])
         assert got.advantages[i] == batch.advantages[row]
@@ -117,9 +118,18 @@ def test_batches_are_cut_and_joined(batch: RolloutBatch) -> None:
     assert again.step == batch.step
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pp_size", [1, 2])
-def test_padding_share_is_that_of_the_micro_batches(batch: RolloutBatch, pp_size: int) -> None:
-    config = Namespace(seed=1, epochs=1, global_batch_size=8, micro_batch_size=2, seq_length=48)
+def test_padding_share_is_that_of_the_micro_batches(batch: RolloutBatch, pp_size: int, packed: bool) -> None:
+    config = Namespace(
+        seed=1,
+        epochs=1,
+        global_batch_size=8,
+        micro_batch_size=2,
+        seq_length=48,
+        pack_sequences=packed,
+        max_sequences_per_row=4,
+    )
     layout = BatchLayout(config, pad_token=PAD, multiple_of=4, dp_rank=0, dp_size=1, pp_size=pp_size)
     for step in layout.plan(batch):
         masks = [layout.micro_batch(batch, part).token_mask for part in step.micro_batches]
@@ -134,3 +144,19 @@ def test_selected_tokens_go_with_their_rows(batch: RolloutBatch) -> None:
     )
     assert micro_batch.selected is not None
     assert torch.equal(micro_batch.selected, selected[[5, 2], : micro_batch.targets.shape[1]])
+
+
+def test_a_packed_micro_batch_holds_its_rows(batch: RolloutBatch) -> None:
+    rows = (5, 2, 7)
+    total = sum(batch.total_length(row) for row in rows)
+    got = make_micro_batch(batch, MicroBatchPlan(rows=rows, longest=total), pad_token=PAD, multiple_of=16, packed=True)
+    assert got.tokens.shape == (1, -(-total // 16) * 16)
+    assert int(got.token_mask.sum()) == total
+    assert got.cu_seqlens is not None
+    for i, row in enumerate(rows):
+        begin = int(got.cu_seqlens[i])
+        sequence = batch.sequence(row)
+        assert torch.equal(got.tokens[0, begin : begin + len(sequence)], sequence)
+        assert got.position_ids[0, begin : begin + len(sequence)].tolist() == list(range(len(sequence)))
+        response = batch.responses[row, : batch.lengths[row]]
+        assert torch.equal(got.tokens[0, got.positions[i][got.response_mask[i]] + 1], response)

@@ -41,7 +41,7 @@ def naive_loss(name: str, batch: Batch, config: PolicyLossConfig, selected: Tens
         "seq-mean-token-sum": sum(map(sum, rows)) / len(rows),
         "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / len(rows),
     }
-    return totals[config.aggregation]
+    return totals["seq-mean-token-mean" if name == "gspo" else config.aggregation]
 
 
 def naive_token(
@@ -237,6 +237,7 @@ def test_a_mask_may_be_of_numbers(batch: Batch, name: str, dtype: torch.dtype) -
 def test_micro_batches_make_up_the_batch(batch: Batch, name: str, mode: str) -> None:
     """Also where tokens are selected: the selection is the whole batch's, each part is told its own."""
     config = make_config(mode, dual_clip=1.2)
+    mode = POLICY_LOSSES[name].aggregation(config)
     selected = select(name, batch, config)
     weight = aggregation_weight(batch["response_mask"], mode=mode)
     total, gradients, metrics = 0.0, [], 0.0

@@ -52,7 +52,9 @@ def score(sampling: Sampling) -> dict[str, Tensor]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.rl.batches.rollout_batch import MicroBatchPlan, RolloutBatch, make_micro_batch
+    from megatron_longact.rl.batches.micro_batches import make_micro_batch
+    from megatron_longact.rl.batches.plans import MicroBatchPlan
+    from megatron_longact.rl.batches.rollout_batch import RolloutBatch
     from megatron_longact.rl.log_probs import ResponseScorer, score_responses
     from tests.models import ModelSpec, build
 
