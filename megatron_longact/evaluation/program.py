@@ -54,15 +54,15 @@ def _add_args(parser: ArgumentParser) -> ArgumentParser:
 
 
 def _check(args: Namespace) -> None:
-    engine = "the static inference engine cannot generate with it"
     refused = {
         "--sequence-parallel": args.sequence_parallel,
         "--context-parallel-size": args.context_parallel_size > 1,
         "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
+        "--inference-dynamic-batching": args.inference_dynamic_batching,
     }
     for flag, given in refused.items():
         if given:
-            raise ValueError(f"the evaluation does not work with {flag}: {engine}")
+            raise ValueError(f"the evaluation does not work with {flag}: it generates with the static inference engine")
 
 
 def _iteration(args: Namespace) -> str:
