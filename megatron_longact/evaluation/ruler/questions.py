@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_longact.evaluation.ruler import builtin_questions
+from megatron_longact.evaluation.ruler.builtin_questions import hotpotqa, squad
 
 Dataset = Literal["squad", "hotpotqa"]
 
@@ -43,7 +43,7 @@ def question_set(dataset: Dataset, path: Path | None = None) -> QuestionSet:
     (`hotpot_dev_distractor_v1.json`). The built-in sets are made in the same two formats.
     """
     if path is None:
-        data = builtin_questions.squad() if dataset == "squad" else builtin_questions.hotpotqa()
+        data: Any = squad() if dataset == "squad" else hotpotqa()
         source = f"built-in questions in the manner of {'SQuAD' if dataset == 'squad' else 'HotpotQA'}"
     else:
         data, source = _read(path), f"questions of {path.name}"
