@@ -29,6 +29,8 @@ def main() -> None:
             if args.rank == 0:
                 print(line, file=terminal)
 
+        for remark in config.remarks:
+            say(remark)
         run(args, config, environment_of(config, say=say), terminal=terminal)
 
 

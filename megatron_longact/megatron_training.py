@@ -3,6 +3,8 @@
 | seam of megatron.training | what LongAct does there |
 |---|---|
 | `arguments.parse_args` | knows the `--longact-*` flags, and refuses at once what does not work |
+| `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` sets what Megatron 0.19 leaves out, such as q/k-layernorm |
+| `argument_utils.gpt_config_from_args` | `--rope-scaling-factor` reaches the model |
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
 | `training.training_log` | writes LongAct's scalars to TensorBoard |
@@ -17,12 +19,13 @@ from dataclasses import asdict
 from functools import wraps
 from typing import Any
 
-from megatron.training import arguments, training
+from megatron.training import argument_utils, arguments, checkpointing, training
 from megatron.training.global_vars import get_args, get_tensorboard_writer
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.checkpointing import carry_state, check_load
 from megatron_longact.config import LongActConfig
+from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
 from megatron_longact.longact import LongAct
 from megatron_longact.refusals import check_settings, check_tap
 
@@ -39,6 +42,8 @@ def attached() -> Iterator[None]:
     with ExitStack() as seams:
         seams.callback(_detach_all, instances)
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
+        seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
+        seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
         seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances))
         seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
         seams.enter_context(_replaced(training, "training_log", _logging, instances))

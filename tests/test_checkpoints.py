@@ -41,7 +41,7 @@ def read(folder: Path, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The common state, and every tensor, of a torch_dist checkpoint."""
     path = folder / f"iter_{iteration:07d}"
     tensors: dict[str, Any] = {}
-    _load_state_dict(tensors, FileSystemReader(path), _EmptyStateDictLoadPlanner(), no_dist=True)
+    _load_state_dict(tensors, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     return load_common_state_dict(path), tensors
 
 
@@ -62,6 +62,8 @@ def assert_bitwise(a: Any, b: Any, where: str = "") -> None:
 
 
 def weights_and_moments(tensors: dict[str, Any]) -> dict[str, Any]:
+    assert {"decoder.layers.self_attention.linear_qkv.weight"} <= tensors.keys()
+    assert any("exp_avg_sq" in name for name in tensors)
     return {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and "rng" not in k and "rerun" not in k}
 
 

@@ -22,7 +22,7 @@ from tests.test_run import LAUNCHER, PROGRAMS, torchrun
 pytestmark = pytest.mark.timeout(400)
 TOOLS = Path(__file__).parent.parent / "tools"
 TRAINING = """
-    --use-checkpoint-args --qk-layernorm --norm-epsilon 1e-6 --tokenizer-type NullTokenizer --vocab-size 100
+    --use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 100
     --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 3 --eval-iters 0 --eval-interval 1000
     --lr 1e-2 --weight-decay 0.1 --log-interval 1 --no-create-attention-mask-in-dataloader --bf16
     --use-distributed-optimizer --tensor-model-parallel-size 2 --ckpt-format torch_dist --save-interval 3

@@ -75,11 +75,10 @@ def test_sampling_flags_become_the_run() -> None:
     assert (config.overlong_buffer_length, config.policy_loss) == (4, "kl-cov")
 
 
-def test_kl_cov_with_one_step_a_batch_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    rl_config_from_args(parse("--policy-loss", "kl-cov"))
-    assert not caplog.records
-    rl_config_from_args(parse("--policy-loss", "kl-cov", grpo_iterations=1, global_batch_size=32))
-    assert "penalty is zero" in caplog.text
+def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
+    assert rl_config_from_args(parse("--policy-loss", "kl-cov")).remarks == []
+    one = rl_config_from_args(parse("--policy-loss", "kl-cov", grpo_iterations=1, global_batch_size=32))
+    assert "penalty is zero" in one.remarks[0]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ exec torchrun --standalone --nproc-per-node 2 -m megatron_longact.run --cpu exam
     --grpo-kl-beta 0.001 --rl-prompts-per-eval 8 --eval-interval 1000 --inference-max-requests 16 \
     --train-iters 300 --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --log-interval 1 --seed 1 \
     --longact --longact-ema 0.5 --longact-refresh-interval 2 \
-    --pretrained-checkpoint "$DEMO_DIR/start_checkpoint" --ckpt-format torch_dist \
+    --pretrained-checkpoint "$DEMO_DIR/start_checkpoint" --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable \
     --load {dir}/checkpoints --save {dir}/checkpoints --save-interval 1 --save-retain-interval 1000 --run-dir {dir}
 """
 

@@ -99,13 +99,13 @@ def convert(hf_dir: Path, save: Path) -> str:
         done = progress.done
     lines = [
         f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}",
-        f"run it with --load {save} --use-checkpoint-args; what Megatron does not take from there: "
-        + " ".join(flags_not_taken(conversion.model)),
+        f"run it with --load {save} --use-checkpoint-args; without our launcher also with what Megatron does not take "
+        f"from there: {' '.join(flags_not_taken(conversion.model))}",
     ]
     if conversion.model.rope.llama3_factor not in (None, 8.0):
         lines.append(
-            "careful: megatron.training 0.19 builds with a RoPE scaling factor of 8, whatever --rope-scaling-factor "
-            "says; see docs/checkpoints.md"
+            "careful: without our launcher megatron.training 0.19 builds with a RoPE scaling factor of 8, whatever "
+            "--rope-scaling-factor says; see docs/checkpoints.md"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,6 @@ flags only with `--perform-rl-step`, which belongs to its own loop, so they are 
 
 from __future__ import annotations
 
-import logging
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
@@ -29,8 +28,6 @@ from megatron_longact.rl.objectives.kl import KLKind
 from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, PolicyLossConfig
 from megatron_longact.rl.rollouts.sampling import Sampling
-
-logger = logging.getLogger(__name__)
 
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
@@ -304,12 +301,6 @@ def _check_objective(config: RLConfig) -> None:
     for flag, count in counts.items():
         if count < 1:
             raise ValueError(f"{flag} is {count}; it must be at least 1")
-    if config.policy_loss == "kl-cov" and config.updates_per_step == 1:
-        logger.warning(
-            "--policy-loss kl-cov with one optimizer step a rollout batch is the unclipped policy gradient: its "
-            "penalty is zero while the policy is the one that sampled; give more --grpo-iterations or a smaller "
-            "--global-batch-size"
-        )
 
 
 def _refuse_unsupported(args: Namespace) -> None:

@@ -68,3 +68,14 @@ class RLConfig:
     def updates_per_step(self) -> int:
         """Optimizer steps on one rollout batch."""
         return self.epochs * self.responses_per_step // self.global_batch_size
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know before it runs, a line each."""
+        if self.policy_loss == "kl-cov" and self.updates_per_step == 1:
+            return [
+                "--policy-loss kl-cov with one optimizer step a rollout batch is the unclipped policy gradient: its "
+                "penalty is zero while the policy is the one that sampled; give more --grpo-iterations or a smaller "
+                "--global-batch-size"
+            ]
+        return []

@@ -44,6 +44,7 @@ def write_outcome(
         frozen=rows.never_active,
         frozen_changed=rows.frozen_changed,
         longact_time_share=None if longact is None else _time_share(steps),
+        pass_at=_pass_at(evaluations[0], evaluations[-1]),
         expected_gain=config.expected_gain,
     )
     table = render_table(summary)
@@ -53,6 +54,11 @@ def write_outcome(
         _draw(run_dir, args, steps, evaluations, longact)
     write_report(run_dir / REPORT, summary, settings=_settings(args, config, longact), pictures=PICTURES)
     return table
+
+
+def _pass_at(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    old = before.get("pass_at_k", {})
+    return {k: (old[k], new) for k, new in after.get("pass_at_k", {}).items() if k in old}
 
 
 def _time_share(steps: Sequence[Mapping[str, Any]]) -> float:

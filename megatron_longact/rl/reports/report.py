@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class RunSummary:
     rows: Q and K rows of the model; moved: those that differ from the start weights; frozen: those that no
     mask ever let through; frozen_changed: frozen rows that differ from the start weights all the same.
     longact_time_share: of the optimizer steps' time, in [0, 1]; None for a run without LongAct.
+    pass_at: overall pass@k before and after, by k; empty if it was not measured.
     expected_gain: points of overall held-out accuracy; the verdict says so if the gain is smaller. None: any.
     """
 
@@ -41,6 +42,7 @@ class RunSummary:
     frozen: int
     frozen_changed: int
     longact_time_share: float | None
+    pass_at: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     expected_gain: float | None = None
 
     @property
@@ -69,9 +71,11 @@ def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
 def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """What was counted, and the count, as text."""
     moved = f"{summary.moved} of {summary.rows} ({summary.moved / summary.rows:.1%})"
+    pass_at = [(f"held-out pass@{k}", f"{old:.1%} before, {new:.1%} after") for k, (old, new) in summary.pass_at.items()]
     if summary.longact_time_share is None:
-        return [("LongAct", "off: every Q/K row trains"), ("Q/K rows that moved", moved)]
+        return [*pass_at, ("LongAct", "off: every Q/K row trains"), ("Q/K rows that moved", moved)]
     return [
+        *pass_at,
         ("Q/K rows that moved", moved),
         ("frozen rows changed", f"{summary.frozen_changed} of {summary.frozen}, against the start weights"),
         ("step time that LongAct took", f"{summary.longact_time_share:.1%}"),
