@@ -1,0 +1,137 @@
+"""Statistics of Q and K activations of a whole model on given prompts, whichever program the model runs in.
+
+Shape letters: L layers, np/ng query heads/groups, hn kv_channels, nq = np * hn, nk = ng * hn. Channels are numbered
+head by head, as in `QKVLayout`. Pure; the models are in `activations_hf` and `activations_megatron`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from megatron_longact.config import Statistic, Tap
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.selection import QK
+
+STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
+TAPS: tuple[Tap, ...] = get_args(Tap)
+
+ChannelValues = dict[int, dict[str, Tensor]]
+"""By 1-based layer number, then "q" [np * hn] and "k" [ng * hn]."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All statistics of all channels over one set of prompts.
+
+    tokens: how many were counted. scores: fp32 Q [L, nq] and K [L, nk] by tap and statistic; a model without
+    q/k-layernorm has the tap "projection" only.
+    """
+
+    tokens: int
+    layer_numbers: tuple[int, ...]
+    scores: Mapping[tuple[Tap, Statistic], QK]
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Where activations were read."""
+        return tuple(tap for tap in TAPS if any(tap == each for each, _ in self.scores))
+
+    def channel_values(self, tap: Tap, statistic: Statistic) -> ChannelValues:
+        """One statistic layer by layer."""
+        return by_layer(self.scores[tap, statistic], self.layer_numbers)
+
+
+def by_layer(values: QK, layer_numbers: Sequence[int]) -> ChannelValues:
+    """Q [L, nq] and K [L, nk] as {layer: {"q": [nq], "k": [nk]}}."""
+    return {number: {"q": values.q[i], "k": values.k[i]} for i, number in enumerate(layer_numbers)}
+
+
+class Source(Protocol):
+    """A model whose Q and K activations can be read, with its tokenizer.
+
+    taps: where; inv_freq: RoPE's inverse frequencies, radians a token, fp32 [pairs], channel i paired with i + pairs,
+    or with i + 1 where `rope_interleaved`; None without RoPE. positions: tokens that the model takes.
+    """
+
+    name: str
+    layout: QKVLayout
+    layer_numbers: tuple[int, ...]
+    taps: tuple[Tap, ...]
+    inv_freq: Tensor | None
+    rope_interleaved: bool
+    positions: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
+        """Run the prompts, each by itself, and return the statistics over all their tokens.
+
+        Collective over the ranks of a Megatron model, and the same on all. Raises `ValueError` for no prompts, an
+        empty one, and activations that are not finite.
+        """
+        ...
+
+
+def measure(model: Source, prompts: Sequence[Sequence[int]]) -> Measurement:
+    """fp32 mean-abs, rms and max-abs of every Q and K channel of every layer, at each tap the model has."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens, to measure"
+        )
+    measured = model.measure(prompts)
+    for (tap, statistic), scores in measured.scores.items():
+        for part, values in scores._asdict().items():
+            bad = ~torch.isfinite(values).all(1)
+            if bad.any():
+                layer = measured.layer_numbers[int(bad.nonzero()[0])]
+                raise ValueError(
+                    f"{statistic} of {part.upper()} in layer {layer} ({tap}) holds NaN or Inf: {model.name}"
+                )
+    return measured
+
+
+def finish(sums: Tensor, *, statistic: Statistic, num_q: int) -> QK:
+    """Sums of an `Accumulator`, [L, nq + nk + 1] with the token count last, as the statistic."""
+    values = sums[:, :-1] if statistic == "max-abs" else sums[:, :-1] / sums[:, -1:]
+    values = values.sqrt() if statistic == "rms" else values
+    return QK(values[:, :num_q].cpu(), values[:, num_q:].cpu())
+
+
+def pooled(parts: Sequence[Measurement]) -> Measurement:
+    """The measurement over the prompts of all parts together; all of the same model."""
+    tokens = sum(part.tokens for part in parts)
+    first = parts[0]
+    scores = {
+        key: QK(*(_pool([part.scores[key][i] for part in parts], parts, key[1]) for i in range(2)))
+        for key in first.scores
+    }
+    return Measurement(tokens, first.layer_numbers, scores)
+
+
+def _pool(values: Sequence[Tensor], parts: Sequence[Measurement], statistic: Statistic) -> Tensor:
+    if statistic == "max-abs":
+        return torch.stack(list(values)).amax(0)
+    power = 2 if statistic == "rms" else 1
+    tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
+    mean = torch.einsum("p,pln->ln", tokens / tokens.sum(), torch.stack(list(values)).double() ** power)
+    return (mean ** (1 / power)).float()
+
+
+def rope_pair(channel: int, pairs: int, *, interleaved: bool) -> int | None:
+    """The RoPE frequency, as an index into `inv_freq`, of a channel of a head; None beyond the rotary part."""
+    if channel >= 2 * pairs:
+        return None
+    return channel // 2 if interleaved else channel % pairs
+
+
+def folder_name(path: Path) -> str:
+    """What to call a checkpoint in a table."""
+    return path.name or path.resolve().name
