@@ -1,0 +1,387 @@
+"""What came out of examples/ablation/run.sh: means with intervals, paired differences by seed, and what would tell.
+
+    python tools/report_ablation.py runs/ablation
+
+Held-out accuracy after training, in percent. Runs of one seed have the same tasks, held-out prompts and start model, so
+selectors are compared seed by seed. All intervals are Student's t, 95 % each, and not corrected for how many there are.
+Written into the folder, or --output: ablation.md, ablation.json, ablation.png.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SELECTORS = {
+    "high": ("#d55e00", "s"),
+    "low": ("#0072b2", "^"),
+    "random": ("#009e73", "D"),
+    "random-fixed": ("#56b4e9", "v"),
+    "weight-norm": ("#cc79a7", "P"),
+    "dense": ("#555555", "o"),
+}
+"""In this order; Okabe and Ito's colours, and a marker each."""
+REFERENCE = "high"
+TOGETHER = "all objectives"
+POWER_Z = 0.8416212
+"""Normal quantile of a power of 80 %."""
+CONFIDENCE_Z = 1.959964
+INK = "#222222"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Held-out accuracy before and after in percent, over so many prompts, and the reward of each step."""
+
+    before: float
+    after: float
+    prompts: int
+    rewards: list[float]
+
+
+Runs = dict[str, dict[str, dict[int, Run]]]
+"""By objective, selector and seed."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over n seeds, its 95 % interval, and their standard deviation; the last two need two seeds."""
+
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`high` minus another selector, in points, over the seeds that both have; what would tell such a difference."""
+
+    objective: str
+    selector: str
+    points: Mean
+    seeds_needed: int | None
+    prompts_needed: int | None
+
+    @property
+    def told(self) -> bool:
+        """Whether zero lies outside the interval; never without scatter, which only few prompts or seeds can give."""
+        low, high = self.points.low, self.points.high
+        return bool(self.points.std) and low is not None and high is not None and low * high > 0
+
+
+# -- statistics ----------------------------------------------------------------------------------------
+
+
+def t_cdf(t: float, df: int) -> float:
+    """Student's t distribution function: with x = sqrt(df) tan a its density is cos(a)^(df - 1), up to a constant."""
+    steps, end = 400, math.atan(t / math.sqrt(df))
+    h = end / steps
+    terms = (math.cos(i * h) ** (df - 1) * (1 if i in (0, steps) else 4 if i % 2 else 2) for i in range(steps + 1))
+    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return 0.5 + constant * h / 3 * sum(terms)
+
+
+def t_quantile(p: float, df: int) -> float:
+    """The t below which a share p lies, for p in [0.5, 0.9995]; by bisection, to 1e-9."""
+    low, high = 0.0, 1000.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
+    return (low + high) / 2
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean and t interval."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return Mean(n, mean, None, None, None)
+    std = statistics.stdev(values)
+    half = t_quantile(0.975, n - 1) * std / math.sqrt(n)
+    return Mean(n, mean, mean - half, mean + half, std)
+
+
+def seeds_needed(difference: float, std: float | None) -> int | None:
+    """Paired seeds that tell `difference` from zero (5 % two-sided, power 80 %), if they scatter by `std`.
+
+    The smallest n with n >= ((t + z) std / difference)², t of n - 1 degrees; None where nothing can be said: one
+    seed, no difference, no scatter, or more than a million.
+    """
+    if not std or not difference:
+        return None
+    for n in range(2, 50):
+        if n >= ((t_quantile(0.975, n - 1) + POWER_Z) * std / difference) ** 2:
+            return n
+    n = math.ceil(((CONFIDENCE_Z + POWER_Z) * std / difference) ** 2) + 2  # + 2: t is nearly normal from here on
+    return n if n <= 1_000_000 else None
+
+
+def prompts_needed(difference: float, accuracies: tuple[float, float]) -> int | None:
+    """Held-out prompts that tell `difference` points between two models of these accuracies, in percent.
+
+    5 % two-sided, power 80 %, the models' answers taken as independent: answers to the same prompts agree more often,
+    so fewer would do. This is the noise of the prompts alone; that of training needs seeds.
+    """
+    variance = sum(p * (100 - p) for p in accuracies)
+    if not difference or not variance:
+        return None
+    n = math.ceil((CONFIDENCE_Z + POWER_Z) ** 2 * variance / difference**2)
+    return n if n <= 1_000_000_000 else None
+
+
+# -- runs ----------------------------------------------------------------------------------------------
+
+
+def find_runs(folder: Path) -> Runs:
+    """The finished runs; `ValueError` if there is none."""
+    runs: Runs = defaultdict(lambda: defaultdict(dict))
+    for report in sorted(folder.glob("*/*/seed-*/report.md")):
+        path = report.parent
+        objective, selector, seed = path.parts[-3:]
+        if selector in SELECTORS:
+            runs[objective][selector][int(seed.removeprefix("seed-"))] = read_run(path)
+    if not runs:
+        raise ValueError(f"{folder} holds no finished run; examples/ablation/run.sh makes them")
+    return runs
+
+
+def read_run(folder: Path) -> Run:
+    """One run's folder."""
+    rows = {name: _rows(folder / f"{name}.jsonl") for name in ("evaluations", "metrics")}
+    first, last = rows["evaluations"][0], rows["evaluations"][-1]
+    return Run(
+        before=100 * first["accuracy"],
+        after=100 * last["accuracy"],
+        prompts=int(last["prompts"]),
+        rewards=[row["reward_mean"] for row in rows["metrics"]],
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def selectors_of(runs: Runs) -> list[str]:
+    """The selectors that have runs, in their order."""
+    return [name for name in SELECTORS if any(runs[objective].get(name) for objective in runs)]
+
+
+def differences(runs: Runs) -> list[Difference]:
+    """`high` minus every other selector, by objective and over all of them."""
+    found = []
+    for selector in selectors_of(runs):
+        if selector == REFERENCE:
+            continue
+        by_seed: dict[int, list[float]] = defaultdict(list)
+        compared = 0
+        for objective, arms in runs.items():
+            high, other = arms.get(REFERENCE, {}), arms.get(selector, {})
+            seeds = sorted(set(high) & set(other))
+            if not seeds:
+                continue
+            compared += 1
+            points = [high[seed].after - other[seed].after for seed in seeds]
+            for seed, point in zip(seeds, points, strict=True):
+                by_seed[seed].append(point)
+            ends = tuple(statistics.fmean(arm[seed].after for seed in seeds) for arm in (high, other))
+            found.append(_difference(objective, selector, points, ends))
+        whole = [statistics.fmean(points) for points in by_seed.values() if len(points) == compared]
+        if compared > 1 and whole:
+            found.append(_difference(TOGETHER, selector, whole, None))
+    return found
+
+
+def _difference(
+    objective: str, selector: str, points: Sequence[float], accuracies: tuple[float, ...] | None
+) -> Difference:
+    mean = mean_of(points)
+    prompts = None if accuracies is None else prompts_needed(mean.mean, (accuracies[0], accuracies[1]))
+    return Difference(objective, selector, mean, seeds_needed(mean.mean, mean.std), prompts)
+
+
+# -- report --------------------------------------------------------------------------------------------
+
+
+def report(runs: Runs) -> str:
+    """Markdown: accuracies, paired differences, and what can be said."""
+    found = differences(runs)
+    return "\n\n".join(["# Ablation", accuracy_table(runs), difference_table(found), verdict(found)]) + "\n"
+
+
+def accuracy_table(runs: Runs) -> str:
+    """Objectives down, selectors across."""
+    names = selectors_of(runs)
+    counts = sorted({run.prompts for arms in runs.values() for arm in arms.values() for run in arm.values()})
+    lines = [
+        f"Held-out accuracy after training, percent over {' or '.join(map(str, counts))} prompts: mean and 95 % "
+        "interval over seeds, and how many seeds.\n",
+        f"| objective | at the start | {' | '.join(names)} |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for objective, arms in runs.items():
+        starts = {seed: run.before for arm in arms.values() for seed, run in arm.items()}
+        cells = [_accuracy(arms.get(name, {})) for name in names]
+        lines.append(f"| {objective} | {statistics.fmean(starts.values()):.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(arm: Mapping[int, Run]) -> str:
+    if not arm:
+        return "-"
+    mean = mean_of([run.after for run in arm.values()])
+    if mean.low is None or mean.high is None:
+        return f"{mean.mean:.1f} (1)"
+    return f"{mean.mean:.1f} ± {mean.high - mean.mean:.1f} ({mean.n})"
+
+
+def difference_table(found: Sequence[Difference]) -> str:
+    """A line a comparison."""
+    lines = [
+        f"Points by which `{REFERENCE}` is ahead, seed by seed, and what would tell a difference of that size apart "
+        "from none (5 %, power 80 %).\n",
+        "| objective | against | points | 95 % interval | seeds | seeds needed | prompts needed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        mean = each.points
+        ends = "-" if mean.low is None or mean.high is None else f"{mean.low:+.1f} to {mean.high:+.1f}"
+        needed = ["-" if n is None else f"{n:,}" for n in (each.seeds_needed, each.prompts_needed)]
+        lines.append(
+            f"| {each.objective} | {each.selector} | {mean.mean:+.1f} | {ends} | {mean.n} | {' | '.join(needed)} |"
+        )
+    lines.append(
+        "\nSeeds needed: with as many held-out prompts a seed as here. Prompts needed: for the prompts' own noise "
+        "alone, were training without any."
+    )
+    return "\n".join(lines)
+
+
+def verdict(found: Sequence[Difference]) -> str:
+    """In words: which differences are told, and which are not."""
+    if not found:
+        return f"Nothing to compare: no seed has both `{REFERENCE}` and another selector."
+    lines = []
+    for each in found:
+        mean, name = each.points, f"{each.objective}: `{REFERENCE}` against `{each.selector}`"
+        if mean.low is None:
+            lines.append(f"- {name}: one seed says nothing ({mean.mean:+.1f} points).")
+        elif each.told:
+            lines.append(f"- {name}: {'better' if mean.mean > 0 else 'worse'} by {abs(mean.mean):.1f} points.")
+        else:
+            wanted = f"; {each.seeds_needed:,} seeds would tell it" if each.seeds_needed else ""
+            lines.append(f"- {name}: no difference can be told ({mean.mean:+.1f} points over {mean.n} seeds{wanted}).")
+    told = sum(each.told for each in found)
+    lines.append(f"\n{told} of {len(found)} comparisons are told apart; by chance alone one in twenty would be.")
+    return "\n".join(lines)
+
+
+# -- picture -------------------------------------------------------------------------------------------
+
+
+def figure_of(runs: Runs) -> Figure:
+    """A column an objective: accuracy by selector, differences from `high`, and the reward on the way."""
+    columns = len(runs)
+    figure = Figure(figsize=(max(3.2 * columns, 4.5), 8.4), layout="constrained", facecolor="white")
+    panels = figure.subplots(3, columns, sharey="row", squeeze=False)
+    for column, (objective, arms) in enumerate(runs.items()):
+        _draw_accuracies(panels[0][column], arms, selectors_of(runs))
+        panels[0][column].set_title(objective.replace("_", "-"), fontsize=11, fontweight="bold", color=INK)
+        own = [each for each in differences(runs) if each.objective == objective]
+        _draw_differences(panels[1][column], own, arms)
+        _draw_rewards(panels[2][column], arms, selectors_of(runs))
+    labels = ("held-out accuracy, percent", f"{REFERENCE} minus other, points", "reward, mean over seeds")
+    for row, label in zip(panels, labels, strict=True):
+        row[0].set_ylabel(label, fontsize=10, color=INK)
+        for axes in row:
+            _finish(axes)
+    handles, names = panels[2][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower left", ncols=min(len(names), 6), fontsize=9, frameon=False)
+    return figure
+
+
+def _draw_accuracies(axes: Axes, arms: Mapping[str, Mapping[int, Run]], names: Sequence[str]) -> None:
+    starts = [run.before for arm in arms.values() for run in arm.values()]
+    axes.axhline(statistics.fmean(starts), color="#777777", linestyle=":", linewidth=1.2)
+    for place, name in enumerate(names):
+        values = [run.after for run in arms.get(name, {}).values()]
+        if values:
+            _draw_mean(axes, place, values, name)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def _draw_differences(axes: Axes, found: Sequence[Difference], arms: Mapping[str, Mapping[int, Run]]) -> None:
+    axes.axhline(0, color="#777777", linestyle=":", linewidth=1.2)
+    for place, each in enumerate(found):
+        high, other = arms[REFERENCE], arms[each.selector]
+        _draw_mean(axes, place, [high[s].after - other[s].after for s in set(high) & set(other)], each.selector)
+    axes.set_xticks(range(len(found)), [each.selector for each in found], rotation=30, ha="right")
+    axes.set_xlim(-0.6, max(len(found), 1) - 0.4)
+
+
+def _draw_mean(axes: Axes, place: int, values: Sequence[float], name: str) -> None:
+    colour, marker = SELECTORS[name]
+    mean = mean_of(values)
+    axes.plot([place - 0.22] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
+    if mean.low is not None and mean.high is not None:
+        axes.plot([place, place], [mean.low, mean.high], color=colour, linewidth=1.6)
+    axes.plot(place, mean.mean, marker, color=colour, markersize=7)
+
+
+def _draw_rewards(axes: Axes, arms: Mapping[str, Mapping[int, Run]], names: Sequence[str]) -> None:
+    for name in names:
+        curves = [run.rewards for run in arms.get(name, {}).values()]
+        if curves:
+            means = [statistics.fmean(step) for step in zip(*curves, strict=False)]
+            style = "--" if name == "dense" else "-"
+            axes.plot(range(1, len(means) + 1), means, style, color=SELECTORS[name][0], linewidth=1.4, label=name)
+    axes.set_xlabel("optimizer step", fontsize=10, color=INK)
+
+
+def _finish(axes: Axes) -> None:
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# -- the tool ------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Write table, JSON and picture; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="the folder of examples/ablation/run.sh")
+    parser.add_argument("--output", type=Path, help="folder for what is written; default: the runs' folder")
+    args = parser.parse_args(argv)
+    try:
+        runs = find_runs(args.runs)
+    except ValueError as error:
+        print(f"report_ablation: {error}", file=sys.stderr)
+        return 1
+    output: Path = args.output or args.runs
+    output.mkdir(parents=True, exist_ok=True)
+    text = report(runs)
+    (output / "ablation.md").write_text(text)
+    plain = {
+        o: {s: {seed: asdict(run) for seed, run in arm.items()} for s, arm in arms.items()} for o, arms in runs.items()
+    }
+    values = {"runs": plain, "differences": [asdict(each) | {"told": each.told} for each in differences(runs)]}
+    (output / "ablation.json").write_text(json.dumps(values, indent=2) + "\n")
+    figure_of(runs).savefig(output / "ablation.png", dpi=150)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
