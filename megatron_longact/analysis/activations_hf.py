@@ -119,7 +119,7 @@ def open_folder(
         layout=layout,
         attentions=attentions,
         layer_numbers=tuple(_number(each, i) for i, each in enumerate(attentions)),
-        taps=("projection", "norm") if has_norms else ("projection",),
+        taps=("projection", "norm") if norms else ("projection",),
         inv_freq=_inv_freq(model, layout.kv_channels),
         positions=int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)),
     )

@@ -82,7 +82,7 @@ def _spread(layer: int, part: str, scores: Tensor, *, kv_channels: int, ratio: f
         top_share=float(top.double().sum() / scores.double().sum()),
         outliers=int((relative >= OUTLIER).sum()),
         channels=len(scores),
-        median=float(scores.median()),
+        median=float(scores.float().quantile(0.5)),
         head=head,
         channel=channel,
         wavelength=None if rope is None else rope.wavelength(channel),
