@@ -132,6 +132,7 @@ def rope_pair(channel: int, pairs: int, *, interleaved: bool) -> int | None:
     return channel // 2 if interleaved else channel % pairs
 
 
-def folder_name(path: Path) -> str:
-    """What to call a checkpoint in a table."""
-    return path.name or path.resolve().name
+def run_name(path: Path) -> str:
+    """What to call a folder of checkpoints in a table: its name, or its parent's if it is called "checkpoints"."""
+    folder = path.resolve()
+    return folder.parent.name if folder.name == "checkpoints" else folder.name

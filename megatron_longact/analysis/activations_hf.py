@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_longact.analysis.activations import STATISTICS, Measurement, finish, folder_name
+from megatron_longact.analysis.activations import STATISTICS, Measurement, finish, run_name
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.saliency import Accumulator
@@ -113,7 +113,7 @@ def open_folder(
         isinstance(getattr(each, name, None), nn.Module) for each in attentions for name in ("q_norm", "k_norm")
     )
     return HFSource(
-        name=folder_name(folder),
+        name=run_name(folder),
         model=model.to(device).eval(),
         encode=encoder(tokenizer or folder, vocab_size=model.get_input_embeddings().weight.shape[0]),
         layout=layout,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from megatron_longact.analysis.activations import Source
+from megatron_longact.analysis.activations import Source, run_name
 from megatron_longact.analysis.activations_prompts import DEFAULT_LENGTHS, DEFAULT_TASKS, PromptOptions
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
 
@@ -26,6 +26,28 @@ class Session:
     sources: Iterator[Source]
     terminal: TextIO
     first: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as --load and --ckpt-step name it; step None is the latest."""
+
+    load: Path
+    step: int | None
+    name: str
+
+    @classmethod
+    def find(cls, load: Path, step: int | None) -> Checkpoint:
+        """Raises `ValueError` where there is none."""
+        try:
+            latest = (load / "latest_checkpointed_iteration.txt").read_text().strip()
+        except OSError as error:
+            raise ValueError(f"--load {load} holds no Megatron checkpoint: {error.strerror}") from error
+        name = latest if step is None else str(step)
+        if name.isdecimal() and not (load / f"iter_{int(name):07d}").is_dir():
+            there = sorted(int(path.name[5:]) for path in load.glob("iter_*"))
+            raise ValueError(f"--load {load} has no iteration {name}, it has {', '.join(map(str, there))}")
+        return cls(load, step, f"{run_name(load)} {name}")
 
 
 def add_model_args(parser: ArgumentParser) -> None:
@@ -132,6 +154,7 @@ def _hugging_face(args: Namespace) -> Iterator[Source]:
 def _megatron(args: Namespace, flags: list[str], output: Path) -> Iterator[Session]:
     import torch
 
+    checkpoints = [Checkpoint.find(load, step) for load in args.load for step in (args.ckpt_step or [None])]
     if args.cpu or torch.cuda.device_count() == 0:
         from megatron_longact import cpu as cpu_mode
 
@@ -142,7 +165,6 @@ def _megatron(args: Namespace, flags: list[str], output: Path) -> Iterator[Sessi
     from megatron_longact.analysis.activations_program import megatron_sources
     from megatron_longact.rl.reports.run_log import MEGATRON_LOG, output_in_file
 
-    checkpoints = [(load, step) for load in args.load for step in (args.ckpt_step or [None])]
     with output_in_file(output / MEGATRON_LOG) as terminal:
         first = int(os.environ.get("RANK", "0")) == 0
         yield Session(megatron_sources(checkpoints, flags), terminal, first)

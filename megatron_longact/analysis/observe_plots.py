@@ -59,7 +59,10 @@ def overview_figure(observation: Observation) -> Figure:
     _draw_by_layer(layers, observation)
     _draw_by_length(lengths, observation)
     _share_limits([layers, lengths])
-    figure.suptitle(f"{observation.name}: {observation.statistic} of Q and K channels", fontsize=11, color=INK)
+    length = list(observation.by_length)[-1]
+    at = f" at {length} tokens" if length else ""
+    title = f"{observation.name}: {observation.statistic} of Q and K channels{at}"
+    figure.suptitle(title, fontsize=11, color=INK)
     return figure
 
 

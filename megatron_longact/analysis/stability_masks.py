@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_longact.analysis.activations import folder_name
+from megatron_longact.analysis.activations import run_name
 from megatron_longact.analysis.stability_overlap import Choice
 from megatron_longact.conversion.safetensors_files import read_header
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
@@ -42,7 +42,7 @@ def _of_file(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
 
 def _of_folder(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
     folders = sorted(each for each in path.glob("iter_*") if each.is_dir()) or [iteration_folder(path)]
-    run = folder_name(path.resolve().parent if path.name == "checkpoints" else path)
+    run = run_name(path if folders[0] != path else path.parent)
     none = True
     for folder in folders:
         state = (read_common_state(folder).get("opt_param_scheduler") or {}).get("longact")

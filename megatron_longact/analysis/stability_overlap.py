@@ -161,22 +161,23 @@ def verdict(overlaps: Sequence[Overlap]) -> str:
     worst = min(overlaps, key=lambda each: each.worst[0])
     value, pair = worst.worst
     carried = [each.least_carried for each in overlaps if each.least_carried is not None]
-    least = min(carried, default=None)
+    least = min(carried, default=float("inf"))
     lines = [
-        f"{_answer(value, least)}: over {_and([each.axis for each in overlaps])} the lowest overlap is {value:.2f} "
-        f"({worst.axis}: {pair}), where chance gives {worst.mean_chance:.2f} and the same rows 1"
+        f"{_answer(overlaps, least)}: the lowest overlap is {value:.2f} ({worst.axis}: {pair}), where chance gives "
+        f"{worst.mean_chance:.2f} and the same rows 1"
     ]
-    lines += [f"a mask chosen on one carries at least {least:.1%} of what the other's own does"] * (least is not None)
-    lines += [f"mean overlap by {_and([f'{each.axis} {each.mean:.2f}' for each in overlaps])}"]
-    return "; ".join(lines)
+    lines += [f"a mask chosen on one carries at least {least:.1%} of what the other's own does"] * bool(carried)
+    lowest = [f"{each.axis} {each.worst[0]:.2f}" for each in overlaps]
+    return "; ".join([*lines, f"lowest overlap by axis: {', '.join(lowest)}"])
 
 
-def _answer(value: float, least_carried: float | None) -> str:
-    if value >= STABLE:
-        return "a mask chosen once would do"
-    if least_carried is not None and least_carried >= CARRIES:
+def _answer(overlaps: Sequence[Overlap], least_carried: float) -> str:
+    holds, fails = ([each.axis for each in overlaps if (each.worst[0] >= STABLE) == good] for good in (True, False))
+    if not fails:
+        return f"a mask chosen once would do over {_and(holds)}"
+    if CARRIES <= least_carried < float("inf"):
         return "a mask chosen once would nearly do: the rows that change are near the border"
-    return "a mask chosen once would not do"
+    return f"a mask chosen once would not do over {_and(fails)}" + (f", but over {_and(holds)}" if holds else "")
 
 
 def _and(words: Sequence[str]) -> str:

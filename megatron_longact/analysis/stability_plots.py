@@ -32,7 +32,7 @@ def matrices_figure(overlaps: Sequence[Overlap]) -> Figure:
     """The Jaccard overlap of every two choices, a panel an axis."""
     columns = min(2, len(overlaps))
     rows = -(-len(overlaps) // columns)
-    figure = Figure(figsize=(WIDTH_IN, 0.4 + 3.3 * rows), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH_IN, 0.4 + 3.0 * rows), layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, squeeze=False)
     norm = Normalize(0, 1)
     for place, axes in enumerate(panels.flat):
@@ -109,5 +109,6 @@ def _finish_curve(axes: Axes, title: str, chance: float) -> None:
     axes.text(0.99, chance + 0.015, "chance", ha="right", va="bottom", fontsize=9, color=FAINT_INK,
               transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_ylim(0, 1.03)
+    axes.margins(x=0.12)
     axes.set_ylabel("Jaccard overlap", fontsize=10)
     style(axes, title)

@@ -1,0 +1,228 @@
+"""tools/stability.py: overlap and chance on paper, what is said of them, and both kinds of model end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_longact.analysis.stability_masks import read_choices
+from megatron_longact.analysis.stability_overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
+from megatron_longact.conversion import to_megatron
+from megatron_longact.conversion.safetensors_files import SafetensorsWriter
+from megatron_longact.selection import QK, select_salient_channels
+from tests.test_observe import ROOT, load_tool
+from tests.tokenizers import SENTENCEPIECE
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def mask(*chosen: int, of: int = 10) -> Tensor:
+    rows = torch.zeros(1, of, dtype=torch.bool)
+    rows[0, list(chosen)] = True
+    return rows
+
+
+def test_overlap_on_paper() -> None:
+    scores = torch.arange(10.0)[None] + 1  # 1 to 10
+    a = Choice("a", QK(mask(7, 8, 9), mask(8, 9)), QK(scores, scores))
+    b = Choice("b", QK(mask(6, 8, 9), mask(0, 1)), QK(scores, scores))
+    compared = overlap("tasks", [a, b], [4])
+    assert compared.jaccard.tolist() == [[1.0, 2 / 8], [2 / 8, 1.0]]  # 2 + 0 rows in both, 4 + 4 in either
+    assert compared.layers.tolist() == [[0.5], [0.0]]
+    assert compared.worst == (0.25, "a and b")
+    common = 3 * 3 / 10 + 2 * 2 / 10
+    assert compared.chance[0, 1].item() == pytest.approx(common / (10 - common))
+    assert compared.carried is not None
+    assert compared.carried[0, 1].item() == pytest.approx(((8 + 9 + 10) / (7 + 9 + 10) + (9 + 10) / (1 + 2)) / 2)
+    assert compared.carried.diag().tolist() == [1.0, 1.0]
+    assert compared.layer_numbers == (4,)
+
+
+def test_chance_is_what_random_masks_have() -> None:
+    """Within 0.01: two hundred draws of 2 x 77 of 256 rows have a standard error of 0.001."""
+    torch.manual_seed(0)
+    masks = [QK(*(select_salient_channels(torch.rand(3, size), ratio=0.3) for size in (256, 128))) for _ in range(20)]
+    compared = overlap("tasks", [Choice(str(i), each) for i, each in enumerate(masks)], [1, 2, 3])
+    assert compared.mean == pytest.approx(compared.mean_chance, abs=0.01)
+    assert compared.mean_chance == pytest.approx(0.3 / 1.7, abs=0.003)
+    assert compared.carried is None
+
+
+def test_masks_of_other_models_are_refused() -> None:
+    one, other = (Choice(name, QK(mask(1, of=n), mask(1))) for name, n in (("one", 10), ("other", 12)))
+    with pytest.raises(ValueError, match="one, other are not of one shape"):
+        overlap("checkpoints", [one, other], [1])
+
+
+def test_jaccard_of_nothing_is_one() -> None:
+    assert jaccard(mask(), mask()) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("second", "scores", "said"),
+    [
+        (mask(1, 2, 3, 4, 5, 6, 7, 8, 9, of=20), None, "would do over seeds"),  # 8 of 9
+        (mask(1, 2, 3, 4, 9, 10, 11, 12, of=20), torch.ones(1, 20), "would nearly do"),
+        (mask(1, 2, 3, 4, 9, 10, 11, 12, of=20), 2.0 ** -torch.arange(20.0)[None], "would nearly do"),
+        (mask(11, 12, 13, 14, 15, 16, 17, 18, of=20), 2.0 ** -torch.arange(20.0)[None], "would not do"),
+        (mask(1, 2, 3, 4, 9, 10, 11, 12, of=20), None, "would not do"),
+    ],
+)
+def test_the_verdict_depends_on_overlap_and_on_what_is_carried(
+    second: Tensor, scores: Tensor | None, said: str
+) -> None:
+    first = mask(1, 2, 3, 4, 5, 6, 7, 8, of=20)
+    both = [None if scores is None else QK(scores, scores)] * 2
+    choices = [Choice(n, QK(m, m), s) for n, m, s in zip(("a", "b"), (first, second), both, strict=True)]
+    words = verdict([overlap("seeds", choices, [1])])
+    assert f"a mask chosen once {said}" in words
+    assert "seeds: a and b" in words
+    assert STABLE == 0.8
+    assert CARRIES == 0.95
+
+
+def write_masks(path: Path, masks: dict[str, Tensor]) -> Path:
+    with SafetensorsWriter(path, {name: (m.dtype, tuple(m.shape)) for name, m in masks.items()}) as writer:
+        for name, m in masks.items():
+            writer.write(name, m)
+    return path
+
+
+def mask_file(path: Path, *chosen: int) -> Path:
+    names = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qk"]
+    return write_masks(path, {name: mask(*chosen)[0] for name in names})
+
+
+def test_masks_of_files_are_compared_alone(tmp_path: Path, capsys: Any) -> None:
+    files = [mask_file(tmp_path / "early.safetensors", 1, 2, 3), mask_file(tmp_path / "late.safetensors", 1, 2, 4)]
+    output = tmp_path / "out"
+    assert run_tool("--masks", *files, "--output", output) == 0
+    results = json.loads((output / "stability.json").read_text())
+    axis = results["axes"]["runs' own masks"]
+    assert axis["names"] == ["early", "late"]
+    assert axis["jaccard"][0] == [1.0, 0.5]
+    assert axis["by_layer"] == {"layers": [1, 2], "q": [0.5, 0.5], "k": [0.5, 0.5]}
+    assert "would not do" in capsys.readouterr().out
+    assert {path.name for path in output.glob("*.png")} == {"matrices.png", "curves.png"}
+
+
+def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
+    """Checkpoints as Megatron's common state is read: with a mask, and before the first one."""
+    masks = {part: torch.stack([mask(1, 2)[0], mask(3, 4)[0]]) for part in ("q", "k")}
+    for iteration, made in ((1, None), (40, masks)):
+        folder = tmp_path / "run" / "checkpoints" / f"iter_{iteration:07d}"
+        folder.mkdir(parents=True)
+        (folder / "metadata.json").write_text("{}")
+        state = {"opt_param_scheduler": {"longact": {"masks": made, "layer_numbers": [1, 2]}}}
+        torch.save(state, folder / "common.pt")
+    choices, layers = read_choices([tmp_path / "run" / "checkpoints"])
+    assert [choice.name for choice in choices] == ["run 40"]
+    assert layers == (1, 2)
+    assert torch.equal(choices[0].masks.k, masks["k"])
+
+
+def run_tool(*arguments: str | Path) -> int:
+    status: int = load_tool("stability").main([str(argument) for argument in arguments])
+    return status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "either --hf-dir DIR or --load DIR"),
+        (["--masks", "nothing"], "nothing holds no Megatron checkpoint"),
+        (["--masks", "FILE"], "there is nothing to compare"),
+        (["--hf-dir", "nowhere", "--num-seeds", "0"], "--num-seeds is 0"),
+        (["--hf-dir", "nowhere", "--ratio", "1.5"], "--ratio is 1.5; it must be a share"),
+        (["--load", "nowhere"], "--load nowhere holds no Megatron checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, capsys: Any, arguments: list[str], said: str) -> None:
+    file = str(mask_file(tmp_path / "one.safetensors", 1, 2, 3))
+    given = [file if argument == "FILE" else argument for argument in arguments]
+    assert run_tool(*given, "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("stability: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def process(*arguments: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    """Run the tool; every process that it started has ended when this returns."""
+    command = [sys.executable, "tools/stability.py", *arguments]
+    started = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = started.communicate(timeout=timeout)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def two_models(folder: Path) -> None:
+    """Models a and b: a Qwen3 and the same with other K projections, in both formats."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "qwen3",
+        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=1024, max_position_embeddings=512, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name in ("a", "b"):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.k_proj.weight.mul_(torch.rand(64, 1) * 3)
+        model.save_pretrained(folder / name)
+        with redirect_stdout(io.StringIO()):
+            to_megatron.convert(folder / name, folder / f"{name}-megatron")
+
+
+def test_a_folder_and_its_megatron_checkpoint_give_the_same_overlaps(tmp_path: Path) -> None:
+    """Both checkpoints go through Megatron's `load_checkpoint`, one after the other, in one model."""
+    two_models(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "docs" / "method.md").read_text())
+    common = ["--prompts", text, "--lengths", "64", "256", "--num-samples", "3", "--num-seeds", "2"]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    status = run_tool("--hf-dir", *folders, "--tokenizer", SENTENCEPIECE, *common, "--output", tmp_path / "hf")
+    assert status == 0
+    flags = ["--use-checkpoint-args", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
+    loads = [str(tmp_path / "a-megatron"), str(tmp_path / "b-megatron")]
+    result = process(
+        "--load", *loads, *flags, str(SENTENCEPIECE), *map(str, common), "--output", str(tmp_path / "megatron")
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    hf, megatron = (json.loads((tmp_path / n / "stability.json").read_text())["axes"] for n in ("hf", "megatron"))
+    assert set(hf) == set(megatron) == {"context lengths", "seeds", "checkpoints", "statistics and taps"}
+    for axis, ours in hf.items():
+        # one row of a hundred at the border, chosen by the last bit, changes the overlap by about 0.01
+        got, wanted = (torch.tensor(each[axis]["jaccard"]) for each in (megatron, hf))
+        assert got.allclose(wanted, rtol=0, atol=0.025), axis
+        assert torch.tensor(ours["carried"]).diag().allclose(torch.tensor(1.0))
+    checkpoints = torch.tensor(hf["checkpoints"]["by_layer"]["k"])
+    assert checkpoints[0] < 0.8  # K was changed
+    assert hf["checkpoints"]["by_layer"]["q"][0] == 1.0  # Q of the first layer was not
+    assert megatron["checkpoints"]["names"] == ["a-megatron release", "b-megatron release"]
