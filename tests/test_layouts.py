@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_longact import LongActConfig
+from megatron_longact import LongAct, LongActConfig
 from tests import ranks
-from tests.models import ModelSpec, OptimizerSpec
+from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
 from tests.ranks import Layout
-from tests.runs import frozen_rows_stay, train, train_naively
+from tests.runs import frozen_rows_stay, name_all, train, train_naively
 
 FP32_RELATIVE = 2e-5
 """Sums over tokens and shards are rounded in another order; three AdamW steps pass that on."""
@@ -159,6 +159,31 @@ def test_frozen_rows_are_bit_identical(dtype: str, optimizer: OptimizerSpec, lay
         assert count["active"] > 0
         assert count["active same"] == 0
     assert sum(count["frozen"] for count in counts) > 0
+
+
+def saved_bytes(spec: ModelSpec, optimizer: OptimizerSpec) -> tuple[int, int, int]:
+    """Bytes that strict freeze holds during the step, those of the frozen elements, and parts that stay held."""
+    built = build(spec, optimizer)
+    longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig())
+    [freeze] = longact._freezes
+    seen: list[int] = []
+    freeze.inner.register_step_pre_hook(
+        lambda *_: seen.append(sum(values.untyped_storage().nbytes() for *_, values in freeze._saved))
+    )
+    train_step(built, random_tokens(8, 16), before_forward=name_all(longact))
+    parts = [part for shard in freeze.shards for part in shard.parts(shard.masters()[0], longact._frozen)]
+    return seen[0], sum(view[rows].numel() * 4 for view, rows in parts), len(freeze._saved)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", [OptimizerSpec(), DISTRIBUTED], ids=["whole", "distributed"])
+def test_strict_freeze_saves_the_frozen_part_and_no_more(dtype: str, optimizer: OptimizerSpec) -> None:
+    run = {"layout": Layout(tp=2), "world_size": 4, "spec": ModelSpec(dtype=dtype), "optimizer": optimizer}
+    results = ranks.run(saved_bytes, **run)
+    assert sum(saved for saved, *_ in results) > 0
+    for saved, frozen, left in results:
+        assert saved == frozen
+        assert left == 0
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerSpec(), OVERLAPPED], ids=["whole", "overlapped"])

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -27,7 +26,7 @@ from megatron_longact.evaluation.predictions import Id, Row, check_complete
 from megatron_longact.evaluation.samples import groups_of
 from megatron_longact.evaluation.scoring import report, rows_by_id
 from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
-from megatron_longact.rl.rollouts.static_engine import StaticRolloutEngine
+from megatron_longact.rl.rollouts.engines import rollout_engine
 
 INFERENCE_FLAGS = ["--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-size=1", "--seq-length=64"]
 """What Megatron asks every program for, or would otherwise load."""
@@ -58,11 +57,10 @@ def _check(args: Namespace) -> None:
         "--sequence-parallel": args.sequence_parallel,
         "--context-parallel-size": args.context_parallel_size > 1,
         "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
-        "--inference-dynamic-batching": args.inference_dynamic_batching,
     }
     for flag, given in refused.items():
         if given:
-            raise ValueError(f"the evaluation does not work with {flag}: it generates with the static inference engine")
+            raise ValueError(f"the evaluation does not work with {flag}: the inference engines cannot generate with it")
 
 
 def _iteration(args: Namespace) -> str:
@@ -130,16 +128,9 @@ class Evaluation:
             return
         model, pgs = self._load()
         tokenizer = get_tokenizer()
-        engine = StaticRolloutEngine(
-            unwrap_model(model[0]),
-            eod=tokenizer.eod,
-            vocab_size=tokenizer.vocab_size,
-            max_batch_size=self.args.inference_max_requests,
-            dp_group=pgs.dp,
-        )
         rows = predict(
             self.groups,
-            engine,
+            rollout_engine(self.args, model, pgs),
             done=done,
             chunk=self.args.inference_max_requests * pgs.dp.size(),
             temperature=self.config.temperature,

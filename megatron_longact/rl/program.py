@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.global_vars import get_tensorboard_writer, get_tokenizer
 from megatron.training.initialize import initialize_megatron
-from torch import nn
 
 from megatron_longact.checkpointing import check_load
 from megatron_longact.longact import LongAct
@@ -34,9 +32,8 @@ from megatron_longact.rl.reports.audit import RowAudit
 from megatron_longact.rl.reports.outcome import REPORT, write_outcome
 from megatron_longact.rl.reports.run_log import MetricsLog, Progress
 from megatron_longact.rl.rollouts.collect import Collector
-from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine, inference_config_from_args
+from megatron_longact.rl.rollouts.engines import rollout_engine
 from megatron_longact.rl.rollouts.evaluation import Judge
-from megatron_longact.rl.rollouts.static_engine import RolloutEngine, StaticRolloutEngine
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer
 
@@ -108,7 +105,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         dp_size=pgs.dp.size(),
         pp_size=pgs.pp.size(),
     )
-    engine = _engine(args, trainer.model, pgs)
+    engine = rollout_engine(args, trainer.model, pgs)
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
     longact = LongAct.of(trainer.optimizer)
     return RLLoop(
@@ -149,27 +146,6 @@ def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
     return MegatronTrainer(args, model, optimizer, scheduler, checkpointing_context=context)
-
-
-def _engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
-    """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one."""
-    tokenizer, unwrapped = get_tokenizer(), unwrap_model(model[0])
-    if args.inference_dynamic_batching:
-        return DynamicRolloutEngine(
-            unwrapped,
-            config=inference_config_from_args(args, unwrapped),
-            eod=tokenizer.eod,
-            vocab_size=tokenizer.vocab_size,
-            dp_group=pgs.dp,
-            mp_group=pgs.mp,
-        )
-    return StaticRolloutEngine(
-        unwrapped,
-        eod=tokenizer.eod,
-        vocab_size=tokenizer.vocab_size,
-        max_batch_size=args.inference_max_requests,
-        dp_group=pgs.dp,
-    )
 
 
 def _logs(args: Namespace, terminal: TextIO) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
 def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """What was counted, and the count, as text."""
     moved = f"{summary.moved} of {summary.rows} ({summary.moved / summary.rows:.1%})"
-    pass_at = [(f"held-out pass@{k}", f"{old:.1%} before, {new:.1%} after") for k, (old, new) in summary.pass_at.items()]
+    pass_at = [
+        (f"held-out pass@{k}", f"{old:.1%} before, {new:.1%} after") for k, (old, new) in summary.pass_at.items()
+    ]
     if summary.longact_time_share is None:
         return [*pass_at, ("LongAct", "off: every Q/K row trains"), ("Q/K rows that moved", moved)]
     return [

@@ -1,0 +1,38 @@
+"""Which of the two engines makes the responses."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.global_vars import get_tokenizer
+from torch import nn
+
+from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine, inference_config_from_args
+from megatron_longact.rl.rollouts.static_engine import RolloutEngine, StaticRolloutEngine
+
+
+def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
+    """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one.
+
+    args: Megatron's; model: its chunks, of which there must be one.
+    """
+    tokenizer, unwrapped = get_tokenizer(), unwrap_model(model[0])
+    if args.inference_dynamic_batching:
+        return DynamicRolloutEngine(
+            unwrapped,
+            config=inference_config_from_args(args, unwrapped),
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            dp_group=pgs.dp,
+            mp_group=pgs.mp,
+        )
+    return StaticRolloutEngine(
+        unwrapped,
+        eod=tokenizer.eod,
+        vocab_size=tokenizer.vocab_size,
+        max_batch_size=args.inference_max_requests,
+        dp_group=pgs.dp,
+    )
