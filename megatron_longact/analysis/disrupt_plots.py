@@ -40,9 +40,9 @@ def disruption_figure(results: Results) -> Figure:
     for row, replacement in zip(panels, replacements, strict=True):
         shown = [run for run in runs if run["replacement"] in (None, replacement)]
         _draw_accuracy(row[0], shown, title=f"channels replaced by {REPLACED_BY[replacement]}")
-        _draw_bars(row[1], shown, "loop_share", label="response tokens in a loop, percent", title="repetition")
+        _draw_bars(row[1], shown, "loop_share", label="tokens in a loop, percent", title="repetition")
         if with_text:
-            _draw_bars(row[2], shown, "perplexity", label="perplexity of text", title="text", log=True)
+            _draw_bars(row[2], shown, "perplexity", label="perplexity", title="text")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=9, frameon=False)
     return figure
@@ -76,7 +76,7 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Results], *, title: str) -> None:
     _finish(axes, title)
 
 
-def _draw_bars(axes: Axes, runs: Sequence[Results], metric: str, *, label: str, title: str, log: bool = False) -> None:
+def _draw_bars(axes: Axes, runs: Sequence[Results], metric: str, *, label: str, title: str) -> None:
     for place, run in enumerate(runs):
         _, colour, _ = STYLES[run["channels"]]
         value = run[metric]
@@ -84,10 +84,11 @@ def _draw_bars(axes: Axes, runs: Sequence[Results], metric: str, *, label: str, 
         axes.annotate(
             f"{value:.3g}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=INK
         )
-    if log:
+    values = [run[metric] for run in runs]
+    if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.margins(y=0.15)
-    axes.set_xticks(range(len(runs)), [STYLES[run["channels"]][0] for run in runs], rotation=25)
+    axes.set_xticks(range(len(runs)), [STYLES[run["channels"]][0] for run in runs], rotation=25, ha="right")
     axes.set_ylabel(label, fontsize=10)
     _finish(axes, title)
 

@@ -197,7 +197,7 @@ class Disruption:
     def _report(self, runs: list[Run], chosen: dict[str, QK], statistics: RowStatistics) -> None:
         if self.terminal is None:
             return
-        results = {
+        results: dict[str, Any] = {
             "settings": _settings(self.args, self.config, self.folder),
             "measured": {"prompts": len(self.measured), "tokens": statistics.tokens},
             "channels": {name: _described(masks, chosen) for name, masks in chosen.items()},
