@@ -22,11 +22,12 @@ import os
 import runpy
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+
+from megatron_longact.tool_command import is_refusal
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
@@ -129,7 +130,7 @@ def _run(program: _Program) -> int:
         with megatron_training.attached():
             program.run()
     except Exception as error:
-        if _is_refusal(error) and not os.environ.get("LONGACT_TRACEBACK"):
+        if is_refusal(error) and not os.environ.get("LONGACT_TRACEBACK"):
             _say_once(str(error))
         else:
             error = error.with_traceback(_without_launcher(error.__traceback__))
@@ -138,14 +139,6 @@ def _run(program: _Program) -> int:
         _end_soon()
         return 1
     return 0
-
-
-def _is_refusal(error: Exception) -> bool:
-    """A `ValueError` that this package raised itself; one from anywhere else is a crash."""
-    if not isinstance(error, ValueError):
-        return False
-    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("megatron_longact.")
 
 
 def _without_launcher(frames: TracebackType | None) -> TracebackType | None:

@@ -1,0 +1,55 @@
+"""What the tools share: a user's mistake ends them with one line, and they start Megatron by themselves."""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+
+def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
+    """The exit status of a tool: 0; or 1 with one line on stderr, from rank 0, for a `ValueError` of this package."""
+    try:
+        action()
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{tool}:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks when the first one ends
+        return 1
+    return 0
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether it is a `ValueError` that this package raised itself; one from anywhere else is a crash."""
+    if not isinstance(error, ValueError):
+        return False
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("megatron_longact.")
+
+
+def become_megatron_program(argv: list[str], *, cpu: bool) -> None:
+    """Set this process up for Megatron's parser and launcher: `sys.argv`, CPU mode, and an address for one process.
+
+    argv: Megatron's flags and the tool's; cpu: run on the CPU, which without a GPU happens by itself. Call it before
+    Megatron is imported.
+    """
+    import torch
+
+    sys.argv[1:] = argv
+    if cpu or torch.cuda.device_count() == 0:
+        from megatron_longact import cpu as cpu_mode
+
+        cpu_mode.enable_cpu_mode()
+        sys.argv += cpu_mode.missing_cpu_flags(argv)
+    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+
+
+def _free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
