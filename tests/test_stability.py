@@ -20,6 +20,7 @@ from megatron_longact.analysis.stability_masks import read_choices
 from megatron_longact.analysis.stability_overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
 from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.safetensors_files import SafetensorsWriter
+from megatron_longact.conversion.torch_dist import COMMON, TorchDistWriter
 from megatron_longact.selection import QK, select_salient_channels
 from tests.test_observe import ROOT, load_tool
 from tests.tokenizers import SENTENCEPIECE
@@ -74,7 +75,7 @@ def test_jaccard_of_nothing_is_one() -> None:
     [
         (mask(1, 2, 3, 4, 5, 6, 7, 8, 9, of=20), None, "would do over seeds"),  # 8 of 9
         (mask(1, 2, 3, 4, 9, 10, 11, 12, of=20), torch.ones(1, 20), "would nearly do"),
-        (mask(1, 2, 3, 4, 9, 10, 11, 12, of=20), 2.0 ** -torch.arange(20.0)[None], "would nearly do"),
+        (mask(1, 2, 3, 4, 5, 9, 10, 11, of=20), 2.0 ** -torch.arange(20.0)[None], "would nearly do"),
         (mask(11, 12, 13, 14, 15, 16, 17, 18, of=20), 2.0 ** -torch.arange(20.0)[None], "would not do"),
         (mask(1, 2, 3, 4, 9, 10, 11, 12, of=20), None, "would not do"),
     ],
@@ -88,8 +89,13 @@ def test_the_verdict_depends_on_overlap_and_on_what_is_carried(
     words = verdict([overlap("seeds", choices, [1])])
     assert f"a mask chosen once {said}" in words
     assert "seeds: a and b" in words
-    assert STABLE == 0.8
-    assert CARRIES == 0.95
+    assert (STABLE, CARRIES) == (0.8, 0.95)
+
+
+def test_the_verdict_says_over_what_a_mask_would_hold() -> None:
+    first, same, other = (Choice(str(i), QK(m, m)) for i, m in enumerate((mask(1, 2), mask(1, 2), mask(7, 8))))
+    words = verdict([overlap("tasks", [first, other], [1]), overlap("seeds", [first, same], [1])])
+    assert words.startswith("a mask chosen once would not do over tasks, but over seeds: the lowest overlap is 0.00")
 
 
 def write_masks(path: Path, masks: dict[str, Tensor]) -> Path:
@@ -123,9 +129,10 @@ def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
     for iteration, made in ((1, None), (40, masks)):
         folder = tmp_path / "run" / "checkpoints" / f"iter_{iteration:07d}"
         folder.mkdir(parents=True)
-        (folder / "metadata.json").write_text("{}")
         state = {"opt_param_scheduler": {"longact": {"masks": made, "layer_numbers": [1, 2]}}}
-        torch.save(state, folder / "common.pt")
+        writer = TorchDistWriter(folder)
+        writer.write_file("__0_0", iter(()), objects={COMMON: state})
+        writer.finish()
     choices, layers = read_choices([tmp_path / "run" / "checkpoints"])
     assert [choice.name for choice in choices] == ["run 40"]
     assert layers == (1, 2)

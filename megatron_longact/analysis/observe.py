@@ -120,7 +120,7 @@ def verdicts(observation: Observation) -> list[str]:
 
 
 def _where(observation: Observation) -> str:
-    """In which half of the RoPE frequencies the outliers are; where there are none, the largest of each layer."""
+    """In which half of the RoPE frequencies the largest channels are."""
     rope = observation.rope
     assert rope is not None
     middle = sorted(rope.wavelengths)[len(rope.wavelengths) // 2]

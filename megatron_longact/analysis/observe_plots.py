@@ -208,10 +208,18 @@ def rope_figure(observation: Observation) -> Figure:
             axes.grid(visible=False)
             axes.set_yticks([layers.index(layer) for layer in _ticks(list(layers))], _ticks(list(layers)))
             places = np.unique(np.linspace(0, len(wavelengths) - 1, 6).round().astype(int))
-            axes.set_xticks(places, [f"{wavelengths[place]:,.0f}" for place in places])
+            axes.set_xticks(places, [_short(wavelengths[place]) for place in places])
             axes.set_xlabel("RoPE wavelength, tokens", fontsize=10)
             axes.set_ylabel("layer", fontsize=10)
     bar = figure.colorbar(ScalarMappable(norm, "Blues"), ax=panels, aspect=30)
     bar.set_label("largest channel, times the layer's median", fontsize=10)
     bar.ax.tick_params(labelsize=9, colors=INK)
     return figure
+
+
+def _short(tokens: float) -> str:
+    """A number of tokens in four signs or less."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if tokens >= factor:
+            return f"{tokens / factor:.2g}{unit}" if tokens < 100 * factor else f"{tokens / factor:.0f}{unit}"
+    return f"{tokens:.0f}"

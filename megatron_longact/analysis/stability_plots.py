@@ -45,7 +45,8 @@ def matrices_figure(overlaps: Sequence[Overlap]) -> Figure:
     bar.ax.tick_params(labelsize=9, colors=INK)
     chance = overlaps[0].mean_chance
     bar.ax.axhline(chance, color=INK, linewidth=1.5)
-    bar.ax.text(1.4, chance, "chance", fontsize=9, color=INK, va="bottom", transform=bar.ax.get_yaxis_transform())
+    ticks = [tick for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0) if abs(tick - chance) > 0.06]
+    bar.set_ticks([*ticks, chance], labels=[*(f"{tick:.1f}" for tick in ticks), "chance"])
     return figure
 
 
