@@ -3,7 +3,7 @@
 | seam of megatron.training | what LongAct does there |
 |---|---|
 | `arguments.parse_args` | knows the `--longact-*` flags, and refuses at once what does not work |
-| `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` sets what Megatron 0.19 leaves out, such as q/k-layernorm |
+| `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` also sets q/k-layernorm and its like |
 | `argument_utils.gpt_config_from_args` | `--rope-scaling-factor` reaches the model |
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |

@@ -32,21 +32,25 @@ def is_refusal(error: Exception) -> bool:
 
 
 def become_megatron_program(argv: list[str], *, cpu: bool) -> None:
-    """Set this process up for Megatron's parser and launcher: `sys.argv`, CPU mode, and an address for one process.
+    """Set this process up for Megatron's parser, which reads `sys.argv`; see `megatron_flags`."""
+    sys.argv[1:] = megatron_flags(argv, cpu=cpu)
 
-    argv: Megatron's flags and the tool's; cpu: run on the CPU, which without a GPU happens by itself. Call it before
-    Megatron is imported.
+
+def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
+    """Flags for Megatron, with what a CPU run needs, which is switched on; and an address for a process alone.
+
+    cpu: run on the CPU, which without a GPU happens by itself. Call it before Megatron is imported.
     """
     import torch
 
-    sys.argv[1:] = argv
-    if cpu or torch.cuda.device_count() == 0:
-        from megatron_longact import cpu as cpu_mode
-
-        cpu_mode.enable_cpu_mode()
-        sys.argv += cpu_mode.missing_cpu_flags(argv)
     if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    if not cpu and torch.cuda.device_count() > 0:
+        return flags
+    from megatron_longact import cpu as cpu_mode
+
+    cpu_mode.enable_cpu_mode()
+    return flags + cpu_mode.missing_cpu_flags(flags)
 
 
 def _free_port() -> str:

@@ -13,12 +13,10 @@ Results are in --output (default: runs/disrupt): results.json, responses.jsonl, 
 """
 
 import argparse
-import os
-import socket
 import sys
-import time
-import traceback
 from pathlib import Path
+
+from megatron_longact.tool_command import become_megatron_program, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -31,51 +29,16 @@ def main(argv: list[str]) -> int:
 
     from megatron_longact.analysis.disrupt_arguments import add_disrupt_args, config_from_args
 
-    try:
-        args, _ = add_disrupt_args(parser).parse_known_args(argv)
+    args, _ = add_disrupt_args(parser).parse_known_args(argv)
+
+    def action() -> None:
         config_from_args(args)
-        _run_megatron([argument for argument in argv if argument != "--cpu"], cpu=args.cpu)
-    except ValueError as error:
-        if not _is_refusal(error):
-            raise
-        _say_once(str(error))
-        return 1
-    return 0
+        become_megatron_program([argument for argument in argv if argument != "--cpu"], cpu=args.cpu)
+        from megatron_longact.analysis import disrupt_program
 
+        disrupt_program.main()
 
-def _run_megatron(argv: list[str], *, cpu: bool) -> None:
-    import torch
-
-    sys.argv[1:] = argv
-    if cpu or torch.cuda.device_count() == 0:
-        from megatron_longact import cpu as cpu_mode
-
-        cpu_mode.enable_cpu_mode()
-        sys.argv += cpu_mode.missing_cpu_flags(argv)
-    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    from megatron_longact.analysis import disrupt_program
-
-    disrupt_program.main()
-
-
-def _free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
-def _is_refusal(error: ValueError) -> bool:
-    """Whether this package raised it; one from anywhere else is a crash."""
-    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("megatron_longact.")
-
-
-def _say_once(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print("disrupt:", " ".join(message.split()), file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # torchrun ends all ranks when the first one ends
+    return end_in_one_line("disrupt", action)
 
 
 if __name__ == "__main__":

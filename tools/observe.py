@@ -16,7 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_longact.analysis import activations_command, activations_models
+from megatron_longact.analysis import activations_models
+from megatron_longact.tool_command import end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
 
             observe.run(session, options, statistic=args.statistic, ratio=args.ratio, output=args.output)
 
-    return activations_command.run("observe", action)
+    return end_in_one_line("observe", action)
 
 
 if __name__ == "__main__":

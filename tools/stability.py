@@ -21,8 +21,9 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_longact.analysis import activations_command, activations_models
+from megatron_longact.analysis import activations_models
 from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
+from megatron_longact.tool_command import end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
             terminal=sys.stdout,
         )
 
-    return activations_command.run("stability", action)
+    return end_in_one_line("stability", action)
 
 
 if __name__ == "__main__":

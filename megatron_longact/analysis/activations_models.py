@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import TextIO
 from megatron_longact.analysis.activations import Source, run_name
 from megatron_longact.analysis.activations_prompts import DEFAULT_LENGTHS, DEFAULT_TASKS, PromptOptions
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
+from megatron_longact.tool_command import megatron_flags
 
 RULER_FILES = ("essays", "words", "squad", "hotpotqa")
 
@@ -152,25 +152,11 @@ def _hugging_face(args: Namespace) -> Iterator[Source]:
 
 @contextmanager
 def _megatron(args: Namespace, flags: list[str], output: Path) -> Iterator[Session]:
-    import torch
-
     checkpoints = [Checkpoint.find(load, step) for load in args.load for step in (args.ckpt_step or [None])]
-    if args.cpu or torch.cuda.device_count() == 0:
-        from megatron_longact import cpu as cpu_mode
-
-        cpu_mode.enable_cpu_mode()
-        flags += cpu_mode.missing_cpu_flags(flags)
-    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    flags = megatron_flags(flags, cpu=args.cpu)
     from megatron_longact.analysis.activations_program import megatron_sources
     from megatron_longact.rl.reports.run_log import MEGATRON_LOG, output_in_file
 
     with output_in_file(output / MEGATRON_LOG) as terminal:
         first = int(os.environ.get("RANK", "0")) == 0
         yield Session(megatron_sources(checkpoints, flags), terminal, first)
-
-
-def _free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
