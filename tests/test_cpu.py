@@ -24,7 +24,7 @@ def test_flags_that_the_user_gave_are_left_alone() -> None:
     }
 
 
-def test_only_the_launcher_imports_it() -> None:
+def test_only_the_launcher_and_the_tools_import_it() -> None:
     package = Path(megatron_longact.__file__).parent
     importers = set()
     for path in package.rglob("*.py"):
@@ -35,7 +35,7 @@ def test_only_the_launcher_imports_it() -> None:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if "megatron_longact.cpu" in names:
                 importers.add(path.relative_to(package).as_posix())
-    assert importers == {"run.py"}
+    assert importers == {"run.py", "tool_command.py"}
 
 
 # -- devices and generators ----------------------------------------------------------------------------
