@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
+from megatron_longact.conversion.torch_dist import TRACKER
+
 logger = logging.getLogger(__name__)
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
@@ -69,7 +70,7 @@ def mend_tracker(folder: str | None) -> None:
     Megatron ends with exit code 0, having trained nothing, when the file is empty. It is written after the
     checkpoint that it names is complete. Raises `ValueError` if no complete checkpoint lies beside it.
     """
-    tracker = Path(folder or "", _TRACKER)
+    tracker = Path(folder or "", TRACKER)
     if folder is None or not tracker.is_file():
         return
     text = tracker.read_text().strip()
@@ -108,7 +109,7 @@ def check_model_shape(args: Namespace) -> None:
 
 
 def _saved_args(folder: str | None, ckpt_step: int | None) -> Namespace | None:
-    tracker = Path(folder or "", _TRACKER)
+    tracker = Path(folder or "", TRACKER)
     if folder is None or not tracker.is_file():
         return None
     iteration = str(ckpt_step or tracker.read_text().strip())

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from megatron_longact.analysis.activations import Source, run_name
 from megatron_longact.analysis.activations_prompts import DEFAULT_LENGTHS, DEFAULT_TASKS, PromptOptions
+from megatron_longact.conversion.torch_dist import latest_iteration
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
 from megatron_longact.tool_command import megatron_flags
 
@@ -39,10 +40,7 @@ class Checkpoint:
     @classmethod
     def find(cls, load: Path, step: int | None) -> Checkpoint:
         """Raises `ValueError` where there is none."""
-        try:
-            latest = (load / "latest_checkpointed_iteration.txt").read_text().strip()
-        except OSError as error:
-            raise ValueError(f"--load {load} holds no Megatron checkpoint: {error.strerror}") from error
+        latest = latest_iteration(load)
         name = latest if step is None else str(step)
         if name.isdecimal() and not (load / f"iter_{int(name):07d}").is_dir():
             there = sorted(int(path.name[5:]) for path in load.glob("iter_*"))

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
-from megatron.training import training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.initialize import initialize_megatron
-from torch import nn
 
 from megatron_longact.analysis import disrupt_report
 from megatron_longact.analysis.disrupt import (
@@ -41,8 +35,8 @@ from megatron_longact.analysis.disrupt_arguments import (
 from megatron_longact.analysis.disrupt_report import Run
 from megatron_longact.analysis.disrupt_tasks import SCORES, Row, measured_samples, responses, scored_samples
 from megatron_longact.analysis.disrupt_text import perplexity, text_windows
+from megatron_longact.checkpoint_model import check_layout, load_model, parse_args
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
-from megatron_longact.evaluation.program import INFERENCE_FLAGS
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
@@ -55,10 +49,8 @@ def main() -> None:
     """Disturb the checkpoint of `--load`."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config = config_from_args(add_disrupt_args(early).parse_known_args()[0])
-    given = {argument.split("=", 1)[0] for argument in sys.argv}
-    sys.argv += [flag for flag in INFERENCE_FLAGS if flag.split("=", 1)[0] not in given]
     with output_in_file(config.output / MEGATRON_LOG) as terminal:
-        args = parse_and_validate_args(extra_args_provider=add_disrupt_args)
+        args = parse_args(add_disrupt_args)
         _check(args)
         folder = iteration_folder(Path(args.load), args.ckpt_step)
         initialize_megatron()
@@ -66,10 +58,8 @@ def main() -> None:
 
 
 def _check(args: Namespace) -> None:
+    check_layout(args, "tools/disrupt.py")
     refused = {
-        "--sequence-parallel": args.sequence_parallel,
-        "--context-parallel-size": args.context_parallel_size > 1,
-        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
         "--inference-dynamic-batching": args.inference_dynamic_batching,
         "--cuda-graph-impl": getattr(args, "cuda_graph_impl", "none") not in (None, "none"),
     }
@@ -92,7 +82,7 @@ class Disruption:
         self.measured = measured_samples(config, self.tokenizer, positions=positions)
         self.windows = _windows(config, self.tokenizer, positions=positions)
         self.pgs = ProcessGroupCollection.use_mpu_process_groups()
-        self.model = self._load()
+        self.model = load_model(args, self.pgs)
         self.qkv = QKVModel.find(self.model)
         self.engine = StaticRolloutEngine(
             unwrap_model(self.model[0]),
@@ -117,15 +107,6 @@ class Disruption:
         if progress is not None:
             progress.close()
         self._report(runs, chosen, statistics)
-
-    def _load(self) -> Sequence[nn.Module]:
-        model, _, _ = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            cfg_container=pretrain_cfg_container_from_args(self.args, gpt_config_from_args(self.args)),
-            pg_collection=self.pgs,
-        )
-        chunks: Sequence[nn.Module] = model
-        return chunks
 
     def _measure(self) -> RowStatistics:
         with RowMeasurement(self.qkv) as measurement:

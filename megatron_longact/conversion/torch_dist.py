@@ -194,6 +194,14 @@ def _line(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__).split("\n")[0]
 
 
+def latest_iteration(load: str | Path) -> str:
+    """What the tracker file of `--load` names: an iteration, or "release"; ValueError where there is none."""
+    try:
+        return (Path(load) / TRACKER).read_text().strip()
+    except OSError as error:
+        raise ValueError(f"--load {load} holds no Megatron checkpoint: {error.strerror}") from error
+
+
 def iteration_folder(load: Path, ckpt_step: int | None = None) -> Path:
     """The folder of one iteration in what is given to `--load`: the latest, or that of `ckpt_step`.
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
+from megatron_longact.checkpoint_model import check_layout, load_model, parse_args
+from megatron_longact.conversion.torch_dist import latest_iteration
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.predicting import predict
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
@@ -28,8 +24,6 @@ from megatron_longact.evaluation.scoring import report, rows_by_id
 from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
 from megatron_longact.rl.rollouts.engines import rollout_engine
 
-INFERENCE_FLAGS = ["--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-size=1", "--seq-length=64"]
-"""What Megatron asks every program for, or would otherwise load."""
 _CONTENT = {"output", "keep_inputs"}
 """Settings that do not change what is predicted."""
 
@@ -38,39 +32,12 @@ def main() -> None:
     """Evaluate the checkpoint of `--load`, going on from what `--output` holds of the same evaluation."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config = config_from_args(add_evaluation_args(early).parse_known_args()[0])
-    given = {argument.split("=", 1)[0] for argument in sys.argv}
-    sys.argv += [flag for flag in INFERENCE_FLAGS if flag.split("=", 1)[0] not in given]
     with output_in_file(config.output / MEGATRON_LOG) as terminal:
-        args = parse_and_validate_args(extra_args_provider=_add_args)
-        _check(args)
-        iteration = _iteration(args)
+        args = parse_args(add_evaluation_args)
+        check_layout(args, "the evaluation")
+        iteration = latest_iteration(args.load) if args.ckpt_step is None else str(args.ckpt_step)
         initialize_megatron()
         Evaluation(args, config, iteration=iteration, terminal=terminal).run()
-
-
-def _add_args(parser: ArgumentParser) -> ArgumentParser:
-    return add_evaluation_args(parser)
-
-
-def _check(args: Namespace) -> None:
-    refused = {
-        "--sequence-parallel": args.sequence_parallel,
-        "--context-parallel-size": args.context_parallel_size > 1,
-        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
-    }
-    for flag, given in refused.items():
-        if given:
-            raise ValueError(f"the evaluation does not work with {flag}: the inference engines cannot generate with it")
-
-
-def _iteration(args: Namespace) -> str:
-    """The iteration that is evaluated; ValueError where `--load` has no checkpoint."""
-    if args.ckpt_step is not None:
-        return str(args.ckpt_step)
-    try:
-        return (Path(args.load) / "latest_checkpointed_iteration.txt").read_text().strip()
-    except OSError as error:
-        raise ValueError(f"--load {args.load} holds no Megatron checkpoint: {error.strerror}") from error
 
 
 class _Encoder:
@@ -126,7 +93,8 @@ class Evaluation:
         total = sum(len(group.ids) for group in self.groups)
         if len(done) >= total:
             return
-        model, pgs = self._load()
+        pgs = ProcessGroupCollection.use_mpu_process_groups()
+        model = load_model(self.args, pgs)
         tokenizer = get_tokenizer()
         rows = predict(
             self.groups,
@@ -138,15 +106,6 @@ class Evaluation:
             detokenize=tokenizer.detokenize,
         )
         self._write(rows, done=len(done), total=total)
-
-    def _load(self) -> tuple[Sequence[torch.nn.Module], ProcessGroupCollection]:
-        pgs = ProcessGroupCollection.use_mpu_process_groups()
-        model, _, _ = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            cfg_container=pretrain_cfg_container_from_args(self.args, gpt_config_from_args(self.args)),
-            pg_collection=pgs,
-        )
-        return model, pgs
 
     def _write(self, predictions: Any, *, done: int, total: int) -> None:
         if not self.first:
