@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import signal
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +16,10 @@ from megatron_longact.analysis import disrupt_report
 from megatron_longact.analysis.disrupt_arguments import DisruptConfig, add_disrupt_args, config_from_args
 from megatron_longact.analysis.disrupt_repetition import distinct_ratio, longest_loop, loop_share
 from megatron_longact.selection import QK
-from tests import ranks
+from tests import launch, ranks
+from tests.launch import ROOT, demo_model_args, on_ranks
 from tests.ranks import Layout
 
-ROOT = Path(__file__).resolve().parent.parent
 START = ROOT / "examples/demo/start_checkpoint"
 LAYOUTS = {"tp1": (Layout(), 1), "tp2": (Layout(tp=2), 2), "pp2": (Layout(pp=2), 2), "dp2": (Layout(), 2)}
 TOLERANCE = 2e-5
@@ -446,32 +442,10 @@ def test_flags_that_make_no_sense_are_refused(flags, message):
         config(*flags)
 
 
-def run_tool(*flags: str, ranks: int = 1, timeout: float = 140) -> subprocess.CompletedProcess[str]:
-    """Run the tool on the demo's checkpoint; every process that it started has ended when this returns."""
-    model = 'source examples/demo/model_args.sh; exec "$@" "${MODEL_ARGS[@]}"'
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {name: value for name, value in os.environ.items() if name != "DEMO_DIR"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"}
-    command = ["bash", "-c", model, "bash", *launcher, "tools/disrupt.py", "--load", str(START), *flags]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+def run_tool(*flags: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the tool on the demo's checkpoint."""
+    program = ["tools/disrupt.py", "--load", str(START), *flags, *demo_model_args()]
+    return launch.run(on_ranks(ranks, *program), timeout=140)
 
 
 @pytest.mark.timeout(200)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +16,9 @@ from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.samples import groups_of
+from tests import launch
+from tests.launch import ROOT, demo_model_args, on_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 START = ROOT / "examples/demo/start_checkpoint"
 
 
@@ -285,42 +282,10 @@ def test_a_log_goes_on_only_with_the_same_settings(tmp_path):
         open_log(tmp_path, {"seed": 1})
 
 
-def model_args() -> list[str]:
-    script = 'source examples/demo/model_args.sh; printf "%s\\n" "${MODEL_ARGS[@]}"'
-    environment = {name: value for name, value in os.environ.items() if name != "DEMO_DIR"}
-    found = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    return found.stdout.split("\n")[:-1]
-
-
-def evaluate(output: Path, *flags: str, ranks: int = 1, timeout: float = 140) -> subprocess.CompletedProcess[str]:
-    """Run the tool on the demo's checkpoint; every process that it started has ended when this returns."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
-    command = [*launcher, "tools/evaluate.py", "--output", str(output), "--load", str(START), *model_args(), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+def evaluate(output: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the tool on the demo's checkpoint."""
+    program = ["tools/evaluate.py", "--output", str(output), "--load", str(START), *demo_model_args(), *flags]
+    return launch.run(on_ranks(ranks, *program), timeout=140)
 
 
 RULER_FLAGS = [

@@ -1,18 +1,15 @@
 """The launcher, as a user starts it: real processes, real torchrun, programs that know nothing of LongAct."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-import uuid
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_longact import run
+from tests.launch import run as run_command
 
 PROGRAMS = Path(__file__).parent / "programs"
 LAUNCHER = ["-m", "megatron_longact.run"]
@@ -26,37 +23,18 @@ _TRAINING = """
 """
 TRAINING = _TRAINING.split()
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
+
 pytestmark = pytest.mark.timeout(300)
 
 
-def python(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run this Python with `arguments`; at the end nothing that it started is left."""
-    mark = {"LONGACT_TEST_RUN": uuid.uuid4().hex}
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **mark, "OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""},
-        cwd=Path(__file__).parent.parent,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        kill_marked(mark)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
-def kill_marked(mark: dict[str, str]) -> None:
-    """Kill all processes that have `mark` in their environment; torchrun's ranks are no group of ours."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if mark.items() <= process.environ().items():
-                process.kill()
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with `arguments`."""
+    return run_command([sys.executable, *arguments], timeout=240, environment=ENVIRONMENT)
 
 
 def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a program on ranks that torchrun starts."""
     return python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments)
 
 

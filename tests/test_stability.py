@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -22,6 +20,7 @@ from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.safetensors_files import SafetensorsWriter
 from megatron_longact.conversion.torch_dist import COMMON, TorchDistWriter
 from megatron_longact.selection import QK, select_salient_channels
+from tests import launch
 from tests.test_observe import ROOT, load_tool
 from tests.tokenizers import SENTENCEPIECE
 
@@ -165,26 +164,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: Any, arguments: list[str]
     assert said in error
 
 
-def process(*arguments: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """Run the tool; every process that it started has ended when this returns."""
-    command = [sys.executable, "tools/stability.py", *arguments]
-    started = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = started.communicate(timeout=timeout)
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
-    return subprocess.CompletedProcess(command, started.returncode, out, err)
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the tool."""
+    return launch.run([sys.executable, "tools/stability.py", *arguments], timeout=150)
 
 
 def two_models(folder: Path) -> None:

@@ -1,20 +1,16 @@
 """The RL program as a user starts it: real ranks, the shipped start checkpoint, everything it leaves behind."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import ranks
+from tests import launch, ranks
+from tests.launch import QUIET, ROOT, demo_model_args, free_port, on_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.timeout(300)
 
 START = ROOT / "examples/demo/start_checkpoint"
@@ -77,46 +73,15 @@ EVERYTHING = [
 """Of a run that uses what there is."""
 
 
-def model_args() -> list[str]:
-    script = 'source examples/demo/model_args.sh; printf "%s\\n" "${MODEL_ARGS[@]}"'
-    environment = {name: value for name, value in os.environ.items() if name != "DEMO_DIR"}
-    found = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    return found.stdout.split("\n")[:-1]
-
-
-def train(run_dir: Path, *flags: str, tp: int = 1, timeout: float = 140) -> subprocess.CompletedProcess[str]:
-    """Run the program on `tp` ranks; every process that it started has ended when this returns."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    launcher = [sys.executable]
-    if tp > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(tp), "--master-port", port]
-    command = [*launcher, "-m", "megatron_longact.run", "--cpu", "examples/train_grpo.py", *model_args(), *FLAGS]
+def train(run_dir: Path, *flags: str, tp: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the program on `tp` ranks."""
+    command = on_ranks(tp, "-m", "megatron_longact.run", "--cpu", "examples/train_grpo.py")
+    command += [*demo_model_args(), *FLAGS]
     command += ["--run-dir", str(run_dir), "--tensorboard-dir", str(run_dir / "tensorboard")]
     command += ["--load", str(run_dir / "checkpoints"), "--save", str(run_dir / "checkpoints")]
     command += ["--tensor-model-parallel-size", str(tp), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    environment = QUIET | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return launch.run(command, timeout=140, environment=environment)
 
 
 def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
