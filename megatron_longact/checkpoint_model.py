@@ -22,10 +22,13 @@ _FLAGS = ("--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-siz
 def parse_args(add_args: Callable[[ArgumentParser], ArgumentParser] | None = None) -> Namespace:
     """Megatron's arguments, out of `sys.argv`; `--use-checkpoint-args` sets all that describes the model.
 
+    A tokenizer that is given is taken, also where Megatron would take the one of the run that saved the checkpoint.
     add_args: adds the program's own flags.
     """
     given = {argument.split("=", 1)[0] for argument in sys.argv}
     sys.argv += [flag for flag in _FLAGS if flag.split("=", 1)[0] not in given]
+    if given & {"--tokenizer-type", "--tokenizer-model"}:
+        sys.argv.append("--no-use-tokenizer-model-from-checkpoint-args")
     original = checkpointing.load_args_from_checkpoint
     checkpointing.load_args_from_checkpoint = completing(original)
     try:
