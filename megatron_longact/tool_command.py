@@ -12,6 +12,7 @@ def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
     """The exit status of a tool: 0; or 1 with one line on stderr, from rank 0, for a `ValueError` of this package."""
     try:
         action()
+        end_together()
     except ValueError as error:
         if not is_refusal(error):
             raise
@@ -21,6 +22,15 @@ def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
             time.sleep(2)  # torchrun ends all ranks when the first one ends
         return 1
     return 0
+
+
+def end_together() -> None:
+    """Wait for the other ranks, then leave them: one that closes its connections early breaks the others' last call."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def is_refusal(error: Exception) -> bool:

@@ -35,7 +35,8 @@ from megatron_longact.rl.rollouts.collect import Collector
 from megatron_longact.rl.rollouts.engines import rollout_engine
 from megatron_longact.rl.rollouts.evaluation import Judge
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
-from megatron_longact.rl.trainer import MegatronTrainer
+from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals
+from megatron_longact.tool_command import end_together
 
 SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
@@ -73,11 +74,13 @@ def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal
     """Train from the first iteration, or the saved one, to the last; table and report at the end."""
     loop = build_loop(args, config, environment, terminal=terminal)
     if not loop.run():
+        end_together()
         sys.exit(loop.exit_code)
     rows = loop.count_rows()
     if args.rank == 0:
         table = write_outcome(args, config, evaluations=loop.evaluations, rows=rows, longact=loop.longact)
         print(f"{table}\nmetrics, checkpoints, pictures and {REPORT} are in {args.run_dir}", file=terminal)
+    end_together()
 
 
 def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, terminal: TextIO) -> RLLoop:
@@ -87,6 +90,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     """
     check_load(args)
     initialize_megatron()
+    stop_on_signals(args)
     state = LoopState()
     trainer = _trainer(args, state)
     pgs = trainer.pg_collection
