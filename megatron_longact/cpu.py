@@ -40,7 +40,8 @@ torch.cuda
 Megatron
     `datasets.utils.compile_helpers`
                                     runs `make` in a folder whose Makefile the wheel lacks; skipped
-                                    where the compiled helper imports
+                                    where the compiled helper imports, also that of an installed wheel
+                                    when Megatron itself is a checkout
     `WrappedTorchNorm`              refuses `--sequence-parallel`; here its weights are marked
                                     `sequence_parallel`, which is what the gradient reduction reads
     `DotProductAttention` refuses packed sequences; here they are kept apart by a block-diagonal mask,
@@ -346,12 +347,24 @@ def _replace_dataset_compilation() -> None:
     compile_helpers = utils.compile_helpers
 
     def compile_unless_there() -> None:
-        try:
-            from megatron.core.datasets import helpers_cpp  # noqa: F401
-        except ImportError:
+        if not _import_dataset_helper():
             compile_helpers()
 
     utils.compile_helpers = compile_unless_there
+
+
+def _import_dataset_helper() -> bool:
+    from megatron.core import datasets
+
+    here = list(datasets.__path__)
+    datasets.__path__ = [*here, *(os.path.join(folder, "megatron", "core", "datasets") for folder in sys.path)]
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return False
+    finally:
+        datasets.__path__ = here
+    return True
 
 
 def _replace_inference_assertion() -> None:

@@ -6,6 +6,7 @@
 | `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` also sets q/k-layernorm and its like |
 | `argument_utils.gpt_config_from_args` | `--rope-scaling-factor` reaches the model |
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
+| the same, with `--perform-rl-step` | names the tokens that count: all but padding |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
 | `training.training_log` | writes LongAct's scalars to TensorBoard |
 """
@@ -19,8 +20,9 @@ from dataclasses import asdict
 from functools import wraps
 from typing import Any
 
+import torch
 from megatron.training import argument_utils, arguments, checkpointing, training
-from megatron.training.global_vars import get_args, get_tensorboard_writer
+from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.checkpointing import carry_state, check_load
@@ -44,7 +46,7 @@ def attached() -> Iterator[None]:
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
         seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
         seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
-        seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances))
+        seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances, seams))
         seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
         seams.enter_context(_replaced(training, "training_log", _logging, instances))
         yield
@@ -102,16 +104,33 @@ def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
     return parse_args
 
 
-def _attaching(original: Callable[..., Any], instances: list[LongAct]) -> Callable[..., Any]:
+def _attaching(original: Callable[..., Any], instances: list[LongAct], seams: ExitStack) -> Callable[..., Any]:
     @wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: Any, *rest: Any, **kwargs: Any) -> Any:
         optimizer = original(config, model_chunks, *rest, **kwargs)
         longact_config = longact_config_from_args(get_args())
         if longact_config is not None:
-            instances.append(LongAct.attach(model_chunks, optimizer, longact_config))
+            longact = LongAct.attach(model_chunks, optimizer, longact_config)
+            instances.append(longact)
+            if getattr(get_args(), "perform_rl_step", False):
+                _name_rollout_tokens(model_chunks, longact, seams)
         return optimizer
 
     return get_megatron_optimizer
+
+
+def _name_rollout_tokens(model_chunks: Any, longact: LongAct, seams: ExitStack) -> None:
+    """Let every token but padding count in `megatron.rl`, whose packed_seq_params have padding as a sequence.
+
+    Not under context parallelism, where a chunk is given a part of the sequences.
+    """
+
+    def name(chunk: Any, inputs: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():  # the inference engine calls the chunk in its own way
+            longact.set_tokens(inputs[0] != get_tokenizer().pad)
+
+    for chunk in model_chunks if get_args().context_parallel_size == 1 else ():
+        seams.callback(chunk.register_forward_pre_hook(name).remove)
 
 
 def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:

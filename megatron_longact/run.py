@@ -42,15 +42,19 @@ class _Program:
     is_module: bool
     arguments: list[str]
 
+    def set_path(self) -> None:
+        """Set `sys.path[0]` as the interpreter would: before Megatron is imported, which may lie beside the script."""
+        if not self.is_module:
+            _keep_package_importable()
+            sys.path[0] = os.path.dirname(os.path.realpath(self.name))
+
     def run(self) -> None:
-        """Run it as the Python interpreter would, with `sys.argv` and `sys.path[0]` set."""
+        """Run it as the Python interpreter would, with `sys.argv` set."""
         sys.argv = [self.name, *self.arguments]
         if self.is_module:
             runpy.run_module(self.name, run_name="__main__", alter_sys=True)
-            return
-        _keep_package_importable()
-        sys.path[0] = os.path.dirname(os.path.realpath(self.name))
-        runpy.run_path(self.name, run_name="__main__")
+        else:
+            runpy.run_path(self.name, run_name="__main__")
 
 
 class _UsageError(Exception):
@@ -67,7 +71,9 @@ def main(argv: list[str]) -> int:
     except _UsageError as error:
         _say_once(str(error))
         return 2
-    if cpu or not _gpu_is_visible():
+    gpu = _gpu_is_visible()
+    program.set_path()
+    if cpu or not gpu:
         program = _in_cpu_mode(program, asked_for=cpu)
     return _run(program)
 
