@@ -83,8 +83,7 @@ class RLLoop:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
         trainer, args = self._trainer, self._trainer.args
         trainer.begin()
-        if not self._state.evaluations:
-            self._evaluate()
+        self._evaluate_if_due()
         exiting = False
         while trainer.iteration < args.train_iters and not exiting:
             exiting = self._iterate()
@@ -133,10 +132,10 @@ class RLLoop:
             state.batch, state.updates_done = None, 0
         self._audit.after_step()
         self._report(batch, plan, outcome)
-        if args.eval_interval and trainer.iteration % args.eval_interval == 0:
-            self._evaluate()
+        if not trainer.asked_to_stop():  # else the run that goes on evaluates, before anything else
+            self._evaluate_if_due()
         exiting = trainer.save_or_exit()
-        if args.save_first_iteration and trainer.iteration == 1 and not trainer.saved_now:
+        if args.save_first_iteration and trainer.iteration == 1 and not trainer.saved_now and not exiting:
             trainer.save()
         return exiting
 
@@ -170,6 +169,13 @@ class RLLoop:
             micro_batch_size=self._layout.micro_batch_size,
             size=StepSize(tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
         )
+
+    def _evaluate_if_due(self) -> None:
+        """At the start of a run and every `--eval-interval` iterations, once."""
+        done, interval = self._state.evaluations, self._trainer.args.eval_interval
+        due = interval and self._trainer.iteration % interval == 0
+        if not done or (due and done[-1]["iteration"] != self._trainer.iteration):
+            self._evaluate()
 
     def _evaluate(self) -> None:
         with self._trainer.between_steps():

@@ -6,6 +6,7 @@ around them is done here, in its order. Source: megatron/training/training.py, `
 
 from __future__ import annotations
 
+import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,26 @@ from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron.training import training
 from megatron.training.async_utils import maybe_finalize_async_save
-from megatron.training.global_vars import get_timers
+from megatron.training.global_vars import get_signal_handler, get_timers
 from torch import Tensor, nn
+
+STOPPED_EARLY = 75
+"""Exit code of a run that saved and ended because of a signal or `--exit-duration-in-mins`: started again, it goes on.
+
+The EX_TEMPFAIL of sysexits.h.
+"""
+
+
+def stop_on_signals(args: Namespace) -> None:
+    """With `--exit-signal-handler`, let SIGTERM and SIGUSR1 do what `--exit-signal` does, on this rank.
+
+    Slurm sends SIGUSR1 when a job asks for it (`sbatch --signal`) and SIGTERM when it preempts one; Megatron listens to
+    one of them, after `initialize_megatron`.
+    """
+    if args.exit_signal_handler:
+        handler = signal.getsignal(args.exit_signal)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -177,7 +196,19 @@ class MegatronTrainer:
             None,
             self._flops_since_log,
         )
-        return training.checkpoint_and_decide_exit(*self._checkpoint_arguments(), None)
+        exiting: bool = training.checkpoint_and_decide_exit(*self._checkpoint_arguments(), None)
+        if exiting and not self._is_exit_iteration():
+            self.exit_code = STOPPED_EARLY
+        return exiting
+
+    def _is_exit_iteration(self) -> bool:
+        args = self.args
+        at_interval = bool(args.exit_interval) and self.iteration % args.exit_interval == 0
+        return at_interval or self.iteration in (args.phase_transition_iterations or ())
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal of `--exit-signal-handler` has reached any rank; collective."""
+        return self.args.exit_signal_handler and any(get_signal_handler().signals_received())
 
     def save(self) -> None:
         """Save now."""
