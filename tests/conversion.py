@@ -62,17 +62,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str) -> transformers.PreTrainedConfig:
+def config_of(name: str, **changed: Any) -> transformers.PreTrainedConfig:
     """The configuration of a tiny model."""
-    settings = {**SMALL, **FAMILIES[name]}
+    settings = {**SMALL, **FAMILIES[name], **changed}
     config: transformers.PreTrainedConfig = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     return config
 
 
-def make_hf(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "20KB") -> None:
+def make_hf(
+    name: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "20KB", **changed: Any
+) -> None:
     """Save a randomly initialised model of a family, with norms and biases that are not all alike."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name, **changed), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)

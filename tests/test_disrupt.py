@@ -15,10 +15,13 @@ from torch import Tensor
 from megatron_longact.analysis import disrupt_report
 from megatron_longact.analysis.disrupt_arguments import DisruptConfig, add_disrupt_args, config_from_args
 from megatron_longact.analysis.disrupt_repetition import distinct_ratio, longest_loop, loop_share
+from megatron_longact.conversion import to_megatron
 from megatron_longact.selection import QK
 from tests import launch, ranks
+from tests.conversion import hf_logits, make_hf
 from tests.launch import ROOT, demo_model_args, on_ranks
 from tests.ranks import Layout
+from tests.tokenizers import SENTENCEPIECE, DemoTokenizer
 
 START = ROOT / "examples/demo/start_checkpoint"
 LAYOUTS = {"tp1": (Layout(), 1), "tp2": (Layout(tp=2), 2), "pp2": (Layout(pp=2), 2), "dp2": (Layout(), 2)}
@@ -468,3 +471,30 @@ def test_the_demo_checkpoint_is_disturbed_on_two_tensor_parallel_ranks(tmp_path)
     assert len(rows) == 3 * 8
     assert "## single, 64 tokens, prompt 1" in (tmp_path / "samples.md").read_text()
     assert (tmp_path / "disruption.png").stat().st_size > 5000
+
+
+# q/k-layernorm, epsilon and RoPE's interpolation are what Megatron's own --use-checkpoint-args leaves out
+HUGGING_FACE: dict[str, dict[str, Any]] = {"qwen3": {"rms_norm_eps": 1e-2}, "llama-linear": {}}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("family", HUGGING_FACE)
+def test_a_hugging_face_model_is_the_same_model_in_megatron(tmp_path, family):
+    folder = tmp_path / "hf"
+    make_hf(family, folder, vocab_size=1024, max_position_embeddings=512, **HUGGING_FACE[family])
+    to_megatron.convert(folder, tmp_path / "megatron")
+    flags = "--benchmark ruler --tasks niah_single_2 --lengths 160 --num-samples 2 --measure-samples 1"
+    flags += " --tokens-to-generate 4 --channels high --text-windows 4 --text-tokens 64 --use-checkpoint-args"
+    text = ROOT / "docs/method.md"
+    tokenizer_flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(SENTENCEPIECE)]
+    paths = ["--load", str(tmp_path / "megatron"), "--output", str(tmp_path), "--text", str(text)]
+    done = launch.run(on_ranks(1, "tools/disrupt.py", *paths, *flags.split(), *tokenizer_flags), timeout=140)
+    assert done.returncode == 0, done.stderr
+    plain, high = json.loads((tmp_path / "results.json").read_text())["runs"]
+    windows = torch.tensor(DemoTokenizer().tokenize(text.read_text())[: 4 * 64]).view(4, 64)
+    logits = hf_logits(folder, windows)[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), windows[:, 1:].flatten())
+    assert plain["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert high["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["niah_single_2"] * 4
