@@ -19,6 +19,7 @@ and an error file for torchrun, which then ends the other ranks.
 
 import faulthandler
 import os
+import re
 import runpy
 import sys
 import time
@@ -31,6 +32,7 @@ from megatron_longact.tool_command import is_refusal
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
+_OLDEST_MEGATRON = (0, 18)
 _FRAMES_OF_LAUNCHER = (__file__, "<frozen runpy>", runpy.__file__)
 
 
@@ -68,11 +70,12 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         program, cpu = _parse(argv)
+        gpu = _gpu_is_visible()
+        program.set_path()
+        _check_megatron()
     except _UsageError as error:
         _say_once(str(error))
         return 2
-    gpu = _gpu_is_visible()
-    program.set_path()
     if cpu or not gpu:
         program = _in_cpu_mode(program, asked_for=cpu)
     return _run(program)
@@ -100,6 +103,17 @@ def _check_readable(script: str) -> None:
         Path(script).open("rb").close()
     except OSError as error:
         raise _UsageError(f"cannot read the program {script!r}: {error.strerror}") from error
+
+
+def _check_megatron() -> None:
+    """Refuse a Megatron that is too old, where an import would find it: beside the script, or installed."""
+    found = (Path(folder, "megatron", "core", "package_info.py") for folder in sys.path)
+    info = next(filter(Path.is_file, found), None)
+    if info is not None:
+        numbers = re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info.read_text(), re.MULTILINE)
+        if tuple(map(int, numbers)) < _OLDEST_MEGATRON:
+            version = ".".join(numbers)
+            raise _UsageError(f"{info.parent} is Megatron {version}; LongAct needs 0.18 or newer, tested with 0.19")
 
 
 def _keep_package_importable() -> None:

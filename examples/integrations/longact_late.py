@@ -1,0 +1,60 @@
+"""LongAct attached by a trainer's hooks, when Megatron's checkpoint may have been loaded already.
+
+Shared by the files beside it. `megatron_longact.run` needs none of this.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_longact import LongAct, LongActConfig
+from megatron_longact.checkpointing import carry_state
+from megatron_longact.conversion.torch_dist import read_common_state
+
+NAME = "longact"
+
+
+class _AttachedTo:
+    """The state of whatever LongAct is attached to an optimizer now."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        longact = LongAct.of(self._optimizer)
+        assert longact is not None, "LongAct was detached before the checkpoint was saved"
+        return longact.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        longact = LongAct.of(self._optimizer)
+        assert longact is not None, "LongAct was detached before the checkpoint was loaded"
+        longact.load_state_dict(state_dict)
+
+
+def attach(model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, config: LongActConfig) -> LongAct:
+    """Attach, and let the scheduler's state in checkpoints carry LongAct's from now on; collective."""
+    longact = LongAct.attach(model_chunks, optimizer, config)
+    carry_state(scheduler, NAME, _AttachedTo(optimizer))
+    return longact
+
+
+def attach_again(model_chunks: Sequence[Any], optimizer: Any) -> LongAct:
+    """After the trainer replaced `config.finalize_model_grads_func`: hook the new one, keep the state; collective."""
+    longact = LongAct.of(optimizer)
+    assert longact is not None, "attach_again was called before attach"
+    state = longact.state_dict()
+    longact.detach()
+    longact = LongAct.attach(model_chunks, optimizer, longact.config)
+    longact.load_state_dict(state)
+    return longact
+
+
+def restore(longact: LongAct, iteration_folder: Path, *, key: str = "opt_param_scheduler") -> bool:
+    """Go on from the state in a checkpoint that was loaded before `attach`; False if it holds none.
+
+    iteration_folder: the folder of one iteration, in torch_dist format; key: where the trainer saves its scheduler.
+    """
+    state = read_common_state(iteration_folder).get(key, {}).get(NAME)
+    if state is not None:
+        longact.load_state_dict(state)
+    return state is not None

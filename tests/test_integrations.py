@@ -1,0 +1,51 @@
+"""examples/integrations on real Megatron models: hooks called with the arguments and in the order of their trainers."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from tests import integrations, ranks
+from tests.integrations import tensors_equal
+from tests.ranks import Layout
+
+
+def test_slime_keeps_longact_over_rollouts_and_resumes(tmp_path: Path) -> None:
+    """Its `train` replaces the finalize function at each rollout; what comes out is as if nobody had."""
+    run = {"layout": Layout(tp=2), "world_size": 2, "folder": tmp_path}
+    hooked = ranks.run(integrations.slime, rollouts=2, resume=False, **run)
+    by_hand = ranks.run(integrations.slime, rollouts=2, resume=False, hooks=False, **run)
+    for mine, wanted in zip(hooked, by_hand, strict=True):
+        assert tensors_equal(mine, wanted)
+        assert mine["state"]["updates"] == 4
+        assert not tensors_equal(mine["before"], mine["weights"])
+    [resumed, _] = ranks.run(integrations.slime, rollouts=1, resume=True, **run)
+    assert resumed["state"]["updates"] == 4
+    assert resumed["state"]["refreshes"] == 2
+
+
+def test_slime_settings_are_judged_before_anything_is_built() -> None:
+    assert integrations.slime_hooks.config_from(Namespace(longact_ratio=0.5, load="x")).ratio == 0.5
+    with pytest.raises(ValueError, match="no LongAct setting \\['rows'\\]"):
+        integrations.slime_hooks.check_settings(Namespace(longact_rows=3))
+    with pytest.raises(ValueError, match="longact-ratio"):
+        integrations.slime_hooks.check_settings(Namespace(longact_ratio=7))
+
+
+def test_verl_actor_but_not_critic() -> None:
+    for result in ranks.run(integrations.verl, layout=Layout(tp=2), world_size=2):
+        frozen, changed = result["rows"]
+        assert frozen > 100
+        assert changed == 0
+        assert result["critic"] is None
+        assert result["state"]["updates"] == 2
+        assert tensors_equal(result["state"], result["resumed"])
+
+
+def test_nemo_rl_worker_goes_on(tmp_path: Path) -> None:
+    for result in ranks.run(integrations.nemo_rl, layout=Layout(tp=2), world_size=2, folder=tmp_path):
+        frozen, changed = result["rows"]
+        assert frozen > 100
+        assert changed == 0
+        assert result["state"]["updates"] == 2
+        assert tensors_equal(result["state"], result["resumed"])
