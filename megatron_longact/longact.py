@@ -28,7 +28,7 @@ from megatron_longact import metrics
 from megatron_longact.config import LongActConfig
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_squares, mask_gradients
-from megatron_longact.optimizer_shards import chained, resolve_shards
+from megatron_longact.optimizer_shards import chained, derive_quantized_weights, resolve_shards
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
 from megatron_longact.saliency import SaliencyCapture
@@ -71,7 +71,9 @@ class LongAct:
         )
         self._every_row = self._model.frozen_rows(self._model.channels(False))
         self._freezes = self._strict_freezes()
-        self._capture = SaliencyCapture(self._model, config, clock=self._clock, warn=self._warn_once)
+        self._capture = SaliencyCapture(
+            self._model, config, clock=self._clock.part(metrics.CAPTURE), warn=self._warn_once
+        )
         self._capture.enabled = self._capture_next_step()
 
     # -- attach and detach -------------------------------------------------------------------------
@@ -161,8 +163,9 @@ class LongAct:
     def _finalize(self, inner: Any) -> Any:
         def finalize_then_mask(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            with self._clock, torch.no_grad():
+            with self._clock.part(metrics.REFRESH), torch.no_grad():
                 self.refresh()
+            with self._clock.part(metrics.MASK), torch.no_grad():
                 self._mask_gradients()
             return result
 
@@ -264,7 +267,7 @@ class LongAct:
                     "replaced after LongAct.attach, or not called; attach after it is set"
                 )
             if id(freeze) in self._unstepped:  # not the dummy step of a checkpoint load
-                with self._clock, torch.no_grad():
+                with self._clock.part(metrics.FREEZE), torch.no_grad():
                     freeze.before_step(self._frozen)
 
         return before
@@ -272,7 +275,7 @@ class LongAct:
     def _after_step(self, freeze: StrictFreeze) -> Any:
         def after(*_: Any) -> None:
             if id(freeze) in self._unstepped:
-                with self._clock, torch.no_grad():
+                with self._clock.part(metrics.RESTORE), torch.no_grad():
                     freeze.after_step(self._frozen)
                     if len(self._unstepped) == len(self._freezes):
                         self._commit()
@@ -353,7 +356,7 @@ class LongAct:
         return {**self._shape(), "config": asdict(self.config), **self._state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict()`.
+        """Go on from `state_dict()`; where weights are kept in FP8 they are quantised anew from their masters.
 
         Raises `ValueError` for another model shape, and for another configuration unless
         `on_mismatch="use-flags"`; the message names what differs.
@@ -365,6 +368,7 @@ class LongAct:
         if differ:
             _log_once(f"LongAct goes on with the flags given now: {differ}")
         self._state = self._pending = LongActState.from_state_dict(state_dict, self._model.device)
+        derive_quantized_weights(self._optimizer)
         self._unstepped, self._frozen_for = set(), None
         self._capture.accumulator.reset()
         self._capture.enabled = self._capture_next_step()

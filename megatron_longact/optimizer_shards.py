@@ -13,6 +13,9 @@ from megatron_longact.config import LongActConfig
 from megatron_longact.masked_update import Shard, is_offloaded
 
 
+_SCALED = (torch.float16, torch.uint8)  # how Transformer Engine's FusedAdam keeps moments in fp16 and fp8
+
+
 def chained(optimizer: Any) -> list[Any]:
     """The Megatron optimizers of a `ChainedOptimizer`, or the one given; stubs left out."""
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -35,12 +38,36 @@ def resolve_shards(optimizer: Any, parameters: Iterable[nn.Parameter], config: L
     return [shard for shard in resolver(optimizer) if shard.parameter in wanted]
 
 
+def derive_quantized_weights(optimizer: Any) -> None:
+    """Quantise FP8 weights (`--fp8-param-gather`) anew from their fp32 masters, as after a step; collective.
+
+    A checkpoint holds them rounded to bf16, and what Megatron quantises from that on loading need not be what its
+    next step would. Source: megatron/core/optimizer/optimizer.py, `step_with_ready_grads`.
+    """
+    for one in chained(optimizer):
+        if getattr(getattr(one, "ddp_config", None), "fp8_param_gather", False):
+            with torch.no_grad():
+                if one.config.reuse_grad_buf_for_mxfp8_param_ag:
+                    one._copy_main_params_to_param_buffer()
+                else:
+                    one._copy_main_params_to_model_params()
+            for chunk in one.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+
 def _check_inner(inner: Any, config: LongActConfig) -> None:
     precision_aware = getattr(inner, "master_weights", None)
     if config.moments != "decay" and (precision_aware or is_offloaded(inner)):
         raise ValueError(
             f"--longact-moments is {config.moments}; with --use-precision-aware-optimizer and "
             "--optimizer-cpu-offload it must be decay"
+        )
+    scaled = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if getattr(inner, name, None) in _SCALED]
+    if config.moments == "hold" and scaled:
+        flags = " and ".join("--" + name.replace("_", "-") for name in scaled)
+        raise ValueError(
+            f"--longact-moments is hold; with {flags} fp16 or fp8 it must be decay or reset: such moments are scaled "
+            "anew at each step"
         )
     if precision_aware and getattr(inner, "master_weight_dtype", torch.float32) == torch.float16:
         raise ValueError("strict freeze needs --main-params-dtype fp32: fp16 masters are rescaled at each step")

@@ -1,54 +1,124 @@
 """What LongAct refuses by name, because it would defeat the freeze or the selection silently."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from megatron.core.transformer.cuda_graph_config import normalize_cuda_graph_modules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_longact.config import LongActConfig
 from megatron_longact.qkv_layout import QKVLayout
 
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "qk_clip": (bool, "--qk-clip", "it writes linear_qkv after the optimizer step"),
-    "optimizer_cuda_graph": (bool, "--optimizer-cuda-graph", "its replay runs no step hook"),
-    "cuda_graph_impl": (
-        lambda impl: impl == "full_iteration",
+Setting = Callable[[str], Any]
+"""The value of a setting, None if no source switches it on."""
+
+
+def _cuda_graphs(setting: Setting) -> tuple[str, set[str]]:
+    """How training is captured, and the modules (none: whole layers), whichever of Megatron's names says so.
+
+    Source: megatron/training/arguments.py, `validate_args`, and `TransformerConfig.__post_init__`.
+    """
+    impl = setting("cuda_graph_impl") or "none"
+    if setting("enable_cuda_graph"):
+        impl = "local"
+    if setting("external_cuda_graph"):
+        impl = "transformer_engine"
+    given = setting("cuda_graph_modules") or setting("cuda_graph_scope_deprecated")
+    modules, renamed, _ = normalize_cuda_graph_modules(given)
+    if any(name == "full_iteration" for name, *_ in renamed):
+        impl = "full_iteration"
+    return impl, {module.name for module in modules}
+
+
+def _graphs_of_attention(setting: Setting) -> bool:
+    impl, modules = _cuda_graphs(setting)
+    return impl == "transformer_engine" and (not modules or "attn" in modules)
+
+
+def _optimizer_writes_fp8(setting: Setting) -> bool:
+    fp8_weights = setting("fp8_param_gather") or setting("fp8_param")
+    precision_aware = setting("use_precision_aware_optimizer")
+    return bool(fp8_weights and precision_aware and setting("fp8_recipe") == "delayed")
+
+
+_REFUSED: tuple[tuple[Callable[[Setting], Any], str, str], ...] = (
+    (lambda s: s("qk_clip"), "--qk-clip", "it writes linear_qkv after the optimizer step"),
+    (lambda s: s("optimizer_cuda_graph"), "--optimizer-cuda-graph", "its replay runs no step hook"),
+    (
+        lambda s: _cuda_graphs(s)[0] == "full_iteration",
         "--cuda-graph-impl full_iteration",
-        "its replay runs no forward hook; choose none, or local with other modules than attn",
+        "its replay runs no forward hook and no finalize_model_grads_func; choose none, or transformer_engine with "
+        "--cuda-graph-modules that leave attention out",
     ),
-    "use_megatron_fsdp": (
-        bool,
+    (
+        _graphs_of_attention,
+        "--cuda-graph-impl transformer_engine over attention",
+        "a replayed layer runs no forward hook, so that nothing would be captured; choose none, or "
+        "--cuda-graph-modules without attn",
+    ),
+    (
+        lambda s: s("rl_training_cuda_graphs"),
+        "--rl-training-cuda-graphs",
+        "a replayed forward runs no hook; --cuda-graph-impl local alone uses graphs for rollouts only",
+    ),
+    (
+        _optimizer_writes_fp8,
+        "--use-precision-aware-optimizer with --fp8-param-gather and --fp8-recipe delayed",
+        "its optimizer writes the FP8 weights before the frozen rows are put back; choose --fp8-recipe tensorwise or "
+        "blockwise, or leave one of the others out",
+    ),
+    (
+        lambda s: s("use_megatron_fsdp"),
         "--use-megatron-fsdp",
         "it keeps masters and gradients outside Megatron's DDP",
     ),
-    "use_torch_fsdp2": (
-        bool,
+    (
+        lambda s: s("use_torch_fsdp2"),
         "--use-torch-fsdp2",
         "it keeps masters and gradients outside Megatron's DDP",
     ),
-    "multi_latent_attention": (
-        bool,
+    (
+        lambda s: s("multi_latent_attention"),
         "--multi-latent-attention",
         "its up-projections mix Q and K with V, so that no row is a Q or K channel alone",
     ),
-    "overlap_moe_expert_parallel_comm": (
-        bool,
+    (
+        lambda s: s("overlap_moe_expert_parallel_comm"),
         "--overlap-moe-expert-parallel-comm",
         "it runs layers outside the model's forward, where LongAct cannot tell training from rollouts",
     ),
-}
+)
 
 
 def check_settings(*sources: Any) -> None:
     """Raise `ValueError` if Megatron's arguments or configs switch on what LongAct refuses.
 
-    sources: any of the argument namespace, `TransformerConfig`, `OptimizerConfig` and
-    `DistributedDataParallelConfig`, which name their fields alike.
+    sources: any of the argument namespace, before or after Megatron validated it, `TransformerConfig`,
+    `OptimizerConfig` and `DistributedDataParallelConfig`, which name their fields alike.
     """
-    for name, (refused, flag, reason) in _REFUSED.items():
-        for source in sources:
-            if refused(getattr(source, name, False)):
-                raise ValueError(f"LongAct does not work with {flag}: {reason}")
+
+    def setting(name: str) -> Any:
+        return next((value for source in sources if (value := getattr(source, name, None))), None)
+
+    for refused, flag, reason in _REFUSED:
+        if refused(setting):
+            raise ValueError(f"LongAct does not work with {flag}: {reason}")
+
+
+def check_layers_are_eager(layers: Sequence[TransformerLayer]) -> None:
+    """Raise `ValueError` if a layer is about to be captured in a CUDA graph of Megatron's own, or replayed from it.
+
+    Any module that `--cuda-graph-modules` names makes that of a whole dense layer. An engine may put graphs on
+    for rollouts, as long as they are off when the model trains.
+    """
+    for layer in layers:
+        if hasattr(layer, "cudagraph_manager") and not getattr(layer, "use_partial_cudagraphs", False):
+            raise ValueError(
+                "LongAct does not work with --cuda-graph-impl local in training: a replayed layer runs no forward "
+                "hook, so that nothing would be captured; use it for rollouts alone (--inference-dynamic-batching, or "
+                "train_rl.py without --rl-training-cuda-graphs), or choose none"
+            )
 
 
 def check_tap(config: LongActConfig, source: Any) -> None:

@@ -5,40 +5,78 @@ kv_channels, L layers of this rank, n accumulated channels of this rank.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_longact.config import LongActConfig, Statistic
 from megatron_longact.qkv_layers import QKVLayer, QKVModel
+from megatron_longact.refusals import check_layers_are_eager
 from megatron_longact.tokens import TokenRules, counted_tokens
 
 _CHUNKS = 8  # temporaries of a reduction hold at most this fraction of its input
+_CACHED_BYTES = 2**24  # what a GPU writes and reads again stays in its L2 cache: 50 MB on an H100
 
 
 def reduce_tokens(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
-    """Sum over tokens of |x|, of x², or the maximum of |x|: x [t, n] -> fp32 [n].
+    """Sum over tokens of |x|, of x², or the maximum of |x|: x [t, ...] -> fp32 [...].
 
     counted: bool [t], the tokens that count; None: all. What the others hold, NaN included, does not
-    matter. Reads x once and holds at most an eighth of it at a time.
+    matter; a NaN or Inf that counts stays one. Reads x once and holds at most an eighth of it at a time.
+    The order of the sum differs between devices, and with it the last bits.
     """
-    step = max(1, -(-x.shape[0] // _CHUNKS))
+    reduce = reduce_by_norm if x.is_cuda else reduce_by_chunks
+    return reduce(x, counted, statistic=statistic)
+
+
+def reduce_by_chunks(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
+    """`reduce_tokens` through temporaries: on a CPU several times as fast as a norm, which is not vectorised there."""
     total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
-    for start in range(0, x.shape[0], step):
-        part = x[start : start + step]
-        if counted is not None:
-            part = torch.where(counted[start : start + step].view(-1, *(1,) * (x.dim() - 1)), part, 0)
-        if statistic == "max-abs":
-            # amax and maximum both propagate NaN
-            total = torch.maximum(total, part.abs().amax(0).float())
-        elif statistic == "rms":
-            total += part.float().square().sum(0)
-        else:
-            total += part.abs().sum(0, dtype=torch.float32)
+    rows = -(-x.shape[0] // _CHUNKS)
+    for start in range(0, x.shape[0], rows):
+        part = _sum_of(_counted(x, counted, slice(start, start + rows)), statistic)
+        # amax and maximum both propagate NaN
+        total = torch.maximum(total, part) if statistic == "max-abs" else total + part
     return total
+
+
+def _sum_of(x: Tensor, statistic: Statistic) -> Tensor:
+    if statistic == "max-abs":
+        return x.abs().amax(0).float()
+    return x.float().square().sum(0) if statistic == "rms" else x.abs().sum(0, dtype=torch.float32)
+
+
+def reduce_by_norm(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
+    """`reduce_tokens` in the one kernel of a norm, which on a GPU casts as it reads and needs no temporary.
+
+    With `counted` it reads copies with zeros for what does not count, each small enough to stay in the cache.
+    """
+    order = {"mean-abs": 1.0, "rms": 2.0, "max-abs": float("inf")}[statistic]
+    rows = x.shape[0]
+    if counted is not None:
+        rows = min(-(-rows // _CHUNKS), max(1, _CACHED_BYTES // (x[0].numel() * x.element_size())))
+    norms = torch.stack(
+        [
+            torch.linalg.vector_norm(
+                _counted(x, counted, slice(start, start + rows)), order, dim=0, dtype=torch.float32
+            )
+            for start in range(0, x.shape[0], rows)
+        ]
+    )
+    if statistic == "max-abs":
+        return norms.amax(0)
+    return norms.square().sum(0) if statistic == "rms" else norms.sum(0)
+
+
+def _counted(x: Tensor, counted: Tensor | None, tokens: slice) -> Tensor:
+    """Some of the tokens: a view of x, or a copy with zeros for those that do not count."""
+    part = x[tokens]
+    return part if counted is None else torch.where(counted[tokens].view(-1, *(1,) * (x.dim() - 1)), part, 0)
 
 
 class Accumulator:
@@ -50,10 +88,14 @@ class Accumulator:
 
     def add(self, layer: int, start: int, x: Tensor, counted: Tensor | None) -> None:
         """Add activations x [sq, b, ...] of the channels that begin at `start`; counted: bool [sq, b]."""
+        num_channels = x[0, 0].numel()
+        self.add_to(self.sums[layer, start : start + num_channels].view(x.shape[2:]), x, counted)
+
+    def add_to(self, into: Tensor, x: Tensor, counted: Tensor | None) -> None:
+        """The same for a view of `sums` that is shaped as the channels of x."""
         x = x.detach().flatten(0, 1)  # [sq, b, ...] -> [t, ...]
         tokens = None if counted is None else counted.reshape(-1)
-        value = reduce_tokens(x, tokens, statistic=self.statistic).flatten()
-        into = self.sums[layer, start : start + value.numel()]
+        value = reduce_tokens(x, tokens, statistic=self.statistic)
         if self.statistic == "max-abs":
             torch.maximum(into, value, out=into)
         else:
@@ -66,6 +108,35 @@ class Accumulator:
     def reset(self) -> None:
         """Begin a new pass."""
         self.sums.zero_()
+
+
+class Block(NamedTuple):
+    """Equal runs of channels at equal distances, such as Q and K of all groups, which one kernel can read."""
+
+    start: int
+    runs: int
+    period: int
+    width: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The channels as a view: [..., n] -> [..., runs, width]."""
+        length = (self.runs - 1) * self.period + self.width
+        return x.narrow(-1, self.start, length).unfold(-1, self.width, self.period)
+
+
+def qk_blocks(ranges: Sequence[tuple[int, int]]) -> list[Block]:
+    """Put together the [start, end) ranges of one width if they lie at equal distances."""
+    by_width: dict[int, list[int]] = {}
+    for start, end in ranges:
+        by_width.setdefault(end - start, []).append(start)
+    blocks = []
+    for width, starts in by_width.items():
+        periods = {b - a for a, b in pairwise(starts)} or {width}
+        if len(periods) == 1:
+            blocks.append(Block(starts[0], len(starts), periods.pop(), width))
+        else:
+            blocks += [Block(start, 1, width, width) for start in starts]
+    return blocks
 
 
 class SaliencyCapture:
@@ -87,10 +158,11 @@ class SaliencyCapture:
         self.enabled = False
         self.training_forwards = 0
         self._rules = TokenRules(config.min_context, config.skip_first_tokens)
+        self._reads_activations = config.reads_activations
         self._tap, self._layout = config.tap, model.layout
         self._tp_size, self._cp = model.groups.tp.size(), model.groups.cp
         self._clock, self._warn = clock, warn
-        self._ranges = model.layout.local_qk_ranges(model.groups.tp.rank(), self._tp_size)
+        self._blocks = qk_blocks(model.layout.local_qk_ranges(model.groups.tp.rank(), self._tp_size))
         self._named: Tensor | None = None
         self._names_tokens = False
         self._counting, self._packed = False, False
@@ -99,7 +171,7 @@ class SaliencyCapture:
             len(model.layers), self._num_channels(), statistic=config.statistic, device=model.device
         )
         self._handles: list[Any] = []
-        if config.reads_activations:
+        if self._reads_activations:
             for index, layer in enumerate(model.layers):
                 self._tap_layer(index, layer)
         for chunk in model.chunks:
@@ -121,10 +193,14 @@ class SaliencyCapture:
 
     def _watch(self, model: nn.Module) -> None:
         signature = inspect.signature(model.forward)
+        layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named, self._named = self._named, None
-            self.training_forwards += torch.is_grad_enabled()
+            if torch.is_grad_enabled():
+                self.training_forwards += 1
+                if self._reads_activations:
+                    check_layers_are_eager(layers)
             self._counting = self.enabled and torch.is_grad_enabled()
             if self._counting:
                 with self._clock, torch.no_grad():
@@ -188,8 +264,8 @@ class SaliencyCapture:
     def _add_projection(self, index: int, x: Tensor) -> None:
         """Add x [sq, b, rows of this shard]: channel j comes from local row j, whatever the layout."""
         self._fit_tokens(x)
-        for start, end in self._ranges:
-            self.accumulator.add(index, start, x[..., start:end], self._counted)
+        for block in self._blocks:
+            self.accumulator.add_to(block.of(self.accumulator.sums[index]), block.of(x), self._counted)
         self.accumulator.count(index, x.shape[0] * x.shape[1], self._counted)
 
     def _add_heads(self, index: int, start: int, x: Tensor) -> None:

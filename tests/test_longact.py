@@ -9,7 +9,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_longact import LongAct, LongActConfig
+from megatron_longact import LongAct, LongActConfig, metrics
 from megatron_longact.state import LongActState
 from tests import ranks, reference
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
@@ -505,3 +505,48 @@ def test_grad_only_lets_weight_decay_and_momentum_move_frozen_rows() -> None:
 
     assert moved_outside("strict") == 0.0
     assert moved_outside("grad-only") == 1.0
+
+
+# -- what a profile shows, and what a checkpoint in FP8 needs -----------------------------------------
+
+
+def profiled() -> dict[str, int]:
+    built, longact = both()
+    step(built, longact)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(built, longact, seed=1)
+    return {event.key: event.count for event in profile.key_averages()}
+
+
+def test_a_profile_names_what_longact_does() -> None:
+    counts = ranks.run(profiled)[0]
+    # four micro-batches: the tokens of each, and two layers
+    assert {name: counts.get(name) for name in metrics.RANGES} == {
+        metrics.CAPTURE: 4 * 3,
+        metrics.REFRESH: 1,
+        metrics.MASK: 1,
+        metrics.FREEZE: 1,
+        metrics.RESTORE: 1,
+    }
+
+
+def weights_after_load(fp8_param_gather: bool) -> tuple[bool, bool]:
+    """Whether model weights that a checkpoint got wrong are their masters' again, and the frozen ones too."""
+    built, longact = both(ModelSpec(dtype="bf16"), optimizer=OptimizerSpec(distributed=True))
+    step(built, longact)
+    built.optimizer.chained_optimizers[0].ddp_config.fp8_param_gather = fp8_param_gather
+    weights = [p for p in built.chunks[0].parameters() if p.dtype == torch.bfloat16]
+    right = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1.25)
+    longact.load_state_dict(longact.state_dict())
+    derived = all(torch.equal(a, b) for a, b in zip(weights, right, strict=True))
+    return derived, longact.state.updates == 1
+
+
+@pytest.mark.parametrize("fp8_param_gather", [True, False])
+def test_weights_kept_in_fp8_are_derived_from_their_masters_on_loading(fp8_param_gather: bool) -> None:
+    for derived, loaded in ranks.run(weights_after_load, fp8_param_gather=fp8_param_gather, world_size=2):
+        assert derived == fp8_param_gather
+        assert loaded

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.megatron_training import check_args
+from megatron_longact.refusals import check_settings
 from tests import ranks
-from tests.models import ModelSpec, build
+from tests.models import ModelSpec, build, random_tokens, train_step
 
 FLAGS = {
     "qk_clip": (True, "--qk-clip"),
@@ -20,6 +22,7 @@ FLAGS = {
     "use_torch_fsdp2": (True, "--use-torch-fsdp2"),
     "multi_latent_attention": (True, "--multi-latent-attention"),
     "overlap_moe_expert_parallel_comm": (True, "--overlap-moe-expert-parallel-comm"),
+    "rl_training_cuda_graphs": (True, "--rl-training-cuda-graphs"),
 }
 
 
@@ -30,6 +33,125 @@ def test_flag_is_refused_with_longact_alone(name: str) -> None:
         check_args(Namespace(longact=True, **{name: value}))
     assert "\n" not in str(error.value)
     assert check_args(Namespace(longact=False, **{name: value})) is None
+
+
+WHOLE = "--cuda-graph-impl full_iteration"
+ATTENTION = "--cuda-graph-impl transformer_engine over attention"
+BLOCKING: dict[str, tuple[dict[str, Any], str | None]] = {
+    "graphs of whole layers": ({"cuda_graph_impl": "transformer_engine"}, ATTENTION),
+    "of attention": ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn"]}, ATTENTION),
+    "of attention among others": (
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": "mlp,attn"},
+        ATTENTION,
+    ),
+    "of the mlp": ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["mlp"]}, None),
+    "by the old name": ({"external_cuda_graph": True}, ATTENTION),
+    "by the old names": ({"external_cuda_graph": True, "cuda_graph_scope": "attn"}, ATTENTION),
+    "of the mlp by the old names": ({"external_cuda_graph": True, "cuda_graph_scope": "mlp"}, None),
+    "of the iteration": ({"cuda_graph_impl": "full_iteration"}, WHOLE),
+    "of the iteration by the old name": ({"cuda_graph_modules": "full_iteration"}, WHOLE),
+    "of the iteration by the oldest name": ({"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}, WHOLE),
+    "for rollouts": ({"cuda_graph_impl": "local"}, None),
+    "for rollouts by the old name": ({"enable_cuda_graph": True}, None),
+    "offloaded activations": ({"cpu_offloading": True, "cpu_offloading_num_layers": 1}, None),
+    "offloaded inputs": ({"fine_grained_activation_offloading": True, "offload_modules": ["qkv_linear"]}, None),
+}
+
+
+def refusals_of_configs() -> dict[str, str | None]:
+    """What LongAct says to each, after Megatron's own TransformerConfig accepted it."""
+    said: dict[str, str | None] = dict.fromkeys(BLOCKING)
+    for case, (settings, _) in BLOCKING.items():
+        config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **settings)
+        try:
+            check_settings(config)
+        except ValueError as error:
+            said[case] = str(error)
+    return said
+
+
+def refusals_of_flags(flags: list[list[str]]) -> list[str | None]:
+    """The same for Megatron's own parser, before Megatron has put the old names into new ones."""
+    from megatron.training.arguments import parse_args
+
+    said: list[str | None] = []
+    for argv in flags:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["train.py", *argv])
+            args = parse_args()
+        try:
+            check_settings(args)
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_cuda_graphs_that_would_replay_attention_are_refused_under_all_their_names() -> None:
+    for case, said in ranks.run(refusals_of_configs)[0].items():
+        refused = BLOCKING[case][1]
+        assert (said is None) == (refused is None), case
+        assert refused is None or said.startswith(f"LongAct does not work with {refused}: "), case
+
+
+def test_the_same_flags_are_refused_before_megatron_validates_them() -> None:
+    flags = {
+        "--cuda-graph-impl transformer_engine": ATTENTION,
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp": ATTENTION,
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules mlp": None,
+        "--external-cuda-graph": ATTENTION,
+        "--external-cuda-graph --cuda-graph-scope mlp": None,
+        "--cuda-graph-scope full_iteration": WHOLE,
+        "--cuda-graph-impl local": None,
+        "--use-precision-aware-optimizer --fp8-format hybrid --fp8-param-gather": "--use-precision-aware-optimizer",
+        "--use-precision-aware-optimizer --fp8-format hybrid --fp8-param-gather --fp8-recipe tensorwise": None,
+        "--use-precision-aware-optimizer --fp8-format hybrid": None,
+        "--fp8-format hybrid --fp8-param-gather": None,
+    }
+    said = ranks.run(refusals_of_flags, flags=[f.split() for f in flags])[0]
+    for (given, refused), answer in zip(flags.items(), said, strict=True):
+        assert (answer is None) == (refused is None), given
+        assert refused is None or f"does not work with {refused}" in answer, given
+
+
+class Replay(nn.Module):
+    """What Megatron puts on a layer for `--cuda-graph-impl local`; this one captures nothing."""
+
+    def forward(self, layer: Any, args: Any, kwargs: Any) -> Any:
+        return layer.forward(*args, **kwargs)
+
+
+def train_with_graph_managers() -> list[Any]:
+    outcome: list[Any] = []
+    for select in ("high", "random"):
+        built = build(ModelSpec())
+        layer = built.chunks[0].module.decoder.layers[1]
+        with LongAct.attach(built.chunks, built.optimizer, LongActConfig(select=select)) as longact:
+            layer.cudagraph_manager = Replay()
+            try:
+                train_step(built, random_tokens(2, 16))
+            except ValueError as error:
+                outcome.append(str(error))
+                del layer.cudagraph_manager
+                train_step(built, random_tokens(2, 16))
+            outcome.append(longact.state.updates)
+    return outcome
+
+
+def test_layers_with_a_graph_of_their_own_are_refused_when_they_train() -> None:
+    message, after, random = ranks.run(train_with_graph_managers)[0]
+    assert "--cuda-graph-impl local in training" in message
+    assert (after, random) == (1, 1)
+
+
+def weight_gradients_that_come_later() -> str:
+    with pytest.raises(AssertionError) as error:
+        TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, delay_wgrad_compute=True)
+    return str(error.value)
+
+
+def test_megatron_delays_weight_gradients_only_with_what_longact_refuses() -> None:
+    assert "overlap_moe_expert_parallel_comm must be enabled" in ranks.run(weight_gradients_that_come_later)[0]
 
 
 def test_tap_norm_needs_a_norm() -> None:
@@ -72,6 +194,9 @@ def refused(case: str) -> dict[str, Any]:
     elif case == "no linear_qkv":
         for layer in layers:
             layer.self_attention = nn.Identity()
+    elif case == "scaled moments":
+        optimizer.chained_optimizers[0].optimizer.exp_avg_sq_dtype = torch.float16  # as TE's FusedAdam says it
+        config = LongActConfig(moments="hold")
     elif case == "no trainable parameter":
         optimizer.chained_optimizers = []
     elif case in FLAGS:
@@ -97,6 +222,7 @@ def refused(case: str) -> dict[str, Any]:
         ("lora", "LoRA on linear_qkv is not supported"),
         ("no linear_qkv", "no rank holds a self_attention.linear_qkv"),
         ("no trainable parameter", "no trainable parameter"),
+        ("scaled moments", "with --exp-avg-sq-dtype fp16 or fp8 it must be decay or reset"),
         ("qk_clip", "--qk-clip"),
         ("optimizer_cuda_graph", "--optimizer-cuda-graph"),
         ("multi_latent_attention", "--multi-latent-attention"),
