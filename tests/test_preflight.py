@@ -1,4 +1,4 @@
-"""The preflight: each check on what is fit and on what is not, all of it on two ranks, and a rank that waits in vain."""
+"""The preflight: each check on what is fit and on what is not, all on two ranks, and a rank that waits in vain."""
 
 import json
 import os

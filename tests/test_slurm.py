@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,6 +197,51 @@ def test_shell_scripts_are_clean() -> None:
     assert found.returncode == 0, found.stdout
 
 
+def iterations(run_dir: Path, name: str = "metrics.jsonl") -> list[int]:
+    path = run_dir / name
+    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def checkpointed(run_dir: Path) -> int:
+    return int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+
+
+def stop(run_dir: Path, number: signal.Signals, *, after: int) -> int:
+    """Start the demo's recipe on one rank, as `srun` would, send it a signal after so many iterations; its exit code.
+
+    An evaluation is due after each iteration.
+    """
+    flags = ("--tensor-model-parallel-size", "1", "--eval-interval", "1", "--rl-prompts-per-eval", "1")
+    line = dry_run("cpu_demo", *flags, RUN_DIR=str(run_dir), TRAIN_ITERS="1000")[-1]
+    task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "STOP_PAUSE": "0"}
+    task |= line["environment"] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launch.free_port()}
+    mark = {"LONGACT_TEST_RANK": str(run_dir)}
+    command = ["bash", "examples/slurm/rank.sh", sys.executable, *line["command"][1:]]
+    with (run_dir.parent / "output.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | task | mark, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        slurm_cluster.wait_for(lambda: len(iterations(run_dir)) >= after, seconds=100, name=f"{after} iterations")
+        process.send_signal(number)
+        return process.wait(60)
+    finally:
+        launch.kill_marked(mark)
+        process.wait()
+
+
+@pytest.mark.timeout(340)
+def test_a_rank_that_is_asked_to_stop_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    run_dir, reached = tmp_path / "run", 0
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        assert stop(run_dir, number, after=reached + 2) == 75, (tmp_path / "output.log").read_text()
+        assert checkpointed(run_dir) >= reached + 2
+        reached = checkpointed(run_dir)
+        assert iterations(run_dir) == list(range(1, reached + 1))
+        evaluated = iterations(run_dir, "evaluations.jsonl")  # none left out, none made twice
+        assert evaluated in (list(range(reached)), list(range(reached + 1)))
+
+
 needs_slurm = pytest.mark.skipif(
     bool(slurm_cluster.missing()),
     reason=f"NOT RUN: no {', '.join(slurm_cluster.missing())} (apt-get install slurm-wlm munge)",
@@ -217,11 +263,6 @@ def test_a_rank_that_fails_ends_the_job_and_is_named(cluster: slurm_cluster.Clus
     assert re.search(r"^1: .* rank 1 on n1 \(local rank 0\) ended with exit code 3$", done.stderr, re.MULTILINE)
 
 
-def iterations(run_dir: Path) -> list[int]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
 @needs_slurm
 @pytest.mark.timeout(400)
 def test_a_preempted_job_comes_back_and_ends_where_it_should(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
@@ -233,7 +274,7 @@ def test_a_preempted_job_comes_back_and_ends_where_it_should(cluster: slurm_clus
     slurm_cluster.wait_for(lambda: len(iterations(run_dir)) >= 2, seconds=150, name="two iterations")
     cluster.output("scancel", "--signal=USR1", "--batch", job)
     slurm_cluster.wait_for(lambda: cluster.state(job) == "PENDING", seconds=90, name="the job to be requeued")
-    reached = int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    reached = checkpointed(run_dir)
     assert 2 <= reached < 10, log.read_text()
     cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes by itself
     slurm_cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING"), seconds=150, name="its end")
