@@ -6,12 +6,13 @@ The arms take turns on one model: `dense`; `refresh`, a LongAct step that select
 mask; and `naive`, the plain way to the same update: dense 0/1 masks multiplied into the gradients, and a copy
 of the master weights before each step. A refresh interval of n costs (refresh + (n - 1) keep) / n. Ratios are
 formed round by round and their median is reported with the quartiles: of wall times, and of rank 0's processor
-times, which other work on the machine disturbs less. Without a GPU it runs over gloo.
+times, which other work on the machine disturbs less. Without a GPU it runs over gloo. Layers of Qwen3-8B's shape:
+`--hidden-size 4096 --kv-channels 128 --dtype bf16 --fp8 hybrid --fp8-recipe tensorwise`, as many as fit.
 """
 
 import argparse
-import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,31 +22,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import DEVICE, ON_GPU, held_bytes, peak_bytes, spread
 
-WITHOUT_GPU = not torch.cuda.is_available()
-if WITHOUT_GPU:
+if not ON_GPU:
     from megatron_longact.cpu import enable_cpu_mode
 
     enable_cpu_mode()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.transformer.module import Float16Module  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_longact import LongAct, LongActConfig  # noqa: E402
-from megatron_longact.optimizer_shards import chained, resolve_shards  # noqa: E402
+from megatron_longact import LongAct, LongActConfig
+from megatron_longact.optimizer_shards import chained, resolve_shards
 
 
 @dataclass
@@ -59,7 +60,9 @@ class Arm:
     optimizer_peak_bytes: int = 0
     """The same of the optimizer's step."""
     held_bytes: int = 0
-    """Between two steps."""
+    """Between two steps, above what was there before LongAct, or the naive way."""
+    allocated_bytes: int = 0
+    """All that is allocated when a forward begins."""
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Model:
         """Make one optimizer step."""
         self.backward()
         self.optimizer.step()
-        if not WITHOUT_GPU:
+        if ON_GPU:
             torch.cuda.synchronize()
 
     def backward(self) -> None:
@@ -98,7 +101,7 @@ class Model:
         longact = LongAct.of(self.optimizer)
         if longact is not None:
             longact.set_tokens(torch.ones_like(self.tokens, dtype=torch.bool))
-        mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1) if WITHOUT_GPU else None
+        mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1) if not ON_GPU else None
         position_ids = torch.arange(s, device=self.tokens.device).expand(b, s)
         output = model(self.tokens, position_ids, mask, labels=self.tokens)
         return output, lambda losses: (losses.float().mean(), {})
@@ -124,17 +127,24 @@ def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Mod
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        use_cpu_initialization=WITHOUT_GPU,
-        masked_softmax_fusion=not WITHOUT_GPU,
+        use_cpu_initialization=not ON_GPU,
+        masked_softmax_fusion=ON_GPU,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=not WITHOUT_GPU,
-        persist_layer_norm=not WITHOUT_GPU,
+        bias_activation_fusion=ON_GPU,
+        persist_layer_norm=ON_GPU,
         fp8=args.fp8,
         fp8_recipe=args.fp8_recipe if args.fp8 else "delayed",
+        fp8_param=args.fp8_param_gather,
+        recompute_granularity="full" if args.recompute else None,
+        recompute_method="uniform" if args.recompute else None,
+        recompute_num_layers=1 if args.recompute else None,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    spec = get_gpt_layer_local_spec if WITHOUT_GPU else get_gpt_layer_with_transformer_engine_spec
-    layer_spec = spec(qk_layernorm=True, **({"normalization": "RMSNorm"} if WITHOUT_GPU else {}))
+    layer_spec = (
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        if ON_GPU
+        else get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    )
     model = GPTModel(
         config=config,
         transformer_layer_spec=layer_spec,
@@ -143,9 +153,10 @@ def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Mod
         position_embedding_type="rope",
         share_embeddings_and_output_weights=True,
     )
-    device = torch.device("cpu" if WITHOUT_GPU else "cuda")
-    wrapped = Float16Module(config, model.to(device)) if bf16 else model.to(device)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = Float16Module(config, model.to(DEVICE)) if bf16 else model.to(DEVICE)
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=args.fp8_param_gather
+    )
     chunk = DistributedDataParallel(config, ddp_config, wrapped)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -156,11 +167,12 @@ def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Mod
             bf16=bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
+            fp8_recipe=args.fp8_recipe if args.fp8 else None,
         ),
         [chunk],
     )
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(args.vocab_size, (1, seq_length), generator=generator).to(device)
+    tokens = torch.randint(args.vocab_size, (1, seq_length), generator=generator).to(DEVICE)
     return Model([chunk], optimizer, tokens)
 
 
@@ -219,30 +231,6 @@ def dense(model: Model) -> Iterator[None]:
     yield
 
 
-def live_bytes() -> int:
-    """Bytes of all tensor storages that Python can reach."""
-    gc.collect()
-    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def peak_bytes(step: Callable[[], None]) -> int:
-    """Bytes allocated at the peak of a step above its beginning."""
-    if not WITHOUT_GPU:
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
-
-
 ARMS: dict[str, Callable[[Model], Any]] = {
     "dense": dense,
     "refresh": lambda model: longact(model, refresh=True),
@@ -259,12 +247,13 @@ def measure(model: Model, *, rounds: int) -> dict[str, Arm]:
     for index in range(-1, rounds + 1):  # -1: what comes with a first time; 0: memory; the others: time
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            before = live_bytes() if index < 1 else 0
+            before = held_bytes() if index < 1 else 0
             with ARMS[name](model):
                 torch.distributed.barrier()
                 if index < 1:
                     model.step()
-                    arms[name].held_bytes = live_bytes() - before
+                    arms[name].allocated_bytes = held_bytes()
+                    arms[name].held_bytes = arms[name].allocated_bytes - before
                     arms[name].peak_bytes = peak_bytes(model.backward)
                     arms[name].optimizer_peak_bytes = peak_bytes(model.optimizer.step)
                     continue
@@ -284,12 +273,6 @@ def ratios(arms: dict[str, Arm], interval: int | None, times: str) -> list[float
     return [(r + (interval - 1) * k) / interval / d for r, k, d in zip(refresh, keep, plain, strict=True)]
 
 
-def spread(values: list[float]) -> str:
-    """Median, and in brackets the quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.4f} ({low:.4f} to {high:.4f})"
-
-
 def row(label: str, arms: dict[str, Arm], name: str, interval: int | None) -> str:
     """One line of the table."""
     arm, plain = arms[name], arms["dense"]
@@ -298,33 +281,61 @@ def row(label: str, arms: dict[str, Arm], name: str, interval: int | None) -> st
     return f"| {label} | {' | '.join(times)} | {' | '.join(f'{n / 2**20:+.2f}' for n in more)} |"
 
 
+def memory(arm: Arm) -> str:
+    """What dense steps take of this rank's memory."""
+    peak = arm.allocated_bytes + max(arm.peak_bytes, arm.optimizer_peak_bytes)
+    return f"dense: {arm.allocated_bytes / 2**30:.3f} GiB between steps, {peak / 2**30:.3f} GiB at the peak"
+
+
 MEMORY = ("peak_bytes", "optimizer_peak_bytes", "held_bytes")
 HEADER = """| | wall time over dense | processor time over dense | peak of the backward, MiB | of the optimizer | held |
 |---|---|---|---|---|---|"""
 
 
-def main() -> None:
-    """Measure every width and sequence length, print a table, and write the raw numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of `build`."""
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[1024])
     parser.add_argument("--seq-length", type=int, nargs="+", default=[2048])
-    parser.add_argument("--refresh-interval", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--kv-channels", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--fp8", default=None, choices=["hybrid", "e4m3"])
-    parser.add_argument("--fp8-recipe", default="delayed")
+    parser.add_argument("--fp8-recipe", choices=["delayed", "tensorwise", "blockwise", "mxfp8"], default="tensorwise")
+    parser.add_argument("--fp8-param-gather", action="store_true", help="keep the weights in FP8")
+    parser.add_argument("--recompute", action="store_true", help="recompute every layer: for long sequences")
+
+
+def check_model_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program for flags that do not go together."""
+    if args.fp8 and not (ON_GPU and args.dtype == "bf16"):
+        parser.error("--fp8 needs a GPU and --dtype bf16")
+    if args.fp8_param_gather and not args.fp8:
+        parser.error("--fp8-param-gather needs --fp8")
+
+
+def initialise(args: argparse.Namespace) -> None:
+    """Megatron's process groups and generators, under torchrun."""
+    if ON_GPU:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if ON_GPU else "gloo")
+    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def main() -> None:
+    """Measure every width and sequence length, print a table, and write the raw numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_args(parser)
+    parser.add_argument("--refresh-interval", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--rounds", type=int, default=8, help="counted rounds of all arms")
     parser.add_argument("--output", type=Path, help="JSON file for the raw numbers")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds is {args.rounds}; quartiles need at least 2")
-
-    torch.distributed.init_process_group("gloo" if WITHOUT_GPU else "nccl")
-    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    check_model_args(parser, args)
+    initialise(args)
     report = []
     rank0 = torch.distributed.get_rank() == 0
     for hidden_size in args.hidden_size:
@@ -334,7 +345,8 @@ def main() -> None:
             arms = measure(model, rounds=args.rounds)
             if rank0:
                 seconds = statistics.median(arms["dense"].seconds)
-                print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {seq_length} tokens: {seconds:.2f} s\n")
+                print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {seq_length} tokens: {seconds:.3f} s")
+                print(f"{memory(arms['dense'])}\n")
                 print(HEADER)
                 for interval in args.refresh_interval:
                     print(row(f"refresh interval {interval}", arms, "refresh", interval))

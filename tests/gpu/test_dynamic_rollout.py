@@ -1,7 +1,5 @@
 """The GPU tier: rollouts by the dynamic engine, with flash-attn's kernels and CUDA graphs, between training steps."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -12,13 +10,13 @@ from torch import Tensor
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.rl.rollouts.sampling import Sampling
+from tests.gpu.models import GPU_TIER, GPUModel, GPUSpec, train_step
+from tests.gpu.models import build as build_model
 
 _FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flashattn_hopper")
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: the GPU tier needs a CUDA GPU"),
+    *GPU_TIER,
     pytest.mark.skipif(
         not any(map(find_spec, _FLASH_ATTENTION)), reason="NOT RUN: dynamic rollouts need flash-attn 2.7.3 or newer"
     ),
@@ -34,70 +32,19 @@ VOCAB = 500
 BUFFER_BYTES = 2**30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    from megatron.core import parallel_state, tensor_parallel
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29556", CUDA_DEVICE_MAX_CONNECTIONS="1")
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel()
-    # CUDA graphs ask for this tracker, as Megatron's arguments give it with --cuda-graph-impl
-    tensor_parallel.model_parallel_cuda_manual_seed(1234, te_rng_tracker=True, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
-def build(*, cuda_graphs: bool) -> tuple[Any, Any]:
-    """A two-layer Qwen3-shaped model with Transformer Engine layers, in Megatron's DDP, and its optimizer."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=256,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=64,
-        ffn_hidden_size=512,
-        qk_layernorm=True,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=False,
-        cuda_graph_impl="local" if cuda_graphs else "none",
-    )
-    config.finalize_model_grads_func = finalize_model_grads
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True),
-        vocab_size=512,
-        max_sequence_length=768,
-        position_embedding_type="rope",
+def build(*, cuda_graphs: bool) -> GPUModel:
+    """A model that learns fast, so that a step shows in its log-probs."""
+    built = build_model(
+        GPUSpec(
+            max_length=768,
+            transformer={"cuda_graph_impl": "local" if cuda_graphs else "none"},
+            optimizer={"lr": 1e-2},
+        )
     )
     with torch.no_grad():
-        model.output_layer.weight.mul_(4.0)  # far from uniform, so that a wrong context shows
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    chunk = DistributedDataParallel(config, ddp_config, Float16Module(config, model.cuda()))
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-2,
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            use_distributed_optimizer=True,
-        ),
-        [chunk],
-    )
-    return chunk, optimizer
+        built.chunk.module.module.output_layer.weight.mul_(4.0)  # far from uniform, so that a wrong context shows
+    built.optimizer.reload_model_params()
+    return built
 
 
 def make_engine(model: Any, **settings: Any) -> Any:
@@ -151,32 +98,6 @@ def check(engine: Any, model: Any, sampling: Sampling) -> Any:
     return rollouts
 
 
-def train_step(chunk: Any, optimizer: Any, longact: LongAct) -> None:
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    tokens = torch.randint(VOCAB, (2, 257), generator=torch.Generator().manual_seed(7)).cuda()
-
-    def forward(data: Any, model: Any) -> Any:
-        inputs = tokens[:, :-1].contiguous()
-        longact.set_tokens(torch.ones_like(inputs, dtype=torch.bool))
-        output = model(inputs, torch.arange(256, device="cuda").expand(2, -1), None, labels=tokens[:, 1:].contiguous())
-        return output, lambda losses: (losses.float().mean(), {})
-
-    chunk.train()
-    chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=None,
-        model=chunk,
-        num_microbatches=1,
-        seq_length=256,
-        micro_batch_size=2,
-        forward_only=False,
-    )
-    assert optimizer.step()[0]
-
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "persist": {},
     "recompute": {"kv_cache_management_mode": "recompute"},
@@ -197,15 +118,15 @@ def test_rollouts_are_the_models_own_before_and_after_a_step(name: str, cuda_gra
     )
     from megatron.core.utils import unwrap_model
 
-    chunk, optimizer = build(cuda_graphs=cuda_graphs)
-    model = unwrap_model(chunk)
+    built = build(cuda_graphs=cuda_graphs)
+    model = unwrap_model(built.chunk)
     sampling = Sampling(max_response_length=48, seed=1)
-    with LongAct.attach([chunk], optimizer, LongActConfig()) as longact:
+    with LongAct.attach([built.chunk], built.optimizer, LongActConfig()) as longact:
         engine = make_engine(model, **SETTINGS[name])
         first = check(engine, model, sampling)
         assert not InferenceMode.is_active()
         assert not any(isinstance(module, CudaGraphManager) for module in model.modules())
-        train_step(chunk, optimizer, longact)
+        train_step(built, longact, seed=7, length=256)
         assert longact.metrics()["longact/active_fraction_q"] == pytest.approx(0.3, abs=0.01)
         second = check(engine, model, sampling)
         check(engine, model, replace(sampling, temperature=1.0, seed=2))
@@ -221,7 +142,7 @@ def test_the_same_again(cuda_graphs: bool) -> None:
     from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
     from megatron.core.utils import unwrap_model
 
-    model = unwrap_model(build(cuda_graphs=cuda_graphs)[0])
+    model = unwrap_model(build(cuda_graphs=cuda_graphs).chunk)
     engine = make_engine(model)
     sampling = Sampling(max_response_length=16, temperature=0.8, top_p=0.9, seed=4)
     first, again = (engine.generate(make_prompts(), sampling) for _ in range(2))
@@ -235,7 +156,7 @@ def test_the_same_again(cuda_graphs: bool) -> None:
 def test_the_caches_memory_is_given_back(mode: str) -> None:
     from megatron.core.utils import unwrap_model
 
-    model = unwrap_model(build(cuda_graphs=False)[0])
+    model = unwrap_model(build(cuda_graphs=False).chunk)
     before = torch.cuda.memory_allocated()
     engine = make_engine(model, kv_cache_management_mode=mode)
     engine.generate(make_prompts(), Sampling(max_response_length=4))

@@ -1,0 +1,62 @@
+"""The GPU tier: what LongAct may cost, measured by the benchmarks themselves."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import launch
+from tests.gpu.models import GPU_TIER, skip_without_chip
+from tests.launch import free_port
+
+pytestmark = [*GPU_TIER, pytest.mark.timeout(600)]
+
+OF_THE_COPY = 0.7
+TEMPORARIES = 1 / 8
+OVER_DENSE = 1.005
+
+
+def run(tool: str, output: Path, *flags: str) -> Any:
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {**launch.QUIET, **ranks, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    command = [sys.executable, f"tools/{tool}", "--output", str(output), *flags]
+    done = launch.run(command, timeout=580, environment=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+def test_capture_reads_q_and_k_nearly_as_fast_as_a_copy(tmp_path: Path, record_property: Any) -> None:
+    numbers = run("benchmark_capture.py", tmp_path / "capture.json")
+    record_property("copy GB/s", numbers["copy_gb_per_s"])
+    ours = [result for result in numbers["results"] if result["candidate"] == "reduce_tokens"]
+    for result in ours:
+        tokens = "masked" if result["masked"] else "all"
+        case = f"{result['tokens']} tokens, TP {result['tp']}, {result['statistic']}, {tokens}"
+        record_property(case, f"{result['of_the_copy']:.0%}, temporaries {result['temporaries']:.1%}")
+    assert max(result["temporaries"] for result in ours) <= TEMPORARIES
+    assert max(result["error"] for result in ours) < 1e-5
+    assert min(result["of_the_copy"] for result in ours) >= OF_THE_COPY
+
+
+@pytest.mark.parametrize(("seq_length", "num_layers"), [(8192, 8), (32768, 4), (131072, 2)])
+def test_a_step_with_longact_takes_no_longer(
+    seq_length: int, num_layers: int, tmp_path: Path, record_property: Any
+) -> None:
+    skip_without_chip("tensorwise")
+    shape = ["--hidden-size", "4096", "--kv-channels", "128", "--num-layers", str(num_layers)]
+    numerics = ["--dtype", "bf16", "--fp8", "hybrid", "--fp8-recipe", "tensorwise", "--recompute"]
+    length = ["--seq-length", str(seq_length), "--rounds", "10"]
+    (measured,) = run("benchmark_overhead.py", tmp_path / "step.json", *shape, *numerics, *length)["runs"]
+    arms = measured["arms"]
+    ratios = {}
+    for name in ("refresh", "naive"):
+        pairs = zip(arms[name]["seconds"], arms["dense"]["seconds"], strict=True)
+        ratios[name] = statistics.median(mine / dense for mine, dense in pairs)
+        record_property(f"{name} over dense", ratios[name])
+        more = {field: (arms[name][field] - arms["dense"][field]) / 2**20 for field in ("peak_bytes", "held_bytes")}
+        record_property(f"{name}, MiB more", f"{more['peak_bytes']:.1f} at the peak, {more['held_bytes']:.1f} held")
+    record_property("dense, s a step", statistics.median(arms["dense"]["seconds"]))
+    assert ratios["refresh"] <= OVER_DENSE

@@ -1,0 +1,73 @@
+"""The benchmarks at sizes that say nothing of speed: what they print and write, and what they refuse."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_longact import metrics
+from tests import launch
+from tests.launch import QUIET, free_port
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+SMALL = ["--hidden-size", "64", "--kv-channels", "16", "--num-layers", "2", "--seq-length", "64", "--vocab-size", "64"]
+
+
+def run(tool: str, *flags: str) -> tuple[int, str, str]:
+    environment = {**QUIET, **ALONE, "MASTER_PORT": free_port(), "PATH": "/usr/bin:/bin"}
+    done = launch.run([sys.executable, f"tools/{tool}", *flags], timeout=100, environment=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_capture_is_measured_against_a_copy(tmp_path: Path) -> None:
+    output = tmp_path / "capture.json"
+    shape = ["--num-attention-heads", "8", "--num-query-groups", "4", "--kv-channels", "16"]
+    code, out, err = run("benchmark_capture.py", "--tokens", "256", "--repeats", "2", *shape, "--output", str(output))
+    assert code == 0, err
+    numbers = json.loads(output.read_text())
+    results = numbers["results"]
+    assert len(results) == 2 * (3 * 2 * 5 - 2)  # TP 1 and 4; no product gives a maximum
+    assert {r["candidate"] for r in results} == {"reduce_tokens", "chunks", "norm", "whole", "matmul"}
+    for result in results:
+        assert result["of_the_copy"] == pytest.approx(result["gb_per_s"] / numbers["copy_gb_per_s"])
+        assert result["error"] < (0.02 if result["candidate"] == "matmul" else 1e-5), result
+        assert result["temporaries"] > (1.0 if result["candidate"] == "whole" else 0.0)
+    assert len([line for line in out.splitlines() if line.startswith("| 256 |")]) == len(results)
+
+
+def test_a_profile_of_a_step_shows_the_ranges(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    code, out, err = run("profile_step.py", *SMALL, "--steps", "2", "--output", str(trace))
+    assert code == 0, err
+    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("|")) == 6}
+    assert rows.keys() >= {"step", *metrics.RANGES}
+    assert [rows[name][2].strip() for name in metrics.RANGES] == ["3", "1", "1", "1", "1"]
+    assert rows["step"][4].strip() == "100.00%"
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert [names.count(name) for name in metrics.RANGES] == [6, 2, 2, 2, 2]
+
+
+def test_a_whole_step_is_measured_against_a_dense_one(tmp_path: Path) -> None:
+    output = tmp_path / "overhead.json"
+    code, out, err = run("benchmark_overhead.py", *SMALL, "--rounds", "2", "--recompute", "--output", str(output))
+    assert code == 0, err
+    (measured,) = json.loads(output.read_text())["runs"]
+    assert measured["arms"].keys() == {"dense", "refresh", "keep", "naive"}
+    for arm in measured["arms"].values():
+        assert len(arm["seconds"]) == 2
+        assert min(arm["peak_bytes"], arm["allocated_bytes"]) > 0
+    assert "GiB between steps" in out
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][1:] == [
+        "refresh interval 1",
+        "refresh interval 10",
+        "naive masks and copies",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp8_is_refused_where_there_is_none() -> None:
+    code, _, err = run("benchmark_overhead.py", "--dtype", "bf16", "--fp8", "hybrid")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("--fp8 needs a GPU and --dtype bf16")

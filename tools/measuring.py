@@ -1,0 +1,65 @@
+"""What the benchmarks share: times, and bytes at a peak and held, on a GPU and without one."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def seconds(action: Callable[[], object], *, repeats: int) -> float:
+    """Median time of an action, after one that is not counted; on a GPU that of its kernels."""
+    action()
+    if not ON_GPU:
+        times = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - begun)
+        return statistics.median(times)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        action()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1000
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """Bytes allocated at the peak of an action above its beginning."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+def held_bytes() -> int:
+    """Bytes that are allocated now: on a GPU as its allocator says, else of all tensors that Python can reach."""
+    gc.collect()
+    if ON_GPU:
+        return torch.cuda.memory_allocated()
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def spread(values: list[float]) -> str:
+    """Median, and in brackets the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.4f} ({low:.4f} to {high:.4f})"
