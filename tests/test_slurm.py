@@ -268,23 +268,23 @@ def test_a_rank_that_fails_ends_the_job_and_is_named(cluster: slurm_cluster.Clus
 def test_a_preempted_job_comes_back_and_ends_where_it_should(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
     """The two-rank demo through sbatch: SIGUSR1, a checkpoint, back into the queue, on to the last iteration."""
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
-    settings = {"RUN_DIR": str(run_dir), "TRAIN_ITERS": "10", "STOP_PAUSE": "3", "MASTER_ADDR": "127.0.0.1"}
+    settings = {"RUN_DIR": str(run_dir), "TRAIN_ITERS": "12", "STOP_PAUSE": "3", "MASTER_ADDR": "127.0.0.1"}
     settings |= {"MASTER_PORT": launch.free_port(), "VENV": str(Path(sys.executable).parent.parent)}
     job = cluster.output("sbatch", "--parsable", f"--output={log}", "examples/slurm/cpu_demo.sh", **settings)
     slurm_cluster.wait_for(lambda: len(iterations(run_dir)) >= 2, seconds=150, name="two iterations")
     cluster.output("scancel", "--signal=USR1", "--batch", job)
     slurm_cluster.wait_for(lambda: cluster.state(job) == "PENDING", seconds=90, name="the job to be requeued")
     reached = checkpointed(run_dir)
-    assert 2 <= reached < 10, log.read_text()
+    assert 2 <= reached < 12, log.read_text()
     cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes by itself
     slurm_cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING"), seconds=150, name="its end")
     said = log.read_text()
     assert cluster.state(job) == "COMPLETED", said
-    assert iterations(run_dir) == list(range(1, 11))
+    assert iterations(run_dir) == list(range(1, 13))
     assert "start 0 on n0 n1, from iteration 0;" in said
     assert f"start 1 on n0 n1, from iteration {reached};" in said
     assert said.count("all-reduce            0-1        ok") == 2  # the preflight, before each start
-    assert "the last complete checkpoint is of iteration 10" in said
+    assert "the last complete checkpoint is of iteration 12" in said
     logs = sorted(path.name for path in (run_dir / "logs" / job).iterdir())
     assert [name.split("-")[0] for name in logs] == ["node0", "node1"]
-    assert "0: held-out accuracy at iteration 10" in (run_dir / "logs" / job / logs[0]).read_text()
+    assert "0: held-out accuracy at iteration 12" in (run_dir / "logs" / job / logs[0]).read_text()

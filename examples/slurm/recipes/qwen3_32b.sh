@@ -14,7 +14,7 @@ if [[ $PROGRAM == megatron_lm ]]; then CP=${CP:-2}; else CP=1; fi   # 2: each GP
 SEQ_LENGTH=${SEQ_LENGTH:-32768}        # longest prompt plus response
 RUN_DIR=${RUN_DIR:-runs/qwen3-32b-$PROGRAM}
 MIN_FREE_GB=${MIN_FREE_GB:-1000}       # two checkpoints: 66 GB of weights and 393 GB of optimizer each
-MIN_ALL_REDUCE=${MIN_ALL_REDUCE:-20}   # GB/s over the network between nodes, 400 Gb/s a GPU would allow more than 40
+MIN_ALL_REDUCE=${MIN_ALL_REDUCE:-20}   # GB/s of an all-reduce between nodes: a floor; 400 Gb/s a GPU are 50
 
 MODEL_ARGS=(
     --num-layers 64

@@ -14,7 +14,7 @@ if [[ $PROGRAM == megatron_lm ]]; then CP=${CP:-2}; else CP=1; fi   # 2: each GP
 SEQ_LENGTH=${SEQ_LENGTH:-32768}        # longest prompt plus response
 RUN_DIR=${RUN_DIR:-runs/qwen3-8b-$PROGRAM}
 MIN_FREE_GB=${MIN_FREE_GB:-250}        # two checkpoints: 16 GB of weights and 98 GB of optimizer each
-MIN_ALL_REDUCE=${MIN_ALL_REDUCE:-100}  # GB/s over NVLink, well under what eight H100s reach
+MIN_ALL_REDUCE=${MIN_ALL_REDUCE:-100}  # GB/s of an all-reduce over NVLink: a floor, not what it should reach
 
 MODEL_ARGS=(
     --num-layers 36
