@@ -28,6 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+from megatron_longact import apex
 from megatron_longact.tool_command import is_refusal
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] {SCRIPT | -m MODULE} ARGS..."
@@ -76,6 +77,9 @@ def main(argv: list[str]) -> int:
     except _UsageError as error:
         _say_once(str(error))
         return 2
+    remark = apex.settle(gpu=gpu and not cpu)
+    if remark and _rank() == 0:
+        print("megatron_longact:", remark, file=sys.stderr, flush=True)
     if cpu or not gpu:
         program = _in_cpu_mode(program, asked_for=cpu)
     return _run(program)
