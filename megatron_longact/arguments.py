@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from megatron_longact.config import LongActConfig, flag
 
 
-def field_docs() -> dict[str, str]:
-    """The docstring under each field of `LongActConfig`, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(LongActConfig))).body[0]
+def field_docs(config: type = LongActConfig) -> dict[str, str]:
+    """The docstring under each field of `LongActConfig`, or of another dataclass, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
     for field, doc in zip(body.body, body.body[1:], strict=False):

@@ -1,0 +1,256 @@
+"""What LongAct communicates, holds and reads on one rank, byte by byte, as its modules do it.
+
+Shape letters: L layers of the model, L_r of this rank, nq = np * hn Q channels, nk = ng * hn K channels, n
+accumulated channels of this rank, h hidden size. `tests/test_plan.py` holds each number against real ranks.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_longact.config import LongActConfig
+from megatron_longact.planning.run_shape import Attention, Batch, Parallel
+from megatron_longact.selection import num_selected
+
+_FP32, _INT64, _BOOL = 4, 8, 1
+
+_ISFINITE = 7
+"""Bytes an fp32 element that `torch.isfinite` needs: |x|, and three tensors of bool."""
+
+CHUNKS, CACHED_BYTES = 8, 2**24
+"""Of `megatron_longact.saliency`, which needs Megatron: the largest part of an activation that is copied."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call of torch.distributed on a rank."""
+
+    operation: str
+    """all_reduce or all_gather."""
+    group: str
+    """tp, dp_cp or pp."""
+    size: int
+    nbytes: int
+    """Of the tensor that this rank gives."""
+
+    @property
+    def wire_bytes(self) -> int:
+        """What a rank sends, by a ring: 2 (size - 1) / size of the tensor for all_reduce, size - 1 for all_gather."""
+        if self.operation == "all_gather":
+            return (self.size - 1) * self.nbytes
+        return -(-2 * (self.size - 1) * self.nbytes // self.size)
+
+
+class Place(NamedTuple):
+    """Which rank: its number of layers, and its tensor-parallel rank."""
+
+    layers: int
+    tp_rank: int
+
+
+def num_accumulated(attention: Attention, parallel: Parallel, config: LongActConfig) -> int:
+    """Channels that a rank adds up in a layer: all rows of its shard (V too), or Q and K heads after their norm."""
+    layout = attention.layout
+    if config.tap == "projection":
+        return layout.rows_per_partition(parallel.tp)
+    groups = max(layout.num_query_groups // parallel.tp, 1)
+    return layout.num_q_channels // parallel.tp + groups * layout.kv_channels
+
+
+def refresh_collectives(
+    attention: Attention, parallel: Parallel, config: LongActConfig, *, layers: int
+) -> list[Collective]:
+    """The collectives of one refresh, in order; source: `GlobalSaliency`. Those of groups of one rank move nothing."""
+    calls = []
+    if config.reads_activations:
+        sums = layers * (num_accumulated(attention, parallel, config) + 1) * _FP32  # and the count of tokens
+        calls += [
+            Collective("all_reduce", "dp_cp", parallel.dp_cp, sums),
+            Collective("all_gather", "tp", parallel.tp, sums),
+        ]
+    elif config.select == "weight-norm":
+        rows = layers * attention.layout.rows_per_partition(parallel.tp) * _FP32
+        calls += [Collective("all_gather", "tp", parallel.tp, rows)]
+    if config.select != "random" and parallel.pp > 1:
+        whole = attention.num_layers * attention.num_channels * _FP32
+        calls += [Collective("all_reduce", "pp", parallel.pp, whole)]
+    return calls
+
+
+def metric_collectives(parallel: Parallel) -> list[Collective]:
+    """Those of `LongAct.metrics`, once a logged step."""
+    sizes = {"tp": parallel.tp, "dp_cp": parallel.dp_cp, "pp": parallel.pp}
+    return [Collective("all_reduce", group, size, 2 * _FP32) for group, size in sizes.items()]
+
+
+def qk_rows(attention: Attention, parallel: Parallel, tp_rank: int) -> int:
+    """Local rows of a rank that are Q or K."""
+    return sum(end - start for start, end in attention.layout.local_qk_ranges(tp_rank, parallel.tp))
+
+
+def frozen_rows(attention: Attention, config: LongActConfig) -> int:
+    """Frozen Q and K rows of the whole model, all tensor-parallel ranks together; exact in every scope."""
+    layout, layers = attention.layout, attention.num_layers
+    frozen = 0
+    for part, heads in (("q", layout.num_attention_heads), ("k", layout.num_query_groups)):
+        if part in config.targets:
+            units = {"head": heads * layers, "layer": layers, "model": 1}[config.scope]
+            channels = heads * layers * layout.kv_channels // units
+            frozen += units * (channels - num_selected(config.ratio, channels))
+    return frozen
+
+
+class Bytes(NamedTuple):
+    """Of one rank on average, and at most."""
+
+    mean: float
+    most: float
+
+
+def _frozen_of_rank(attention: Attention, parallel: Parallel, config: LongActConfig, place: Place) -> Bytes:
+    """Frozen rows of a rank: which of a layer's they are is up to the saliency, so the mean is over the model."""
+    frozen, rows = frozen_rows(attention, config), qk_rows(attention, parallel, place.tp_rank)
+    mean = frozen * place.layers / attention.num_layers / parallel.tp
+    if config.scope == "head" and attention.layout.num_query_groups % parallel.tp == 0:
+        return Bytes(mean, mean)
+    if config.scope == "model":
+        return Bytes(mean, min(rows * place.layers, frozen))
+    return Bytes(mean, min(rows, frozen // attention.num_layers) * place.layers)
+
+
+def held(
+    attention: Attention, parallel: Parallel, config: LongActConfig, *, place: Place, on_gpu: bool = True
+) -> dict[str, Bytes]:
+    """Bytes held between steps by name; `host: …` are in the host's memory.
+
+    on_gpu False: as without a GPU, where the row indices of the host serve as those of the device too.
+    """
+    channels = attention.num_layers * attention.num_channels
+    index = _INT64 * (1 + attention.qkv_bias)  # one on the device for each parameter
+    every = float(qk_rows(attention, parallel, place.tp_rank) * place.layers)
+    frozen = _frozen_of_rank(attention, parallel, config, place)
+    exact = {
+        "sums of activations": place.layers * (num_accumulated(attention, parallel, config) + 1) * _FP32,
+        "saliency, whole model": channels * _FP32,
+        "masks, whole model": channels * _BOOL,
+        "squares of gradients": 2 * _FP32,
+        "host: rows of the layout": attention.num_channels * _INT64,
+        "host: all Q and K rows": every * _INT64,
+    }
+    parts = {name: Bytes(n, n) for name, n in exact.items()}
+    parts["host: frozen rows"] = Bytes(*(n * _INT64 for n in frozen))
+    if on_gpu:
+        parts["all Q and K rows"] = Bytes(every * index, every * index)
+        parts["frozen rows"] = Bytes(*(n * index for n in frozen))
+    return parts
+
+
+def saved_masters(attention: Attention, parallel: Parallel, config: LongActConfig, *, place: Place) -> Bytes:
+    """Bytes that strict freeze, and moments that are held, save of fp32 masters during the optimizer's step.
+
+    With the distributed optimizer a rank owns slices of the gradient buffer: the most is the whole of the
+    tensor-parallel rank's, the mean what it shares with its data-parallel replicas.
+    """
+    copies = (config.freeze == "strict") + 2 * (config.moments == "hold")
+    frozen = _frozen_of_rank(attention, parallel, config, place)
+    element = attention.parameters_per_row * copies * _FP32
+    return Bytes(frozen.mean * element / parallel.optimizer_shards, frozen.most * element)
+
+
+def reduction_temporaries(
+    attention: Attention, parallel: Parallel, config: LongActConfig, *, layers: int, on_gpu: bool = True
+) -> int:
+    """Bytes at the peak of turning a rank's sums into the saliency of the model; source: `GlobalSaliency.from_sums`."""
+    if not config.reads_activations:
+        return 0
+    n = num_accumulated(attention, parallel, config)
+    sums = layers * (n + 1) * _FP32
+    scores = parallel.tp * layers * n * _FP32
+    channels = layers * attention.num_channels * _FP32
+    index = attention.layout.num_q_channels * _INT64 * on_gpu
+    rows = scores if parallel.tp > 1 else 0  # put in the order of the whole weight
+    assembling = (rows + index if config.tap == "projection" else 0) + channels
+    whole = attention.num_layers * attention.num_channels * _FP32
+    placing = 2 * channels + whole + layers * _INT64
+    checking = whole + attention.num_layers * attention.layout.num_q_channels * _ISFINITE
+    held = sums + parallel.tp * sums + (0 if config.statistic == "max-abs" else scores)
+    return held + max(scores if config.statistic == "rms" else 0, assembling, placing, checking)
+
+
+@dataclass(frozen=True)
+class CaptureWork:
+    """Reading Q and K on one rank, all micro-batches of a refresh step."""
+
+    activations: int
+    """Bytes of the activations of Q and K: what a single read of them is."""
+    traffic: int
+    """Bytes that the operations read and write, their temporaries included."""
+    operations: int
+    """Kernels."""
+    temporary: int
+    """Bytes of temporaries at once, at most."""
+
+
+def capture_work(
+    attention: Attention, parallel: Parallel, batch: Batch, config: LongActConfig, *, place: Place
+) -> CaptureWork:
+    """Capture in a refresh step on one rank of GPUs; nothing for selectors that read no activations.
+
+    Source: `saliency.reduce_by_norm`. Without named tokens a norm reads the activations; with them it reads copies
+    of parts, which are counted as traffic although they are small enough for the cache.
+    """
+    if not config.reads_activations:
+        return CaptureWork(0, 0, 0, 0)
+    tokens, element = batch.tokens_of_microbatch(parallel), batch.activation_bytes
+    times = batch.num_microbatches(parallel) * place.layers
+    blocks = _block_widths(attention, parallel, config, tp_rank=place.tp_rank)
+    parts = [_rows_of_part(tokens, width * element, named=batch.tokens_named) for width in blocks]
+    kernels = sum(_kernels(-(-tokens // rows), batch, config) for rows in parts)
+    copies = [rows * width * element for rows, width in zip(parts, blocks, strict=True)]
+    activations = times * tokens * sum(blocks) * element
+    return CaptureWork(
+        activations=activations,
+        traffic=activations * (3 if batch.tokens_named else 1),
+        operations=times * (kernels + 1 + batch.tokens_named),  # and the count of tokens
+        temporary=max(copies) if batch.tokens_named else 0,
+    )
+
+
+def _rows_of_part(tokens: int, row_bytes: int, *, named: bool) -> int:
+    return min(-(-tokens // CHUNKS), max(1, CACHED_BYTES // row_bytes)) if named else tokens
+
+
+def _kernels(parts: int, batch: Batch, config: LongActConfig) -> int:
+    """Of one block: a norm of each part, and its copy; the parts stacked and summed; the accumulator."""
+    return parts * (1 + batch.tokens_named) + 2 + (config.statistic == "rms") + 1
+
+
+def _block_widths(attention: Attention, parallel: Parallel, config: LongActConfig, *, tp_rank: int) -> list[int]:
+    """Channels that one norm reads: Q and K of all groups at once, apart from parts of groups; or Q, and K heads."""
+    if config.tap == "norm":
+        q = attention.layout.num_q_channels // parallel.tp
+        return [q, num_accumulated(attention, parallel, config) - q]
+    widths = Counter(end - start for start, end in attention.layout.local_qk_ranges(tp_rank, parallel.tp))
+    return [width * runs for width, runs in widths.items()]
+
+
+@dataclass(frozen=True)
+class MaskWork:
+    """What every step does on one rank beside capture: bytes that are read and written, and kernels."""
+
+    traffic: float
+    operations: int
+    temporary: int
+    """Bytes of temporaries at once, at most."""
+
+
+def mask_work(attention: Attention, parallel: Parallel, config: LongActConfig, *, place: Place) -> MaskWork:
+    """Gradient norms, zeroed gradient rows, and masters saved and put back, in fp32; kernels: about."""
+    frozen = _frozen_of_rank(attention, parallel, config, place).mean * attention.parameters_per_row
+    rows = place.layers * attention.layout.rows_per_partition(parallel.tp)
+    shard = rows * attention.parameters_per_row / parallel.optimizer_shards
+    saved = saved_masters(attention, parallel, config, place=place).mean
+    squares = 3 * _FP32 * shard  # read, squares written, squares read
+    parameters = place.layers * (1 + attention.qkv_bias)
+    largest = attention.layout.rows_per_partition(parallel.tp) * attention.hidden_size
+    return MaskWork(squares + _FP32 * frozen + 4 * saved, parameters * (12 + 1 + 4), largest * _FP32)

@@ -1,0 +1,349 @@
+"""tools/plan.py against real ranks: what collectives carry, what is held, saved and read, byte by byte."""
+
+import gc
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_longact import LongAct, LongActConfig, saliency
+from megatron_longact.conversion.mapping import entries_of
+from megatron_longact.planning import cost
+from megatron_longact.planning.models import PRESETS, find_model
+from megatron_longact.planning.report import make_plan
+from megatron_longact.planning.roofline import Assumptions
+from megatron_longact.planning.run_shape import Attention, Batch, Parallel
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.saliency import Accumulator
+from tests import ranks
+from tests.models import DTYPES, ModelSpec, OptimizerSpec, build, random_tokens, train_step
+from tests.ranks import Layout
+from tests.runs import name_all
+from tools import plan
+
+OPERATIONS = ("all_reduce", "all_gather", "broadcast", "reduce_scatter_tensor", "all_gather_into_tensor", "reduce")
+LAYERS4 = ModelSpec(layers=4)
+BIAS = ModelSpec(config={"add_qkv_bias": True})
+GATE = ModelSpec(config={"attention_output_gate": True})
+WHOLE, DISTRIBUTED = OptimizerSpec(), OptimizerSpec(distributed=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout that is planned and run."""
+
+    spec: ModelSpec
+    layout: Layout
+    world_size: int
+    optimizer: OptimizerSpec
+    config: LongActConfig
+
+    @property
+    def parallel(self) -> Parallel:
+        used = self.layout.tp * self.layout.pp * self.layout.cp
+        return Parallel(
+            tp=self.layout.tp,
+            pp=self.layout.pp,
+            cp=self.layout.cp,
+            dp=self.world_size // used,
+            distributed_optimizer=self.optimizer.distributed,
+        )
+
+    @property
+    def attention(self) -> Attention:
+        gate = bool(self.spec.config.get("attention_output_gate"))
+        layout = QKVLayout(self.spec.heads, self.spec.groups, self.spec.kv_channels, gate)
+        return Attention(self.spec.layers, self.spec.hidden, layout, bool(self.spec.config.get("add_qkv_bias")))
+
+
+def case(
+    spec: ModelSpec = ModelSpec(),  # noqa: B008
+    layout: Layout = Layout(),  # noqa: B008
+    world_size: int = 1,
+    optimizer: OptimizerSpec = WHOLE,
+    **config: Any,
+) -> Case:
+    return Case(spec, layout, world_size, optimizer, LongActConfig(**config))
+
+
+CASES = {
+    "tp1": case(),
+    "tp2": case(layout=Layout(tp=2), world_size=2),
+    "tp2, scope model, max-abs": case(layout=Layout(tp=2), world_size=2, scope="model", statistic="max-abs"),
+    "tp2, bias, targets q, ema": case(BIAS, Layout(tp=2), 2, targets="q", ema=0.5),
+    "tp2, gate, weight norms, grad-only": case(GATE, Layout(tp=2), 2, select="weight-norm", freeze="grad-only"),
+    "dp2 distributed": case(world_size=2, optimizer=DISTRIBUTED),
+    "tp2 dp2, scope head": case(layout=Layout(tp=2), world_size=4, optimizer=DISTRIBUTED, scope="head"),
+    "tp2 pp2, rms": case(LAYERS4, Layout(tp=2, pp=2), 4, DISTRIBUTED, statistic="rms"),
+    "tp4, groups < tp": case(layout=Layout(tp=4), world_size=4),
+    "tp4, groups < tp, tap norm, held moments": case(layout=Layout(tp=4), world_size=4, tap="norm", moments="hold"),
+}
+
+
+@contextmanager
+def counted(names: dict[int, str]) -> Iterator[Counter[tuple[str, str, int, int]]]:
+    """Count what the real collectives carry: operation, group, its size, and bytes of the tensor given."""
+    seen: Counter[tuple[str, str, int, int]] = Counter()
+    originals = {name: getattr(dist, name) for name in OPERATIONS}
+
+    def counting(name: str) -> Callable[..., Any]:
+        @wraps(originals[name])
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = next(a for a in reversed(args) if isinstance(a, torch.Tensor))
+            group = kwargs.get("group") or dist.group.WORLD
+            entry = (name, names.get(id(group), "other"), group.size(), given.numel() * given.element_size())
+            seen[entry] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(dist, name, counting(name))
+    try:
+        yield seen
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def measured(spec: ModelSpec, optimizer: OptimizerSpec, config: LongActConfig) -> dict[str, Any]:
+    """What a step with LongAct carries, holds and saves more than one without, on this rank."""
+    built = build(spec, optimizer)
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "dp_cp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+    }
+    names = {id(group): name for name, group in groups.items()}
+    tokens = random_tokens(8, 16)
+    train_step(built, tokens)  # makes the optimizer's state
+    with counted(names) as dense:
+        train_step(built, tokens)
+    bytes_before = live_bytes()
+    longact = LongAct.attach(built.chunks, built.optimizer, config)
+    saved = 0
+
+    def look(*_: Any) -> None:
+        nonlocal saved
+        saved = sum(v.untyped_storage().nbytes() for f in longact._freezes for *_, v in f._saved)
+
+    longact._freezes[0].inner.register_step_pre_hook(look)
+    before_forward = name_all(longact) if config.reads_activations else None
+    with counted(names) as masked:
+        train_step(built, tokens, before_forward=before_forward)
+    held = live_bytes() - bytes_before
+    with counted(names) as metrics:
+        longact.metrics()
+    frozen = sum(len(rows) for parameter, rows in longact._frozen.items() if parameter.dim() == 2)
+    longact.detach()
+    assert not dense - masked
+
+    def reduce_again() -> None:
+        longact._saliency.from_sums(torch.ones_like(longact._capture.accumulator.sums))
+
+    return {
+        "refresh": masked - dense,
+        "metrics": metrics,
+        "held": held,
+        "saved": saved,
+        "frozen": frozen,
+        "layers": len(longact._model.layers),
+        "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "peak": peak_bytes(reduce_again) if config.reads_activations else 0,
+    }
+
+
+def live_bytes() -> int:
+    """Bytes of all tensor storages that Python can reach."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """Bytes that an action has allocated at its peak."""
+    action()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def as_counter(calls: list[cost.Collective]) -> Counter[tuple[str, str, int, int]]:
+    return Counter((call.operation, call.group, call.size, call.nbytes) for call in calls)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_is_what_real_ranks_do(name: str) -> None:
+    run = CASES[name]
+    attention, parallel, config = run.attention, run.parallel, run.config
+    results = ranks.run(
+        measured,
+        layout=run.layout,
+        world_size=run.world_size,
+        spec=run.spec,
+        optimizer=run.optimizer,
+        config=config,
+    )
+    wanted_held, wanted_saved = 0.0, 0.0
+    for result in results:
+        layers = result["layers"]
+        place = cost.Place(layers, result["tp_rank"])
+        assert result["refresh"] == as_counter(cost.refresh_collectives(attention, parallel, config, layers=layers))
+        assert result["metrics"] == as_counter(cost.metric_collectives(parallel))
+        held = cost.held(attention, parallel, config, place=place, on_gpu=False)
+        saved = cost.saved_masters(attention, parallel, config, place=place)
+        exact = sum(part.mean for name, part in held.items() if name != "host: frozen rows")
+        assert result["held"] == exact + 8 * result["frozen"]
+        assert result["frozen"] * 8 <= held["host: frozen rows"].most
+        assert result["saved"] <= saved.most
+        peak = cost.reduction_temporaries(attention, parallel, config, layers=layers, on_gpu=False)
+        assert result["peak"] == peak
+        if config.scope == "head":
+            assert result["held"] == sum(part.mean for part in held.values())
+        wanted_held += sum(part.mean for part in held.values())
+        wanted_saved += saved.mean
+    assert sum(result["held"] for result in results) == pytest.approx(wanted_held, rel=1e-12)
+    assert sum(result["saved"] for result in results) == pytest.approx(wanted_saved, rel=1e-12)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the operations of real tensors that are kernels on a GPU, and the bytes of activations they touch."""
+
+    NO_KERNEL = ("scalar_tensor", "copy_")  # a constant, and a number copied onto itself
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.nbytes = self.largest_copy = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.NO_KERNEL:
+            self.operations += 1
+            if name in ("where", "linalg_vector_norm"):
+                parts = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 3 and a.is_floating_point()]
+                if name == "where":
+                    parts.append(result)
+                    self.largest_copy = max(self.largest_copy, result.numel() * result.element_size())
+                self.nbytes += sum(t.numel() * t.element_size() for t in parts)
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("named", [True, False], ids=["tokens named", "all tokens"])
+@pytest.mark.parametrize("tp", [1, 4], ids=["whole groups", "parts of groups"])
+@pytest.mark.parametrize("statistic", ["mean-abs", "rms", "max-abs"])
+def test_capture_reads_what_the_plan_says(
+    statistic: Any, tp: int, named: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that a GPU takes, run here."""
+    monkeypatch.setattr(saliency, "reduce_tokens", saliency.reduce_by_norm)
+    attention, config = Attention(1, 32, QKVLayout(8, 2, 4)), LongActConfig(statistic=statistic)
+    batch = Batch(seq_length=40, global_batch_size=2, micro_batch_size=2, dtype=dtype, tokens_named=named)
+    work = cost.capture_work(attention, Parallel(tp=tp), batch, config, place=cost.Place(1, 1 % tp))
+    rows = attention.layout.num_rows // tp
+    accumulator = Accumulator(1, rows, statistic=statistic, device=torch.device("cpu"))
+    x = torch.randn(40, 2, rows, dtype=DTYPES[dtype])
+    tokens = torch.ones(40, 2, dtype=torch.bool) if named else None
+    blocks = saliency.qk_blocks(attention.layout.local_qk_ranges(1 % tp, tp))
+    with Traffic() as seen:
+        for block in blocks:
+            accumulator.add_to(block.of(accumulator.sums[0]), block.of(x), tokens)
+        accumulator.count(0, x.shape[0] * x.shape[1], tokens)
+    assert seen.operations == work.operations
+    assert seen.nbytes == work.traffic
+    assert seen.largest_copy == work.temporary
+    assert work.activations == sum(block.of(x).numel() for block in blocks) * x.element_size()
+
+
+def test_parts_are_those_of_the_reduction() -> None:
+    assert (cost.CHUNKS, cost.CACHED_BYTES) == (saliency._CHUNKS, saliency._CACHED_BYTES)
+
+
+def test_held_is_what_the_benchmark_measured() -> None:
+    """The MiB of docs/performance.md at 111 M and at 13 M parameters, TP 2 over gloo."""
+    for hidden, layers, measured_mib in ((1024, 9, 0.17), (512, 4, 0.04)):
+        heads = hidden // 64
+        attention = Attention(layers, hidden, QKVLayout(heads, heads // 4, 64))
+        held = cost.held(attention, Parallel(tp=2), LongActConfig(), place=cost.Place(layers, 0), on_gpu=False)
+        assert round(sum(part.mean for part in held.values()) / 2**20, 2) == measured_mib
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen3-8b", 8_190_735_360), ("qwen3-32b", 32_762_123_264), ("qwen3-235b-a22b", 235_093_634_560)],
+)
+def test_presets_are_the_models_of_their_names(name: str, parameters: int, tmp_path: Path) -> None:
+    model = find_model(name)
+    assert sum(entry.numel for entry in entries_of(model)) == parameters
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS[name]))
+    assert find_model(str(tmp_path)) == find_model(str(tmp_path / "config.json")) == model
+
+
+QWEN3_235B = ["--model", "Qwen3-235B-A22B", "--tp", "4", "--pp", "16", "--cp", "2", "--dp", "8", "--ep", "16"]
+STAGES = ["--first-stage-layers", "5", "--last-stage-layers", "5"]
+BATCH = ["--seq-length", "32768", "--global-batch-size", "128"]
+
+
+def test_a_plan_for_1024_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    command = [*QWEN3_235B, *STAGES, *BATCH, "--longact-refresh-interval", "5", "--json", str(file)]
+    assert plan.main(command) == 0
+    screen, numbers = capsys.readouterr().out, json.loads(file.read_text())
+    assert "1,024 GPUs" in screen
+    assert numbers["gpus"] == 1024
+    assert numbers["rank"]["layers"] == 6
+    reduced = 6 * ((64 + 2 * 4) * 128 // 4 + 1) * 4
+    assert [call["nbytes"] for call in numbers["refresh_collectives"]] == [reduced, reduced, 94 * (64 + 4) * 128 * 4]
+    assert set(numbers["share_of_step"]) == {"1", "5", "10"}
+    assert numbers["share_of_step"]["1"] > numbers["share_of_step"]["5"] > numbers["share_of_step"]["10"] > 0
+    for name in (field.name for field in fields(Assumptions)):
+        assert f"--{name.replace('_', '-')} " in screen
+
+
+def test_every_assumption_counts() -> None:
+    """Each assumption moves the share, all but that of the other precision and the link that is not used."""
+    model, batch = find_model("qwen3-8b"), Batch(seq_length=8192, global_batch_size=64)
+    parallel = Parallel(tp=4, dp=16)
+
+    def over_dense(**assumed: float) -> float:
+        planned = make_plan(model, parallel, batch, LongActConfig(), assumed=Assumptions(**assumed))
+        return planned.share.over_dense(1)
+
+    for field in fields(Assumptions):
+        changed = over_dense(**{field.name: type(field.default)(field.default * 100)})
+        assert (changed == over_dense()) == (field.name == "peak_tflops_fp8"), field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*QWEN3_235B, *BATCH], "94 layers do not divide into --pp 16 stages"),
+        (["--model", "qwen3-9b", *BATCH], "none of qwen3-8b, qwen3-32b, qwen3-235b-a22b"),
+        (["--model", "qwen3-8b", "--tp", "3", *BATCH], "--tp is 3"),
+        (["--model", "qwen3-8b", "--dp", "3", *BATCH], "--global-batch-size 128 is no multiple"),
+        (["--model", "qwen3-8b", "--cp", "3", *BATCH], "--seq-length 32768 does not divide by --cp 3"),
+        (["--model", "qwen3-8b", "--dp", "8", "--ep", "8", *BATCH], "the model has no experts"),
+        (["--model", "qwen3-8b", "--ep", "8", *BATCH], "--ep is 8; it must divide"),
+        (["--model", "qwen3-8b", "--tp", "0", *BATCH], "--tp is 0"),
+        (["--model", "qwen3-8b", "--longact-ratio", "7", *BATCH], "--longact-ratio is 7.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
