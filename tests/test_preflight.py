@@ -163,3 +163,13 @@ def test_a_rank_that_nobody_joins_says_so() -> None:
     assert re.search(
         r"^preflight: rank 0 on \S+ waits for the other ranks: nothing for 3 s$", done.stderr, re.MULTILINE
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no GPU: what the preflight says of one was NOT RUN")
+def test_a_gpu_is_looked_at(tmp_path: Path) -> None:
+    flags = ["--require-gpu", "--ranks-per-node", "1", "--min-gpu-memory-gib", "1", "--save", str(tmp_path)]
+    done = launch.run(on_ranks(1, "tools/preflight.py", *flags), timeout=100)
+    assert done.returncode == 0, done.stderr
+    for name in ("transformer engine", "gpus", "gpu memory"):
+        assert re.search(rf"^{name} +0 +ok  ", done.stdout, re.MULTILINE), done.stdout

@@ -1,5 +1,6 @@
 # Flags of NVIDIA's train_rl.py, unedited, with LongAct; to be sourced by a recipe that has set MODEL_ARGS, TP, PP, CP,
-# SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had.
+# SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had. docs/megatron_rl.md: that program with LongAct;
+# examples/megatron_lm/qwen3_8b.sh: without Slurm.
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 [[ $DRY_RUN == 1 ]] && HF_DIR=${HF_DIR:-HF_DIR} START=${START:-START} MEGATRON_LM=${MEGATRON_LM:-MEGATRON_LM}
 SAVE=${SAVE:-$RUN_DIR/checkpoints}
@@ -37,8 +38,9 @@ PRECISION_ARGS=(
     --attention-softmax-in-fp32
     --accumulate-allreduce-grads-in-fp32
     --te-rng-tracker                   # its loop asks for it
-    --recompute-granularity selective  # attention's inner part is made again in the backward
-    --recompute-modules core_attn
+    --recompute-granularity full       # keep each layer's input and make the rest again in the backward
+    --recompute-method uniform
+    --recompute-num-layers 1
 )
 ROLLOUT_ARGS=(
     --perform-rl-step                  # its RL loop
@@ -48,6 +50,7 @@ ROLLOUT_ARGS=(
     --inference-dynamic-batching-buffer-size-gb 20      # of KV cache on each GPU
     --inference-max-seq-length "$SEQ_LENGTH"
     --inference-max-requests 32        # responses made at once by a model replica
+    --rl-use-sequence-packing          # short responses share a row of --seq-length tokens
     --seq-length "$SEQ_LENGTH"
     --tokenizer-type HuggingFaceTokenizer
     --tokenizer-model "$HF_DIR"
