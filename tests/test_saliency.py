@@ -1,5 +1,8 @@
 """The reduction over tokens, both ways, and the views of Q and K that it reads at once."""
 
+import json
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_longact import saliency
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.saliency import qk_blocks, reduce_by_chunks, reduce_by_norm
+from tests import launch
 
 WAYS = {"chunks": reduce_by_chunks, "norm": reduce_by_norm}
 """On a GPU the norm is taken; here both must agree with fp64."""
@@ -113,3 +117,14 @@ def test_blocks_cover_the_ranges_and_nothing_else(name: str, tp: int) -> None:
 def test_q_and_k_of_all_groups_are_read_at_once() -> None:
     layout = QKVLayout(num_attention_heads=32, num_query_groups=8, kv_channels=128, attention_output_gate=False)
     assert [len(qk_blocks(layout.local_qk_ranges(0, tp))) for tp in (1, 2, 8)] == [1, 1, 1]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="NOT RUN: triton is missing; it comes with torch's CUDA build")
+def test_the_triton_kernel_agrees_too() -> None:
+    environment = {**launch.QUIET, "TRITON_INTERPRET": "1", "PYTHONPATH": str(launch.ROOT)}
+    done = launch.run([sys.executable, "tests/programs/reduce_by_triton.py"], timeout=60, environment=environment)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert len(said["errors"]) == 36
+    assert max(said["errors"].values()) < TOLERANCE
+    assert set(map(tuple, said["finite"].values())) == {(True, True, True, False, True, False, True, True)}

@@ -10,6 +10,7 @@ is memory at the peak over the bytes of Q and K. Masked: an eighth of the tokens
     chunks, norm    its two ways (megatron_longact/saliency.py)
     whole           x.abs().sum(0, dtype=float32) and its like on all tokens at once
     matmul          the token mask times |x| or x²
+    triton          one kernel (megatron_longact/saliency_triton.py); with a GPU
     compiled        "whole" through torch.compile; with a GPU, or with --compile
 """
 
@@ -18,6 +19,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,10 @@ def candidates(*, compiled: bool) -> dict[str, Candidate]:
         "whole": whole,
         "matmul": matmul,
     }
+    if ON_GPU and find_spec("triton"):
+        from megatron_longact.saliency_triton import reduce_by_triton
+
+        found["triton"] = lambda x, counted, statistic: reduce_by_triton(x, counted, statistic=statistic)
     return found | ({"compiled": torch.compile(whole, dynamic=False)} if compiled else {})
 
 
