@@ -16,7 +16,10 @@ ORDER = {"skipped": 0, "passed": 1, "failed": 2}
 
 
 class ResultsPage:
-    """Collects the reports of the tests marked `gpu` and writes them to `path` at the end of a session."""
+    """Collects the reports of the tests marked `gpu` and writes them to `path` at the end of a session.
+
+    Results of other tests stay on the page if the same machine wrote them: the tier may be run in parts.
+    """
 
     def __init__(self, path: Path, *, machine: dict[str, str]) -> None:
         self.path, self.machine = path, machine
@@ -45,21 +48,26 @@ class ResultsPage:
             self.path.write_text("\n".join(self._lines()) + "\n")
 
     def _lines(self) -> Iterable[str]:
-        outcomes = list(self._outcomes.values())
+        rows = self._known_rows() | dict(map(self._row, self._outcomes))
+        outcomes = [row.split(" | ")[1] for row in rows.values()]
         counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("passed", "failed", "skipped"))
-        yield "# GPU results"
-        yield ""
-        yield f"{counts}. Written by `{COMMAND}`."
-        yield ""
-        yield "| | |"
-        yield "|---|---|"
-        yield from (f"| {name} | {_cell(value)} |" for name, value in self.machine.items())
-        yield ""
-        yield "| test | outcome | measured, or why not |"
-        yield "|---|---|---|"
-        for test, outcome in self._outcomes.items():
-            name = test.rpartition("/")[2].replace(".py::", " ")
-            yield f"| {_cell(name)} | {outcome} | {_cell('; '.join(self._remarks[test]))} |"
+        yield from ("# GPU results", "", f"{counts}. Written by `{COMMAND}`.", "", "| | |", "|---|---|")
+        yield from self._machine_rows()
+        yield from ("", "| test | outcome | measured, or why not |", "|---|---|---|")
+        yield from rows.values()
+
+    def _machine_rows(self) -> list[str]:
+        return [f"| {name} | {_cell(value)} |" for name, value in self.machine.items()]
+
+    def _known_rows(self) -> dict[str, str]:
+        """What the page says now, by test, if it is of this machine."""
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        same = set(self._machine_rows()[1:]) <= set(lines)  # the date, which is first, may differ
+        return {line.split(" | ")[0]: line for line in lines if same and line.startswith("| test_")}
+
+    def _row(self, test: str) -> tuple[str, str]:
+        name = f"| {_cell(test.rpartition('/')[2].replace('.py::', ' '))}"
+        return name, f"{name} | {self._outcomes[test]} | {_cell('; '.join(self._remarks[test]))} |"
 
 
 def machine() -> dict[str, str]:
