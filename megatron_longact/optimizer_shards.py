@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from megatron_longact.config import LongActConfig
 from megatron_longact.masked_update import Shard, is_offloaded
 
-
 _SCALED = (torch.float16, torch.uint8)  # how Transformer Engine's FusedAdam keeps moments in fp16 and fp8
 
 
@@ -39,13 +38,14 @@ def resolve_shards(optimizer: Any, parameters: Iterable[nn.Parameter], config: L
 
 
 def derive_quantized_weights(optimizer: Any) -> None:
-    """Quantise FP8 weights (`--fp8-param-gather`) anew from their fp32 masters, as after a step; collective.
+    """Quantise weights that are kept in FP8 or FP4 anew from their fp32 masters, as after a step; collective.
 
     A checkpoint holds them rounded to bf16, and what Megatron quantises from that on loading need not be what its
     next step would. Source: megatron/core/optimizer/optimizer.py, `step_with_ready_grads`.
     """
     for one in chained(optimizer):
-        if getattr(getattr(one, "ddp_config", None), "fp8_param_gather", False):
+        ddp_config = getattr(one, "ddp_config", None)
+        if getattr(ddp_config, "fp8_param_gather", False) or getattr(ddp_config, "fp4_param_gather", False):
             with torch.no_grad():
                 if one.config.reuse_grad_buf_for_mxfp8_param_ag:
                     one._copy_main_params_to_param_buffer()
@@ -63,11 +63,11 @@ def _check_inner(inner: Any, config: LongActConfig) -> None:
             "--optimizer-cpu-offload it must be decay"
         )
     scaled = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if getattr(inner, name, None) in _SCALED]
-    if config.moments == "hold" and scaled:
+    if config.moments != "decay" and scaled:
         flags = " and ".join("--" + name.replace("_", "-") for name in scaled)
         raise ValueError(
-            f"--longact-moments is hold; with {flags} fp16 or fp8 it must be decay or reset: such moments are scaled "
-            "anew at each step"
+            f"--longact-moments is {config.moments}; with {flags} fp16 or fp8 it must be decay: such moments are "
+            "scaled anew at each step"
         )
     if precision_aware and getattr(inner, "master_weight_dtype", torch.float32) == torch.float16:
         raise ValueError("strict freeze needs --main-params-dtype fp32: fp16 masters are rescaled at each step")

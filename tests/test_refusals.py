@@ -222,7 +222,7 @@ def refused(case: str) -> dict[str, Any]:
         ("lora", "LoRA on linear_qkv is not supported"),
         ("no linear_qkv", "no rank holds a self_attention.linear_qkv"),
         ("no trainable parameter", "no trainable parameter"),
-        ("scaled moments", "with --exp-avg-sq-dtype fp16 or fp8 it must be decay or reset"),
+        ("scaled moments", "with --exp-avg-sq-dtype fp16 or fp8 it must be decay"),
         ("qk_clip", "--qk-clip"),
         ("optimizer_cuda_graph", "--optimizer-cuda-graph"),
         ("multi_latent_attention", "--multi-latent-attention"),
