@@ -35,7 +35,7 @@ describe_job() {                       # what Slurm says of the job, or what it 
 
 set_environment() {                    # of every rank; a dry run prints these
     export MASTER_ADDR=${MASTER_ADDR:-${NODE_NAMES[0]}}                        # where rank 0 listens
-    export MASTER_PORT=${MASTER_PORT:-$((20000 + JOB_ID % 20000))}             # two jobs on a node do not meet
+    export MASTER_PORT=${MASTER_PORT:-$((10000 + JOB_ID % 20000))}             # two jobs on a node do not meet
     export LOCAL_WORLD_SIZE=$RANKS_PER_NODE
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}       # Megatron wants it with TP > 1
@@ -50,7 +50,8 @@ set_environment() {                    # of every rank; a dry run prints these
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$LOG_DIR/nccl_trace_rank_           # here
     JOB_ENVIRONMENT="MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS"
     JOB_ENVIRONMENT+=" PYTHONUNBUFFERED PYTHONFAULTHANDLER NCCL_DEBUG TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    JOB_ENVIRONMENT+=" TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_NCCL_TRACE_BUFFER_SIZE TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    JOB_ENVIRONMENT+=" TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_NCCL_TRACE_BUFFER_SIZE"
+    JOB_ENVIRONMENT+=" TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
     JOB_ENVIRONMENT+=" ${RECIPE_ENVIRONMENT:-}"                                # names that a recipe exports itself
     export JOB_ENVIRONMENT DRY_RUN STOP_PAUSE=${STOP_PAUSE:-10}
 }
@@ -84,15 +85,16 @@ iteration() {                          # of the last complete checkpoint; 0: non
 # goes back into the queue. On SIGTERM they save and stop, and whoever sent it decides whether the job comes back: Slurm
 # itself, when it preempts a job by requeueing it; nobody, when a user cancels it.
 ASKED_BY=""
+SIGNALLED=""
 STEP=""
 ask_to_stop() {
-    ASKED_BY=$1
+    ASKED_BY=$1 SIGNALLED=1
     say "$1: asking the ranks to save and stop"
     [[ -z $STEP ]] || kill -USR1 "$STEP" 2>/dev/null || true
 }
 
 run_step() {                           # srun flags, --, the command of a rank; its exit code
-    local flags=() code=0
+    local flags=() code=0 again=0
     while [[ $1 != -- ]]; do flags+=("$1"); shift; done
     shift
     local step=("${SRUN[@]}" "${flags[@]}" bash examples/slurm/rank.sh "$@")
@@ -100,11 +102,14 @@ run_step() {                           # srun flags, --, the command of a rank; 
         dry_run "$@"
         return
     fi
+    [[ -z $ASKED_BY ]] || return 138   # asked before anything was started
     "${step[@]}" &
     STEP=$!
-    while true; do
-        wait "$STEP" && code=0 || code=$?
-        kill -0 "$STEP" 2>/dev/null || break       # a signal ends `wait`, not srun
+    wait "$STEP" && code=0 || code=$?
+    while [[ -n $SIGNALLED ]]; do      # a signal ends `wait`, not srun
+        SIGNALLED=""
+        wait "$STEP" 2>/dev/null && again=0 || again=$?
+        ((again == 127)) || code=$again            # 127: it had been waited for to its end
     done
     STEP=""
     return "$code"
@@ -136,8 +141,9 @@ preflight() {
 }
 
 train() {
-    local begun=0 code=0
+    local begun=0 code=0 time
     begun=$(iteration)
+    printf -v time '%(%F %T)T' -1
     [[ $DRY_RUN == 1 ]] ||
         say "start ${SLURM_RESTART_COUNT:-0} on ${NODE_NAMES[*]}, from iteration $begun; a log a node in $LOG_DIR"
     # --open-mode: a job that comes back goes on in its logs
@@ -148,9 +154,9 @@ train() {
     if goes_on "$code"; then
         requeue
     elif ((code)); then
-        # 143 is what srun does to the others
-        grep -hE 'rank [0-9]+ on .* ended with exit code' "$LOG_DIR"/node*.log | grep -v 'exit code 143$' |
-            sed 's/^ *[0-9]*: //' | sort | tail -n 8 >&2 || true
+        # the first ones of this start; 143 is what srun does to the others
+        sed -nE 's/^ *[0-9]+: (.* rank [0-9]+ on .* ended with exit code [0-9]+)$/\1/p' "$LOG_DIR"/node*.log |
+            awk -v time="$time" '$0 >= time && !/ 143$/' | sort | head -n 8 >&2 || true
     fi
     exit "$code"
 }
@@ -188,9 +194,5 @@ run_job() {                            # more flags for the program
     trap 'ask_to_stop SIGTERM' TERM
     [[ $DRY_RUN == 1 ]] || mkdir -p "$LOG_DIR" "$SAVE"
     preflight
-    if [[ -n $ASKED_BY ]]; then
-        [[ $ASKED_BY == SIGUSR1 ]] && requeue
-        exit 143
-    fi
     train
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Eight nodes with eight GPUs each; the Qwen3-32B recipe if RECIPE names no other. Submit it from the project's folder:
 #
-#     START=my/qwen3-32b TOKENIZER=my/Qwen3-32B TRAIN_DATA="my.jsonl" HELDOUT_DATA="my.jsonl" sbatch examples/slurm/multi_node.sh
-#     DRY_RUN=1 START=... bash examples/slurm/multi_node.sh      prints the command of every rank; needs no Slurm
-#     ... sbatch examples/slurm/multi_node.sh --train-iters 50   more flags for the program
+#     HF_DIR=my/Qwen3-32B START=my/qwen3-32b sbatch examples/slurm/multi_node.sh
+#     HF_DIR=... START=... sbatch examples/slurm/multi_node.sh --train-iters 50       more flags for the program
+#     DRY_RUN=1 bash examples/slurm/multi_node.sh          prints the command of every rank; needs no Slurm
 #
 # docs/slurm.md: the variables, and what happens on preemption.
 #SBATCH --job-name=longact

@@ -24,16 +24,26 @@ fi
 
 "$@" &
 program=$!
-trap 'kill -USR1 "$program" 2>/dev/null || true' USR1
-trap 'kill -TERM "$program" 2>/dev/null || true' TERM
-code=0
-while true; do
-    wait "$program" && code=0 || code=$?
-    kill -0 "$program" 2>/dev/null || break        # a signal ends `wait`, not the program
+signalled=""
+# shellcheck disable=SC2329            # the traps call it
+hand_on() {
+    signalled=1
+    kill "-$1" "$program" 2>/dev/null || true
+}
+trap 'hand_on USR1' USR1
+trap 'hand_on TERM' TERM
+wait "$program" && code=0 || code=$?
+while [[ -n $signalled ]]; do          # a signal ends `wait`, not the program
+    signalled=""
+    wait "$program" 2>/dev/null && again=0 || again=$?
+    ((again == 127)) || code=$again    # 127: it had been waited for to its end
 done
 case $code in
     0) ;;
-    75) read -rt "${STOP_PAUSE:-10}" <> <(:) || true ;;    # saved and stopped: srun ends all ranks when the first one fails
-    *) printf '%(%F %T)T rank %s on %s (local rank %s) ended with exit code %s\n' -1 "$RANK" "$node" "$LOCAL_RANK" "$code" >&2 ;;
+    75) read -rt "${STOP_PAUSE:-10}" <> <(:) || true ;;     # saved and stopped: srun ends all ranks when one fails
+    *)
+        said="rank $RANK on $node (local rank $LOCAL_RANK) ended with exit code $code"
+        printf '%(%F %T)T %s\n' -1 "$said" >&2
+        ;;
 esac
 exit "$code"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One node with eight GPUs; the Qwen3-8B recipe if RECIPE names no other. Submit it from the project's folder:
 #
-#     START=my/qwen3-8b TOKENIZER=my/Qwen3-8B TRAIN_DATA="my.jsonl" HELDOUT_DATA="my.jsonl" sbatch examples/slurm/single_node.sh
-#     DRY_RUN=1 START=... bash examples/slurm/single_node.sh      prints the command of every rank; needs no Slurm
-#     ... sbatch examples/slurm/single_node.sh --train-iters 50   more flags for the program
+#     HF_DIR=my/Qwen3-8B START=my/qwen3-8b sbatch examples/slurm/single_node.sh
+#     HF_DIR=... START=... sbatch examples/slurm/single_node.sh --train-iters 50       more flags for the program
+#     DRY_RUN=1 bash examples/slurm/single_node.sh          prints the command of every rank; needs no Slurm
 #
 # docs/slurm.md: the variables, and what happens on preemption.
 #SBATCH --job-name=longact

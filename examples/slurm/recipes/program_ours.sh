@@ -1,5 +1,5 @@
-# Flags of examples/train_grpo.py for a model of several billion parameters; to be sourced by a recipe that has set MODEL_ARGS,
-# TP, PP, SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had.
+# Flags of examples/train_grpo.py for a model of several billion parameters; to be sourced by a recipe that has set
+# MODEL_ARGS, TP, PP, SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had.
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 [[ $DRY_RUN == 1 ]] && HF_DIR=${HF_DIR:-HF_DIR} START=${START:-START}
 SAVE=${SAVE:-$RUN_DIR/checkpoints}
@@ -104,6 +104,6 @@ if [[ ${DENSE:-0} != 1 ]]; then
     )
 fi
 RANK_COMMAND=(
-    examples/train_grpo.py "${MODEL_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${PRECISION_ARGS[@]}" "${TASK_ARGS[@]}" "${ROLLOUT_ARGS[@]}"
-    "${OBJECTIVE_ARGS[@]}" "${TRAIN_ARGS[@]}" "${RUN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"}
+    examples/train_grpo.py "${MODEL_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${PRECISION_ARGS[@]}" "${TASK_ARGS[@]}"
+    "${ROLLOUT_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${TRAIN_ARGS[@]}" "${RUN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"}
 )

@@ -1,11 +1,11 @@
-# Qwen3-32B, GRPO over contexts of up to 32k tokens, on 64 H100s (80 GB); to be sourced by ../common.sh. docs/slurm.md has the
-# variables, and says what has been run.
+# Qwen3-32B, GRPO over contexts of up to 32k tokens, on 64 H100s (80 GB); to be sourced by ../common.sh.
+# docs/slurm.md has the variables, and says what has been run.
 #
 #     python tools/convert_hf_to_megatron.py --hf-dir my/Qwen3-32B --save my/qwen3-32b
 #     HF_DIR=my/Qwen3-32B START=my/qwen3-32b sbatch examples/slurm/multi_node.sh
 #
 # PROGRAM=ours         examples/train_grpo.py, TP 8 x DP 8: it refuses context parallelism
-# PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 8 x CP 2 x DP 4: the checkout must split sequences
+# PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 8 x CP 2 x DP 4: it must split sequences
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 PROGRAM=${PROGRAM:-ours}
 TP=${TP:-8}                            # a node's 8 GPUs hold a layer: 8 GB of weights, 16 GB of fp32 gradients each

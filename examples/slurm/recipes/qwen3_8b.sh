@@ -1,11 +1,11 @@
-# Qwen3-8B, GRPO over contexts of up to 32k tokens, on 8 H100s (80 GB); to be sourced by ../common.sh. docs/slurm.md has the
-# variables, and says what has been run.
+# Qwen3-8B, GRPO over contexts of up to 32k tokens, on 8 H100s (80 GB); to be sourced by ../common.sh.
+# docs/slurm.md has the variables, and says what has been run.
 #
 #     python tools/convert_hf_to_megatron.py --hf-dir my/Qwen3-8B --save my/qwen3-8b
 #     HF_DIR=my/Qwen3-8B START=my/qwen3-8b sbatch examples/slurm/single_node.sh
 #
 # PROGRAM=ours         examples/train_grpo.py, TP 4 x DP 2: it refuses context parallelism
-# PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 4 x CP 2: the checkout must split sequences
+# PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 4 x CP 2: it must split sequences
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 PROGRAM=${PROGRAM:-ours}
 TP=${TP:-4}                            # 4 of a node's 8 GPUs hold a layer: 4 GB of weights, 8 GB of fp32 gradients each
