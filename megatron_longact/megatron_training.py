@@ -45,8 +45,7 @@ def attached() -> Iterator[None]:
         seams.callback(_detach_all, instances)
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
         seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
-        if hasattr(argument_utils, "gpt_config_from_args"):  # not in 0.18, whose models need no config of their own
-            seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
+        seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
         seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances, seams))
         seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
         seams.enter_context(_replaced(training, "training_log", _logging, instances))
