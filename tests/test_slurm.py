@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,9 @@ def test_a_preempted_job_comes_back_and_ends_where_it_should(cluster: slurm_clus
     slurm_cluster.wait_for(lambda: cluster.state(job) == "PENDING", seconds=90, name="the job to be requeued")
     reached = checkpointed(run_dir)
     assert 2 <= reached < 12, log.read_text()
-    cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes by itself
+    # Slurm waits two minutes by itself: a credential as old as the revoked one, to the second, does not start
+    time.sleep(5)
+    cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
     slurm_cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING"), seconds=150, name="its end")
     said = log.read_text()
     assert cluster.state(job) == "COMPLETED", said
