@@ -27,7 +27,7 @@ def reduce_tokens(x: Tensor, counted: Tensor | None, *, statistic: Statistic) ->
     """Sum over tokens of |x|, of x², or the maximum of |x|: x [t, ...] -> fp32 [...].
 
     counted: bool [t], the tokens that count; None: all. What the others hold, NaN included, does not
-    matter; a NaN or Inf that counts stays one. Reads x once and holds at most an eighth of it at a time.
+    matter; a NaN or Inf that counts stays one. Reads x once; temporaries hold an eighth of the tokens at most.
     The order of the sum differs between devices, and with it the last bits.
     """
     reduce = reduce_by_norm if x.is_cuda else reduce_by_chunks
