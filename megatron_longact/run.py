@@ -33,7 +33,7 @@ from megatron_longact.tool_command import is_refusal
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
-_OLDEST_MEGATRON = (0, 18)
+_OLDEST_MEGATRON = (0, 19)
 _FRAMES_OF_LAUNCHER = (__file__, "<frozen runpy>", runpy.__file__)
 
 
@@ -117,7 +117,7 @@ def _check_megatron() -> None:
         numbers = re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info.read_text(), re.MULTILINE)
         if tuple(map(int, numbers)) < _OLDEST_MEGATRON:
             version = ".".join(numbers)
-            raise _UsageError(f"{info.parent} is Megatron {version}; LongAct needs 0.18 or newer, tested with 0.19")
+            raise _UsageError(f"{info.parent} is Megatron {version}; LongAct needs 0.19 or newer")
 
 
 def _keep_package_importable() -> None:

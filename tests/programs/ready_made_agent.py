@@ -20,7 +20,7 @@ class NoEngine(ReturnsTokens, ReturnsRaw):
     finished: dict[str, Any] = Field(default_factory=dict)
 
     def merge_global_request_ledgers(self) -> dict[str, Any]:
-        """What the release after 0.19 asks for: what the engine knows of each response, on all ranks."""
+        """For releases after 0.19: what the engine knows of each response, on all ranks."""
         ledgers = [self.finished]
         distributed.broadcast_object_list(ledgers, src=0)
         self.finished = {}
@@ -45,8 +45,7 @@ class ReadyMadeAgent(RolloutGenerator, GroupedRolloutGenerator):
     env_id: str = "ready-made"
     groups_given: int = 0
 
-    async def group_rollout(self, request: Any) -> list[TokenRollout]:
-        """What release 0.18 asks for."""
+    def _group(self, request: Any) -> list[TokenRollout]:
         group, self.groups_given = self.groups_given % request.num_groups, self.groups_given + 1
         engine = request.inference_interface
         group_of = [rollout(engine.iteration, group, member) for member in range(request.rollouts_per_group)]
@@ -57,8 +56,7 @@ class ReadyMadeAgent(RolloutGenerator, GroupedRolloutGenerator):
         return group_of
 
     async def prepare_group_rollout(self, request: Any) -> Any:
-        """What release 0.19 asks for."""
-        members = iter(await self.group_rollout(request))
+        members = iter(self._group(request))
 
         async def run_episode() -> Any:
             return api.EpisodeResult(responses=[], conversation=[])
@@ -67,9 +65,6 @@ class ReadyMadeAgent(RolloutGenerator, GroupedRolloutGenerator):
             return next(members)
 
         return api.GroupRolloutParams(run_episode=run_episode, build_rollout=build_rollout)
-
-    async def rollout(self, request: Any) -> TokenRollout:
-        raise NotImplementedError
 
     async def get_reward_rollouts(self, request: Any) -> list[TokenRollout]:
         raise NotImplementedError

@@ -8,11 +8,10 @@ into a file a rank, FORWARDS-<rank>.jsonl.
 import json
 import os
 import runpy
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-AGENT = "tests.programs.ready_made_agent.ReadyMadeAgent"
+AGENT = "ReadyMadeAgent"
 
 
 def watch(path: Path) -> None:
@@ -48,13 +47,11 @@ def watch(path: Path) -> None:
 def main() -> None:
     """Put the stand-ins in their places and run it."""
     import megatron.rl.rl_utils
+    from megatron.rl.agent.registry import AGENT_REGISTRY
 
     from tests.programs.ready_made_agent import NoEngine
 
-    with suppress(ImportError):  # release 0.18 has no registry: it imports what the environment file names
-        from megatron.rl.agent.registry import AGENT_REGISTRY
-
-        AGENT_REGISTRY[AGENT] = ":".join(AGENT.rsplit(".", 1))
+    AGENT_REGISTRY[AGENT] = "tests.programs.ready_made_agent:ReadyMadeAgent"
     megatron.rl.rl_utils._INFERENCE_INTERFACE = NoEngine()
     watch(Path(f"{os.environ['FORWARDS']}-{os.environ['RANK']}.jsonl"))
     runpy.run_path(str(Path(os.environ["MEGATRON_LM"], "train_rl.py")), run_name="__main__")
