@@ -11,6 +11,7 @@ times, which other work on the machine disturbs less. Without a GPU it runs over
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -359,6 +360,8 @@ def main() -> None:
                     "arms": {name: asdict(arm) for name, arm in arms.items()},
                 }
             )
+            del model  # before the next one is built
+            gc.collect()
     if rank0 and args.output:
         args.output.write_text(
             json.dumps({"flags": {k: str(v) for k, v in vars(args).items()}, "runs": report}, indent=1)
