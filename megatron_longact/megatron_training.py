@@ -8,7 +8,7 @@
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
 | the same, with `--perform-rl-step` | names the tokens that count: all but padding |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
-| `training.training_log` | writes LongAct's scalars to TensorBoard |
+| `training.training_log` | writes LongAct's scalars to TensorBoard, and those of the GPUs |
 """
 
 import logging
@@ -24,6 +24,7 @@ import torch
 from megatron.training import argument_utils, arguments, checkpointing, training
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
 
+from megatron_longact import telemetry
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.checkpointing import carry_state, check_load
 from megatron_longact.config import LongActConfig
@@ -43,6 +44,7 @@ def attached() -> Iterator[None]:
     _show_log()
     with ExitStack() as seams:
         seams.callback(_detach_all, instances)
+        seams.callback(telemetry.stop)
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
         seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
         seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
@@ -93,10 +95,12 @@ def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
         **kwargs: Any,
     ) -> Namespace:
         def add_args(parser: ArgumentParser) -> ArgumentParser:
-            return add_longact_args(parser if extra_args_provider is None else extra_args_provider(parser))
+            parser = parser if extra_args_provider is None else extra_args_provider(parser)
+            return telemetry.add_telemetry_args(add_longact_args(parser))
 
         args = original(add_args, *rest, **kwargs)
         config = check_args(args)
+        telemetry.check_telemetry_args(args)
         if config is not None:  # Megatron prints and saves the values that are in force
             vars(args).update({f"longact_{name}": value for name, value in asdict(config).items()})
         return args
@@ -108,6 +112,8 @@ def _attaching(original: Callable[..., Any], instances: list[LongAct], seams: Ex
     @wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: Any, *rest: Any, **kwargs: Any) -> Any:
         optimizer = original(config, model_chunks, *rest, **kwargs)
+        if get_args().log_gpu_telemetry_to_tensorboard:
+            telemetry.start(interval_s=get_args().gpu_telemetry_interval)
         longact_config = longact_config_from_args(get_args())
         if longact_config is not None:
             longact = LongAct.attach(model_chunks, optimizer, longact_config)
@@ -158,6 +164,7 @@ def _logging(original: Callable[..., Any], instances: list[LongAct]) -> Callable
         if iteration % get_args().tensorboard_log_interval == 0:
             for instance in instances:
                 write_scalars(instance.metrics(), iteration)
+            write_scalars(telemetry.scalars(iteration), iteration)
         return original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
 
     return training_log

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_longact import metrics as longact_metrics
+from megatron_longact import telemetry
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.batches.plans import StepPlan
@@ -207,13 +208,14 @@ class RLLoop:
             "padding_share": self._layout.padding_share(batch, plan),
             **self._times,
             **self._longact_metrics(),
+            **telemetry.scalars(self._trainer.iteration),
         }
         row |= _of_slowest_rank({name: row[name] for name in TIMES})
         row["rollout_tokens_per_s"] = _per_second(row["response_tokens"], row["rollout_time_s"])
         if self.longact is not None:
             row[TIME_SHARE] = row[longact_metrics.TIME] / row["step_time_s"]
-        # Megatron has written the losses to TensorBoard, and LongAct its own scalars.
-        written = {*outcome.losses, *(name for name in row if name.startswith("longact/"))}
+        # Megatron has written the losses to TensorBoard, and its seams LongAct's scalars and those of the GPUs.
+        written = {*outcome.losses, *(name for name in row if name.startswith(("longact/", "gpu/")))}
         self._metrics_log.write(row, iteration=self._trainer.iteration, in_tensorboard=written - {TIME_SHARE})
         if self._progress is not None:
             self._progress.update(
