@@ -80,11 +80,14 @@ def _nvml() -> Iterator[Any]:
         pynvml = import_module("pynvml")
     except ImportError:
         raise NotHereError("needs nvidia-ml-py (pip install nvidia-ml-py)") from None
-    pynvml.nvmlInit()
+    names = ("NotSupported", "NotFound", "NoPermission", "LibraryNotFound", "DriverNotLoaded")
+    unable = tuple(getattr(pynvml, f"NVMLError_{name}") for name in names)
     try:
+        pynvml.nvmlInit()
         yield pynvml
-    finally:
         pynvml.nvmlShutdown()
+    except unable as error:  # a slice of a GPU, or a container without the library; anything else is a fault
+        raise NotHereError(f"NVML cannot say: {error}") from error
 
 
 def _device(nvml: Any, local_rank: int) -> Any:
