@@ -53,9 +53,15 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
     """
     import torch
 
+    from megatron_longact import apex
+
     if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    if not cpu and torch.cuda.device_count() > 0:
+    gpu = not cpu and torch.cuda.device_count() > 0
+    remark = apex.settle(gpu=gpu)
+    if remark and os.environ.get("RANK", "0") == "0":
+        print(remark, file=sys.stderr)
+    if gpu:
         return flags
     from megatron_longact import cpu as cpu_mode
 
