@@ -52,6 +52,7 @@ class Cluster:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
         self.environment = environment
+        self.daemons: list[subprocess.Popen[bytes]] = []
 
     def run(self, *command: str, timeout: float = 30, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command against it, in the project's folder."""
@@ -116,6 +117,8 @@ def running(folder: Path) -> Iterator[Cluster]:
     finally:
         cluster.run("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full")
         kill_marked(mark)
+        for daemon in cluster.daemons:
+            daemon.wait(10)
 
 
 def _start(cluster: Cluster, program: str, *arguments: str) -> None:
@@ -123,4 +126,5 @@ def _start(cluster: Cluster, program: str, *arguments: str) -> None:
     path = shutil.which(program, path=cluster.environment["PATH"])
     assert path is not None
     with (cluster.folder / "log" / f"{name}.out").open("wb") as log:
-        subprocess.Popen([path, *arguments], env=cluster.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        cluster.daemons.append(subprocess.Popen([path, *arguments], env=cluster.environment, **output))
