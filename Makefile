@@ -14,8 +14,8 @@ demo: setup ## train a small model with GRPO and LongAct; results in runs/demo (
 test: lint ## everything that CI checks: lint, types, tests
 	@$(PYTHON_BIN) -m pytest -m "not gpu"
 
-test-gpu: setup ## the tests that need a CUDA GPU
-	@$(PYTHON_BIN) -m pytest -m gpu
+test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/gpu-results.md (PYTHON=python3: your own environment)
+	@$(or $(PYTHON),$(PYTHON_BIN)) -m pytest -m gpu tests/gpu tests/test_preflight.py tests/test_telemetry.py
 
 lint: setup ## ruff, formatting, mypy
 	@$(PYTHON_BIN) -m ruff check .
