@@ -1,6 +1,7 @@
 """Real ranks over gloo, kept alive and reused: importing Megatron takes seconds, forking it does not.
 
     results = ranks.run(function, layout=Layout(tp=2), world_size=4, **kwargs)   # one result a rank
+    done = ranks.run_program("program.py", "--its-flags", world_size=2)          # a fresh process a rank
 
 `function` is a module-level function. A fork server imports Megatron once, in CPU mode; the ranks of a world
 size are forked from it at first use. A rank's exception is raised here with its traceback. After an error or
@@ -10,13 +11,17 @@ a time-out the pool is killed, with everything it started, and made anew at the 
 import atexit
 import gc
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -63,6 +68,65 @@ def run(
     return results
 
 
+def run_program(*command: str, world_size: int, timeout: float = 140) -> subprocess.CompletedProcess[str]:
+    """Run `python -m megatron_longact.run COMMAND` on fresh ranks, which have imported Megatron already and no more.
+
+    As under torchrun the first rank that fails ends the others. Output is that of rank 0, then that of the others.
+    """
+    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(world_size)]
+        processes = [
+            _CONTEXT.Process(
+                target=_program_main,
+                args=(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
+                daemon=False,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            code = _wait_for(processes, deadline=time.monotonic() + timeout)
+        finally:
+            _kill(processes)
+        out, err = ("".join(pair[i].read_text(errors="replace") for pair in outputs) for i in (0, 1))
+    if code is None:
+        raise TimeoutError(f"{command[0]} took more than {timeout} s:\n{out[-2000:]}\n{err[-2000:]}")
+    return subprocess.CompletedProcess(command, code, out, err)
+
+
+def _wait_for(processes: list[Any], *, deadline: float) -> int | None:
+    """The exit code of the first that fails, 0 when all have ended well; None after the deadline."""
+    running = list(processes)
+    while running:
+        if not wait([p.sentinel for p in running], timeout=max(0.0, deadline - time.monotonic())):
+            return None
+        ended = [p for p in running if p.exitcode is not None]
+        running = [p for p in running if p.exitcode is None]
+        failed = [p.exitcode for p in ended if p.exitcode]
+        if failed:
+            return int(failed[0])
+    return 0
+
+
+def _program_main(command: Sequence[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    os.setsid()  # so that what a rank starts ends with it
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # not that of the fork server
+    logging.disable(logging.NOTSET)
+    from torch import set_num_threads
+
+    from megatron_longact.run import main
+
+    set_num_threads(1)
+    sys.argv[:] = ["megatron_longact.run", *command]
+    sys.exit(main(["--cpu", *command]))
+
+
 @atexit.register
 def close() -> None:
     """End all ranks."""
@@ -70,11 +134,24 @@ def close() -> None:
         _POOLS.popitem()[1].kill()
 
 
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    """Kill processes that lead a session of their own, with everything that they started."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.join(5)
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
+        port = _free_port()
         self._connections, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
@@ -107,11 +184,7 @@ class _Pool:
         return len(list(Path(f"/proc/{self._processes[0].pid}/task").iterdir()))
 
     def kill(self) -> None:
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self._processes:
-            process.join(5)
+        _kill(self._processes)
 
 
 def _rank_main(connection: Connection, rank: int, world_size: int, port: int) -> None:

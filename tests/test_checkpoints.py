@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_longact.checkpointing import check_model_shape, mend_tracker
-from tests.test_run import LAUNCHER, PROGRAMS, TRAINING, torchrun
+from tests.ranks import run_program
+from tests.test_run import PROGRAMS, TRAINING
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -30,8 +31,8 @@ def run(
     """Train up to an iteration and save there; `load` goes on from another folder's checkpoint."""
     given = ["--train-iters", "100", "--exit-interval", str(iteration), "--save", str(folder), "--save-interval", "2"]
     given += ["--load", str(load or folder), "--tensor-model-parallel-size", str(tp)]
-    program = [*LAUNCHER, "--cpu", str(PROGRAMS / "pretrain_plain.py")]
-    return torchrun(*program, *TRAINING, *MODEL, *given, *flags, ranks=ranks)
+    program = str(PROGRAMS / "pretrain_plain.py")
+    return run_program(program, *TRAINING, *MODEL, *given, *flags, world_size=ranks)
 
 
 def done(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,8 @@ from megatron_longact.conversion import masks, to_hf, to_megatron
 from megatron_longact.conversion.audit import audit
 from megatron_longact.conversion.torch_dist import read_common_state
 from tests.conversion import make_hf
-from tests.test_run import LAUNCHER, PROGRAMS, torchrun
+from tests.ranks import run_program
+from tests.test_run import PROGRAMS
 
 pytestmark = pytest.mark.timeout(400)
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -37,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_hf("qwen3", folder / "hf", dtype=torch.bfloat16)
     to_megatron.convert(folder / "hf", folder / "megatron")
     paths = ["--load", str(folder / "megatron"), "--save", str(folder / "saved")]
-    result = torchrun(*LAUNCHER, "--cpu", str(PROGRAMS / "pretrain_plain.py"), *TRAINING.split(), *paths, ranks=2)
+    result = run_program(str(PROGRAMS / "pretrain_plain.py"), *TRAINING.split(), *paths, world_size=2)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import launch, ranks
-from tests.launch import QUIET, ROOT, demo_model_args, free_port, on_ranks
+from tests import ranks
+from tests.launch import ROOT, demo_model_args
+from tests.ranks import run_program
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,13 +76,11 @@ EVERYTHING = [
 
 def train(run_dir: Path, *flags: str, tp: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the program on `tp` ranks."""
-    command = on_ranks(tp, "-m", "megatron_longact.run", "--cpu", "examples/train_grpo.py")
-    command += [*demo_model_args(), *FLAGS]
+    command = [str(ROOT / "examples/train_grpo.py"), *demo_model_args(), *FLAGS]
     command += ["--run-dir", str(run_dir), "--tensorboard-dir", str(run_dir / "tensorboard")]
     command += ["--load", str(run_dir / "checkpoints"), "--save", str(run_dir / "checkpoints")]
     command += ["--tensor-model-parallel-size", str(tp), *flags]
-    environment = QUIET | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return launch.run(command, timeout=140, environment=environment)
+    return run_program(*command, world_size=tp)
 
 
 def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
