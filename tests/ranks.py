@@ -14,6 +14,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -68,10 +69,13 @@ def run(
     return results
 
 
-def run_program(*command: str, world_size: int, timeout: float = 140) -> subprocess.CompletedProcess[str]:
-    """Run `python -m megatron_longact.run COMMAND` on fresh ranks, which have imported Megatron already and no more.
+def run_program(
+    *command: str, world_size: int = 1, launcher: bool = True, timeout: float = 140
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m megatron_longact.run --cpu COMMAND` on fresh ranks, which have imported Megatron already, no more.
 
     As under torchrun the first rank that fails ends the others. Output is that of rank 0, then that of the others.
+    launcher: False runs `python COMMAND --cpu`, a tool.
     """
     environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
@@ -80,7 +84,7 @@ def run_program(*command: str, world_size: int, timeout: float = 140) -> subproc
         processes = [
             _CONTEXT.Process(
                 target=_program_main,
-                args=(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
+                args=(command, launcher, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
                 daemon=False,
             )
             for rank in range(world_size)
@@ -111,7 +115,7 @@ def _wait_for(processes: list[Any], *, deadline: float) -> int | None:
     return 0
 
 
-def _program_main(command: Sequence[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _program_main(command: Sequence[str], launcher: bool, environment: dict[str, str], out: Path, err: Path) -> None:
     os.setsid()  # so that what a rank starts ends with it
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -123,8 +127,11 @@ def _program_main(command: Sequence[str], environment: dict[str, str], out: Path
     from megatron_longact.run import main
 
     set_num_threads(1)
-    sys.argv[:] = ["megatron_longact.run", *command]
-    sys.exit(main(["--cpu", *command]))
+    if launcher:
+        sys.argv[:] = ["megatron_longact.run", *command]
+        sys.exit(main(["--cpu", *command]))
+    sys.argv[:] = [*command, "--cpu"]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 @atexit.register

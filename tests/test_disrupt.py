@@ -17,10 +17,10 @@ from megatron_longact.analysis.disrupt_arguments import DisruptConfig, add_disru
 from megatron_longact.analysis.disrupt_repetition import distinct_ratio, longest_loop, loop_share
 from megatron_longact.conversion import to_megatron
 from megatron_longact.selection import QK
-from tests import launch, ranks
+from tests import ranks
 from tests.conversion import hf_logits, make_hf
-from tests.launch import ROOT, demo_model_args, on_ranks
-from tests.ranks import Layout
+from tests.launch import ROOT, demo_model_args
+from tests.ranks import Layout, run_program
 from tests.tokenizers import SENTENCEPIECE, DemoTokenizer
 
 START = ROOT / "examples/demo/start_checkpoint"
@@ -447,8 +447,8 @@ def test_flags_that_make_no_sense_are_refused(flags, message):
 
 def run_tool(*flags: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the tool on the demo's checkpoint."""
-    program = ["tools/disrupt.py", "--load", str(START), *flags, *demo_model_args()]
-    return launch.run(on_ranks(ranks, *program), timeout=140)
+    program = [str(ROOT / "tools/disrupt.py"), "--load", str(START), *flags, *demo_model_args()]
+    return run_program(*program, world_size=ranks, launcher=False)
 
 
 @pytest.mark.timeout(200)
@@ -488,7 +488,7 @@ def test_a_hugging_face_model_is_the_same_model_in_megatron(tmp_path, family):
     text = ROOT / "docs/method.md"
     tokenizer_flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(SENTENCEPIECE)]
     paths = ["--load", str(tmp_path / "megatron"), "--output", str(tmp_path), "--text", str(text)]
-    done = launch.run(on_ranks(1, "tools/disrupt.py", *paths, *flags.split(), *tokenizer_flags), timeout=140)
+    done = run_program(str(ROOT / "tools/disrupt.py"), *paths, *flags.split(), *tokenizer_flags, launcher=False)
     assert done.returncode == 0, done.stderr
     plain, high = json.loads((tmp_path / "results.json").read_text())["runs"]
     windows = torch.tensor(DemoTokenizer().tokenize(text.read_text())[: 4 * 64]).view(4, 64)

@@ -16,8 +16,8 @@ from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.samples import groups_of
-from tests import launch
-from tests.launch import ROOT, demo_model_args, on_ranks
+from tests.launch import ROOT, demo_model_args
+from tests.ranks import run_program
 
 START = ROOT / "examples/demo/start_checkpoint"
 
@@ -284,8 +284,8 @@ def test_a_log_goes_on_only_with_the_same_settings(tmp_path):
 
 def evaluate(output: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the tool on the demo's checkpoint."""
-    program = ["tools/evaluate.py", "--output", str(output), "--load", str(START), *demo_model_args(), *flags]
-    return launch.run(on_ranks(ranks, *program), timeout=140)
+    program = [str(ROOT / "tools/evaluate.py"), "--output", str(output), "--load", str(START)]
+    return run_program(*program, *demo_model_args(), *flags, world_size=ranks, launcher=False)
 
 
 RULER_FLAGS = [
