@@ -278,7 +278,8 @@ def test_a_preempted_job_comes_back_and_ends_where_it_should(cluster: slurm_clus
     # Slurm waits two minutes by itself: a credential as old as the revoked one, to the second, does not start
     time.sleep(5)
     cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
-    slurm_cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING"), seconds=150, name="its end")
+    under_way = ("PENDING", "RUNNING", "COMPLETING")
+    slurm_cluster.wait_for(lambda: cluster.state(job) not in under_way, seconds=150, name="its end")
     said = log.read_text()
     assert cluster.state(job) == "COMPLETED", said
     assert iterations(run_dir) == list(range(1, 13))
