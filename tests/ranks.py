@@ -154,6 +154,8 @@ def _kill(processes: Iterable[Any]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     for process in processes:
         process.join(5)
+        with suppress(ValueError):  # it has not ended
+            process.close()  # its descriptor
 
 
 class _Pool:
@@ -192,6 +194,8 @@ class _Pool:
 
     def kill(self) -> None:
         _kill(self._processes)
+        for connection in self._connections:
+            connection.close()
 
 
 def _rank_main(connection: Connection, rank: int, world_size: int, port: int) -> None:

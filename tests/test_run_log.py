@@ -24,8 +24,9 @@ def test_a_terminal_gets_one_line_redrawn() -> None:
         progress.update(2, {"reward": "0.200"})
         progress.say("a line that stays")
         progress.close()
-        shown = ""
-        while select.select([ours], [], [], 1.0)[0]:
+        shown, poll = "", select.poll()
+        poll.register(ours, select.POLLIN)
+        while poll.poll(1000):
             shown += os.read(ours, 10_000).decode()
     os.close(ours)
     assert shown.count("\n") == 2
