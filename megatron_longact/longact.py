@@ -13,7 +13,8 @@ Nothing is committed unless the inner optimizer stepped, so a skipped or repeate
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,12 +33,38 @@ from megatron_longact.optimizer_shards import chained, derive_quantized_weights,
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
 from megatron_longact.saliency import SaliencyCapture
-from megatron_longact.selection import QK, GlobalSaliency, random_saliency, select_masks
-from megatron_longact.state import LongActState, changed_settings
+from megatron_longact.selection import QK, GlobalSaliency, is_usable, random_saliency, select_masks, target
+from megatron_longact.state import LongActState, capture_due, changed_settings, import_due, in_warmup, refresh_due
 
 logger = logging.getLogger(__name__)
 
 _ATTACHED: "WeakKeyDictionary[Any, LongAct]" = WeakKeyDictionary()
+
+_FEW = 0.5
+"""Naming less than this share of what is no padding looks like a loss mask, which leaves the prompts out."""
+
+
+@dataclass(eq=False)
+class Step:
+    """One optimizer step: made by a refresh, ended by a commit, or left behind when Megatron skips it."""
+
+    pending: LongActState
+    """What becomes the state when the optimizer has stepped."""
+
+    active: QK
+    """Channels whose rows this step may move: bool [L, nq] and [L, nk]."""
+
+    frozen: FrozenRows
+    """The other rows of this rank's parameters."""
+
+    waiting: set[StrictFreeze]
+    """Those whose inner optimizer has not stepped yet."""
+
+    tokens: Tensor
+    """Counted in each layer of this rank, by their weights: fp32 [layers]; 0 if nothing was read."""
+
+    squares: Tensor
+    """Squared gradient norms of this rank's frozen rows and of all its Q and K rows; fp32 [2]."""
 
 
 class LongAct:
@@ -46,35 +73,39 @@ class LongAct:
     def __init__(self, model_chunks: Sequence[nn.Module], optimizer: Any, config: LongActConfig) -> None:
         """Use `LongAct.attach`."""
         self.config = config
-        self._optimizer = optimizer
-        self._handles: list[Any] = []
-        self._finalize_functions: list[tuple[Any, Any]] = []
-        self._state = self._pending = LongActState()
-        self._frozen: FrozenRows = {}
-        self._frozen_for: QK | bool | None = None
-        self._unstepped: set[int] = set()
-        self._jaccard: float | None = None
-        self._gradient_squares: Tensor | None = None
-        self._warned: set[str] = set()
-        self._started = False
-        self._metrics_of_step: dict[str, float | None] | None = None
+        self.state = LongActState()
+        """After the last successful step."""
+        self.step: Step | None = None
+        """Since the last refresh; it stays until the next one, for whoever asks what was done."""
+        self.model = QKVModel.find(model_chunks)
+        self.active = self._without_masks(self.state)
+        """Channels whose rows the last successful step could move: bool [L, nq] and [L, nk]."""
 
-        self._model = QKVModel.find(model_chunks)
-        self._clock = metrics.Stopwatch(self._model.device)
+        self._optimizer = optimizer
+        self._said: set[str] = set()
+        self._metrics: dict[str, float | None] | None = None
+        self._overlap = torch.zeros(2, device=self.model.device)
+        self._clock = metrics.Stopwatch(self.model.device)
         self._imported = self._read_imported_masks()
         self._saliency = GlobalSaliency(
-            self._model.groups,
-            self._model.layout,
+            self.model.groups,
+            self.model.layout,
             config,
-            layer_numbers=self._model.layer_numbers,
-            local_layers=[layer.layer_number for layer in self._model.layers],
+            layer_numbers=self.model.layer_numbers,
+            local_layers=[layer.layer_number for layer in self.model.layers],
         )
-        self._every_row = self._model.frozen_rows(self._model.channels(False))
-        self._freezes = self._strict_freezes()
+        self._every_row = self.model.frozen_rows(self.model.channels(False))
+        self.freezes = self._strict_freezes()
+        """One for each inner optimizer of this rank."""
+        self._hooks = ExitStack()
         self._capture = SaliencyCapture(
-            self._model, config, clock=self._clock.part(metrics.CAPTURE), warn=self._warn_once
+            self.model,
+            config,
+            counts=lambda: torch.is_grad_enabled() and capture_due(self.state, config),
+            clock=self._clock.part(metrics.CAPTURE),
+            warn=self._warn_once,
         )
-        self._capture.enabled = self._capture_next_step()
+        self._hooks.callback(self._capture.remove)
 
     # -- attach and detach -------------------------------------------------------------------------
 
@@ -98,6 +129,7 @@ class LongAct:
         longact._hook_optimizers()
         longact._hook_finalize(model_chunks)
         _ATTACHED[optimizer] = longact
+        longact._hooks.callback(_ATTACHED.pop, optimizer, None)
         return longact
 
     @staticmethod
@@ -107,14 +139,7 @@ class LongAct:
 
     def detach(self) -> None:
         """Take off every hook and give Megatron its own functions back; may be called twice."""
-        self._capture.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for model_config, original in self._finalize_functions:
-            model_config.finalize_model_grads_func = original
-        self._finalize_functions.clear()
-        _ATTACHED.pop(self._optimizer, None)
+        self._hooks.close()
 
     def __enter__(self) -> "LongAct":
         return self
@@ -123,7 +148,7 @@ class LongAct:
         self.detach()
 
     def _read_imported_masks(self) -> QK | None:
-        config, model = self.config, self._model
+        config, model = self.config, self.model
         if not config.import_mask:
             return None
         masks = read_masks(Path(config.import_mask), model.layout, model.layer_numbers, config.targets)
@@ -140,23 +165,27 @@ class LongAct:
         return freezes
 
     def _hook_optimizers(self) -> None:
-        for freeze in self._freezes:
-            self._handles.append(freeze.inner.register_step_pre_hook(self._before_step(freeze)))
-            self._handles.append(freeze.inner.register_step_post_hook(self._after_step(freeze)))
+        for freeze in self.freezes:
+            for handle in (
+                freeze.inner.register_step_pre_hook(self._before_step(freeze)),
+                freeze.inner.register_step_post_hook(self._after_step(freeze)),
+            ):
+                self._hooks.callback(handle.remove)
 
     def _hook_finalize(self, model_chunks: Sequence[nn.Module]) -> None:
         for model_config in {id(c): c for c in map(get_model_config, model_chunks)}.values():
             original = model_config.finalize_model_grads_func
-            self._finalize_functions.append((model_config, original))
+            self._hooks.callback(setattr, model_config, "finalize_model_grads_func", original)
             model_config.finalize_model_grads_func = self._finalize(original or finalize_model_grads)
 
     # -- one optimizer step ------------------------------------------------------------------------
 
     def set_tokens(self, token_mask: Tensor) -> None:
-        """Name the tokens of the next micro-batch that count in the statistic.
+        """Name the tokens of the next micro-batch that count in the statistic: all that attention reads.
 
-        token_mask: bool [b, s], True where a token counts, over the whole sequences, that is before
-        context-parallel slicing. Call it in the forward step, just before the model.
+        token_mask: [b, s] over the whole sequences, that is before context-parallel slicing. bool, True where a token
+        counts: prompt and response, not padding (a loss mask leaves the prompt out); or numbers, how often each counts,
+        0 and more. Call it in the forward step, just before the model.
         """
         self._capture.set_tokens(token_mask)
 
@@ -172,179 +201,166 @@ class LongAct:
         return finalize_then_mask
 
     def refresh(self) -> None:
-        """Choose the masks of this step from its forward passes, if a selection is due; collective.
+        """Begin a step: choose its masks from its forward passes, if a selection is due; collective.
 
         Called by the wrapped `finalize_model_grads_func`; takes effect for good when the optimizer stepped.
         """
-        state = self._state
-        if not self._started:
-            self._started = True
-            _log_once(
-                f"LongAct goes on at update {state.updates}"
-                if state.updates
-                else f"LongAct starts fresh: {self.config}"
+        if self.step is None:
+            self._say_how_it_starts()
+        pending = self._next_state(self.state)
+        active, frozen = self._rows_of(pending)
+        self.step = Step(
+            pending,
+            active,
+            frozen,
+            waiting=set(self.freezes),
+            tokens=self._capture.accumulator.sums[:, -1].clone(),
+            squares=torch.zeros(2, device=self.model.device),
+        )
+        self._capture.reset()
+        self._metrics = None
+
+    def _next_state(self, state: LongActState) -> LongActState:
+        if import_due(state, self.config):
+            return replace(state, masks=self._imported)
+        if not refresh_due(state, self.config):
+            return state
+        saliency = self._measure(state)
+        usable, named, real = self._read_verdict(saliency)
+        if 0 < named < _FEW * real:
+            self._warn_once(
+                f"LongAct.set_tokens named {named:,.0f} of {real:,.0f} tokens that are no padding "
+                f"({named / real:.0%}): that is probably a loss mask, which leaves the prompts out, and with them the "
+                "long context; name all tokens that attention reads, prompt and response",
+                once="few tokens named",
             )
-        if self._refresh_due(state):
-            self._pending = self._refreshed(state)
-        elif self._import_due(state):
-            self._pending = replace(state, masks=self._imported)
-        else:
-            self._pending = state
-        self._capture.accumulator.reset()
-        self._capture.training_forwards = 0
-        self._metrics_of_step = None
-        self._unstepped = {id(freeze) for freeze in self._freezes}
-
-    def _in_warmup(self, state: LongActState) -> bool:
-        return state.updates < self.config.warmup_steps
-
-    def _refresh_due(self, state: LongActState) -> bool:
-        interval = self.config.refresh_interval
-        if self._in_warmup(state):
-            return self.config.smooths_saliency and state.updates % max(interval, 1) == 0
-        if state.masks is None:
-            return self._imported is None
-        return interval > 0 and (state.updates - self.config.warmup_steps) % interval == 0
-
-    def _import_due(self, state: LongActState) -> bool:
-        return self._imported is not None and state.masks is None and not self._in_warmup(state)
-
-    def _capture_next_step(self) -> bool:
-        return self.config.reads_activations and self._refresh_due(self._state)
-
-    def _refreshed(self, state: LongActState) -> LongActState:
-        saliency, usable = self._measure(state)
         if not usable:
+            self._warn_once(
+                f"LongAct could not select at update {state.updates + 1}: no token counted, or activations of Q or K "
+                f"hold NaN or Inf; {'Q and K get no update' if state.masks is None else 'the mask stays'}, and "
+                "longact/rejected_refreshes counts it",
+                once="rejected",
+            )
             return replace(state, rejected=state.rejected + 1)
         if state.saliency is not None and self.config.smooths_saliency:
             old = self.config.ema
             saliency = QK(*(old * a + (1 - old) * b for a, b in zip(state.saliency, saliency, strict=True)))
         masks = None
-        if not self._in_warmup(state):
-            masks = self._target(select_masks(saliency, layout=self._model.layout, config=self.config))
+        if not in_warmup(state, self.config):
+            masks = select_masks(saliency, layout=self.model.layout, config=self.config)
         return replace(state, refreshes=state.refreshes + 1, saliency=saliency, masks=masks)
 
-    def _measure(self, state: LongActState) -> tuple[QK, bool]:
+    def _measure(self, state: LongActState) -> QK:
         if self.config.select == "random":
-            layers = len(self._model.layer_numbers)
-            return random_saliency(layers, self._model.layout, seed=self.config.seed, refresh=state.refreshes), True
+            layers = len(self.model.layer_numbers)
+            scores = random_saliency(layers, self.model.layout, seed=self.config.seed, refresh=state.refreshes)
+            return QK(*(part.to(self.model.device) for part in scores))
         if self.config.select == "weight-norm":
-            saliency = self._saliency.from_rows(self._model.weight_norms())
-            return saliency, all(bool(torch.isfinite(scores).all()) for scores in saliency)
+            return self._saliency.from_rows(self.model.weight_norms())
         return self._saliency.from_sums(self._capture.accumulator.sums)
 
-    def _target(self, masks: QK) -> QK:
-        """All True for a projection that is not a target."""
-        targets = self.config.targets
-        return QK(
-            masks.q if "q" in targets else torch.ones_like(masks.q),
-            masks.k if "k" in targets else torch.ones_like(masks.k),
-        )
+    def _read_verdict(self, saliency: QK) -> tuple[bool, float, float]:
+        """Whether it is usable, and how many tokens were named, of how many that are no padding, on this rank.
+
+        Here the host waits for the device, once a refresh.
+        """
+        usable, named, real = torch.cat([is_usable(saliency)[None], self._capture.named_of_real]).tolist()
+        return bool(usable), named, real
+
+    def _rows_of(self, pending: LongActState) -> tuple[QK, FrozenRows]:
+        """The channels that a step may move, and this rank's other rows; those of the step before while they hold."""
+        last, masks = self.step, pending.masks
+        same_warmup = last is not None and in_warmup(last.pending, self.config) == in_warmup(pending, self.config)
+        if last is not None and last.pending.masks is masks and (masks is not None or same_warmup):
+            return last.active, last.frozen
+        active = self._without_masks(pending) if masks is None else masks
+        return active, self.model.frozen_rows(active)
+
+    def _without_masks(self, state: LongActState) -> QK:
+        """What a step may move while there are no masks: everything in warm-up, else nothing that is a target."""
+        channels = target(self.model.channels(in_warmup(state, self.config)), self.config)
+        return QK(*(part.to(self.model.device) for part in channels))
 
     def _mask_gradients(self) -> None:
-        self._frozen = self._frozen_rows()
-        rows = (self._frozen, self._every_row)
-        self._gradient_squares = sum(
-            (gradient_squares(freeze.shards, rows, self._model.device) for freeze in self._freezes),
-            start=torch.zeros(len(rows), device=self._model.device),
-        )
-        mask_gradients(self._frozen)
-
-    def _frozen_rows(self) -> FrozenRows:
-        """The frozen local rows of every parameter, for the pending masks; cached while they stay."""
-        masks = self._pending.masks
-        wanted = self._in_warmup(self._pending) if masks is None else masks
-        if wanted is self._frozen_for:
-            return self._frozen
-        self._frozen_for = wanted
-        return self._model.frozen_rows(masks or self._target(self._model.channels(wanted is True)))
+        assert self.step is not None
+        rows = (self.step.frozen, self._every_row)
+        for freeze in self.freezes:
+            self.step.squares += gradient_squares(freeze.shards, rows, self.model.device)
+        mask_gradients(self.step.frozen)
 
     def _before_step(self, freeze: StrictFreeze) -> Any:
         def before(*_: Any) -> None:
-            if self._capture.training_forwards and not self._unstepped:
+            step = self.step
+            if self._capture.training_forwards and not (step and step.waiting):
                 raise RuntimeError(
                     "the optimizer steps on gradients that LongAct did not see: config.finalize_model_grads_func was "
                     "replaced after LongAct.attach, or not called; attach after it is set"
                 )
-            if id(freeze) in self._unstepped:  # not the dummy step of a checkpoint load
+            if step and freeze in step.waiting:  # not the dummy step of a checkpoint load
                 with self._clock.part(metrics.FREEZE), torch.no_grad():
-                    freeze.before_step(self._frozen)
+                    freeze.before_step(step.frozen)
 
         return before
 
     def _after_step(self, freeze: StrictFreeze) -> Any:
         def after(*_: Any) -> None:
-            if id(freeze) in self._unstepped:
+            step = self.step
+            if step and freeze in step.waiting:
                 with self._clock.part(metrics.RESTORE), torch.no_grad():
-                    freeze.after_step(self._frozen)
-                    if len(self._unstepped) == len(self._freezes):
-                        self._commit()
-                self._unstepped.discard(id(freeze))
+                    freeze.after_step(step.frozen)
+                if len(step.waiting) == len(self.freezes):
+                    self._commit(step)
+                step.waiting.discard(freeze)
 
         return after
 
-    def _commit(self) -> None:
+    def _commit(self, step: Step) -> None:
         """The first inner optimizer stepped, so the others will: what was pending becomes the state."""
-        old, new = self._state.masks, self._pending.masks
-        self._jaccard = None if old is None or new is None else metrics.jaccard(new, old)
-        self._state = replace(self._pending, updates=self._pending.updates + 1)
-        self._capture.enabled = self._capture_next_step()
+        old, new = self.state.masks, step.pending.masks
+        self._overlap.zero_()
+        if old is not None and new is not None:
+            self._overlap += metrics.overlap(new, old)
+        self.state, self.active = replace(step.pending, updates=step.pending.updates + 1), step.active
 
     # -- what it knows -----------------------------------------------------------------------------
 
     @property
-    def state(self) -> LongActState:
-        """The state after the last successful step."""
-        return self._state
-
-    @property
     def masks(self) -> dict[int, dict[str, Tensor]]:
         """Rows that are updated, by global layer number: {"q": bool [np * hn], "k": bool [ng * hn]}."""
-        return self._by_layer(self._state.masks)
+        return self._by_layer(self.state.masks)
 
     @property
     def saliency(self) -> dict[int, dict[str, Tensor]]:
         """Smoothed saliency, by global layer number: {"q": fp32 [np * hn], "k": fp32 [ng * hn]}."""
-        return self._by_layer(self._state.saliency)
+        return self._by_layer(self.state.saliency)
 
     def _by_layer(self, pair: QK | None) -> dict[int, dict[str, Tensor]]:
         if pair is None:
             return {}
-        return {n: {"q": pair.q[i], "k": pair.k[i]} for i, n in enumerate(self._model.layer_numbers)}
+        return {n: {"q": pair.q[i], "k": pair.k[i]} for i, n in enumerate(self.model.layer_numbers)}
 
     def metrics(self) -> dict[str, float | None]:
-        """Scalars of the last step, named as in `megatron_longact.metrics`; collective, alike on all ranks.
+        """Scalars of the last step, named as in `megatron_longact.metrics`; collective.
 
-        `longact/time_s` is this rank's time in LongAct since the step before was asked about. Asked again
-        before the next step, the answer is the same.
+        Alike on all ranks, but for `longact/time_s`: this rank's time in LongAct since the step before was asked
+        about. Asked again before the next step, the answer is the same. Here alone the host waits for them.
         """
-        if self._metrics_of_step is None:
-            self._metrics_of_step = self._measure_metrics()
-        return self._metrics_of_step
+        if self._metrics is None:
+            self._metrics = {
+                **metrics.read(active=self.active, overlap=self._overlap, squares=self._squares_of_all_ranks()),
+                metrics.TIME: self._clock.read(),
+                metrics.REFRESHES: self.state.refreshes,
+                metrics.REJECTED_REFRESHES: self.state.rejected,
+            }
+        return self._metrics
 
-    def _measure_metrics(self) -> dict[str, float | None]:
-        masks, warmup = self._state.masks, self._state.updates <= self.config.warmup_steps
-        fractions = [1.0 if warmup else 0.0] * 2 if masks is None else [metrics.active_fraction(m) for m in masks]
-        return {
-            metrics.ACTIVE_FRACTION_Q: fractions[0],
-            metrics.ACTIVE_FRACTION_K: fractions[1],
-            metrics.MASK_JACCARD: self._jaccard,
-            metrics.MASKED_GRAD_NORM_SHARE: self._masked_share(),
-            metrics.TIME: self._clock.read(),
-            metrics.REFRESHES: self._state.refreshes,
-            metrics.REJECTED_REFRESHES: self._state.rejected,
-        }
-
-    def _masked_share(self) -> float | None:
-        """Norm of the gradient that was masked, over the norm of the whole gradient of Q and K."""
-        if self._gradient_squares is None:
-            return None
-        squares = self._gradient_squares.clone()
-        groups = self._model.groups
+    def _squares_of_all_ranks(self) -> Tensor:
+        squares, groups = torch.zeros(2, device=self.model.device), self.model.groups
+        if self.step is not None:
+            squares += self.step.squares
         for group in (groups.tp, groups.dp_cp, groups.pp):
             dist.all_reduce(squares, group=group)
-        masked, total = squares.tolist()
-        return (masked / total) ** 0.5 if total > 0 else None
+        return squares
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -353,7 +369,7 @@ class LongAct:
 
         Keyed by global layer and channel, so it loads at any other parallel layout.
         """
-        return {**self._shape(), "config": asdict(self.config), **self._state.state_dict()}
+        return {**self._shape(), "config": asdict(self.config), **self.state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`; where weights are kept in FP8 they are quantised anew from their masters.
@@ -366,22 +382,27 @@ class LongAct:
                 raise ValueError(f"the checkpoint's LongAct state has {name} {state_dict[name]}, this model {value}")
         differ = changed_settings(state_dict["config"], self.config)
         if differ:
-            _log_once(f"LongAct goes on with the flags given now: {differ}")
-        self._state = self._pending = LongActState.from_state_dict(state_dict, self._model.device)
+            _log(f"LongAct goes on with the flags given now: {differ}")
+        self.state, self.step = LongActState.from_state_dict(state_dict, self.model.device), None
+        self.active = self._without_masks(self.state) if self.state.masks is None else self.state.masks
+        self._overlap.zero_()
         derive_quantized_weights(self._optimizer)
-        self._unstepped, self._frozen_for = set(), None
-        self._capture.accumulator.reset()
-        self._capture.enabled = self._capture_next_step()
+        self._capture.reset()
 
     def _shape(self) -> dict[str, Any]:
-        return {"layout": asdict(self._model.layout), "layer_numbers": list(self._model.layer_numbers)}
+        return {"layout": asdict(self.model.layout), "layer_numbers": list(self.model.layer_numbers)}
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            _log_once(message, level=logging.WARNING)
+    def _say_how_it_starts(self) -> None:
+        updates = self.state.updates
+        _log(f"LongAct goes on at update {updates}" if updates else f"LongAct starts fresh: {self.config}")
+
+    def _warn_once(self, message: str, *, once: str = "") -> None:
+        """Warn on rank 0, once for each `once`, or message."""
+        if (once or message) not in self._said:
+            self._said.add(once or message)
+            _log(message, level=logging.WARNING)
 
 
-def _log_once(message: str, *, level: int = logging.INFO) -> None:
+def _log(message: str, *, level: int = logging.INFO) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.log(level, message)

@@ -1,7 +1,10 @@
 """What LongAct reports: the names of its scalars and of its ranges in a profile, and a clock for its own work."""
 
 import time
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,44 +31,88 @@ RESTORE = "longact/restore"
 RANGES = (CAPTURE, REFRESH, MASK, FREEZE, RESTORE)
 
 
-class Stopwatch:
-    """Adds up the time spent in `with stopwatch.part(name)` blocks, on the device's own clock where there is one.
+class Event(Protocol):
+    """A point in time on a device's clock; `torch.cuda.Event` is one."""
 
-    On a GPU events are recorded and read only in `read`, so that no step waits for them.
+    def record(self) -> Any:
+        """Set it to when the work that was given to the device so far is done."""
+
+    def query(self) -> bool:
+        """Whether that is in the past."""
+
+    def synchronize(self) -> Any:
+        """Wait for it."""
+
+    def elapsed_time(self, end_event: Any, /) -> float:
+        """Milliseconds to a later one."""
+
+
+class HostEvent:
+    """An `Event` of the host, which does what it is given at once."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def record(self) -> None:
+        """See `Event`."""
+        self._seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        """See `Event`."""
+        return True
+
+    def synchronize(self) -> None:
+        """See `Event`."""
+
+    def elapsed_time(self, end_event: "HostEvent", /) -> float:
+        """See `Event`."""
+        return (end_event._seconds - self._seconds) * 1000
+
+
+class Stopwatch:
+    """Adds up the time spent in `with stopwatch.part(name)` blocks, on the device's own clock.
+
+    On a GPU events are recorded, which no step waits for. Those whose time has come are added up and used again as
+    others are recorded, so that it holds no more of them than the device is behind, whether or not anybody reads it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, event: Callable[[], Event] | None = None) -> None:
+        """event: makes the events; None: those of the device."""
         self.cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._make = event or (partial(torch.cuda.Event, enable_timing=True) if self.cuda else HostEvent)
+        self._milliseconds = 0.0
+        self._running: deque[tuple[Event, Event]] = deque()
+        self._free: list[Event] = []
 
     def part(self, name: str) -> "Part":
         """A block of the work, to be entered as often as one likes; `name` is its range in a profile."""
         return Part(self, name)
 
-    def now(self) -> Any:
-        """A point in time, for `add`."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+    def now(self) -> Event:
+        """The present, for `add`."""
+        event = self._free.pop() if self._free else self._make()
         event.record()
         return event
 
-    def add(self, begun: Any, ended: Any) -> None:
-        """Count the time between two points."""
-        if self.cuda:
-            self._spans.append((begun, ended))
-        else:
-            self._seconds += ended - begun
+    def add(self, begun: Event, ended: Event) -> None:
+        """Count the time between two points, which are the stopwatch's from then on."""
+        self._running.append((begun, ended))
+        while self._running and self._running[0][1].query():
+            self._finish()
+
+    def _finish(self) -> None:
+        begun, ended = self._running.popleft()
+        self._milliseconds += begun.elapsed_time(ended)
+        self._free += (begun, ended)
 
     def read(self) -> float:
         """Seconds since the last reading; waits for the device once."""
-        if self._spans:
-            self._spans[-1][1].synchronize()
-            self._seconds += sum(begun.elapsed_time(ended) for begun, ended in self._spans) / 1000
-            self._spans.clear()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        if self._running:
+            self._running[-1][1].synchronize()
+        while self._running:
+            self._finish()
+        milliseconds, self._milliseconds = self._milliseconds, 0.0
+        return milliseconds / 1000
 
 
 class Part:
@@ -74,7 +121,7 @@ class Part:
     def __init__(self, stopwatch: Stopwatch, name: str) -> None:
         self._stopwatch, self._name = stopwatch, name
         self._range: record_function | None = None
-        self._begun: Any = None
+        self._begun: Event | None = None
 
     def __enter__(self) -> None:
         # a range costs more than many a part of ours, also when nobody records it
@@ -86,6 +133,7 @@ class Part:
         self._begun = self._stopwatch.now()
 
     def __exit__(self, *exception: Any) -> None:
+        assert self._begun is not None
         self._stopwatch.add(self._begun, self._stopwatch.now())
         if self._stopwatch.cuda:
             torch.cuda.nvtx.range_pop()
@@ -94,13 +142,32 @@ class Part:
             self._range = None
 
 
+def overlap(new: QK, old: QK) -> Tensor:
+    """How many channels two masks have in common, and how many either has, over Q and K together: fp32 [2]."""
+    a, b = (torch.cat([part.flatten() for part in masks]) for masks in (new, old))
+    return torch.stack([(a & b).sum(), (a | b).sum()]).float()
+
+
 def jaccard(new: QK, old: QK) -> float:
     """Overlap of two masks over Q and K together: size of the intersection over that of the union."""
-    both = sum(int((a & b).sum()) for a, b in zip(new, old, strict=True))
-    either = sum(int((a | b).sum()) for a, b in zip(new, old, strict=True))
-    return both / either
+    both, either = overlap(new, old).tolist()
+    return float(both / either)
 
 
-def active_fraction(mask: Tensor) -> float:
-    """Share of True in a mask."""
-    return float(mask.float().mean())
+def read(*, active: QK, overlap: Tensor, squares: Tensor) -> dict[str, float | None]:
+    """Scalars that were made on the device, read at once.
+
+    active: masks of the last step; overlap: of its masks with those before; squares: squared gradient norms of the
+    frozen rows and of all rows of Q and K, over all ranks, fp32 [2]. Zeros where there is nothing to tell: None then.
+    """
+    nothing = torch.zeros(2, device=active.q.device)
+    fractions = torch.stack([part.float().mean() for part in active])
+    pairs = [fractions, *(nothing if pair is None else pair for pair in (overlap, squares))]
+    pairs = [fractions, *(nothing if pair is None else pair for pair in (overlap, squares))]
+    q, k, both, either, masked, total = torch.cat(pairs).tolist()
+    return {
+        ACTIVE_FRACTION_Q: q,
+        ACTIVE_FRACTION_K: k,
+        MASK_JACCARD: both / either if either else None,
+        MASKED_GRAD_NORM_SHARE: (masked / total) ** 0.5 if total > 0 else None,
+    }

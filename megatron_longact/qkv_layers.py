@@ -83,7 +83,8 @@ class QKVModel:
     def frozen_rows(self, active: QK) -> FrozenRows:
         """The local rows of each parameter of this rank that are Q or K and not active; V is never frozen."""
         partition = self.layout.partition(self.groups.tp.rank(), self.groups.tp.size())
-        frozen = ~self.layout.fused(active.q.cpu(), active.k.cpu(), fill=True)[:, partition]  # [L, local rows]
+        q, k = torch.cat(active, dim=1).cpu().split([active.q.shape[1], active.k.shape[1]], dim=1)
+        frozen = ~self.layout.fused(q, k, fill=True)[:, partition]  # [L, local rows]
         rows = {}
         for layer in self.layers:
             index = frozen[self.layer_numbers.index(layer.layer_number)].nonzero().flatten()

@@ -5,145 +5,45 @@ kv_channels, L layers of this rank, n accumulated channels of this rank.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from itertools import pairwise
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_longact.config import LongActConfig, Statistic
+from megatron_longact.config import LongActConfig
 from megatron_longact.qkv_layers import QKVLayer, QKVModel
+from megatron_longact.reduction import STATISTICS, Accumulator, Block, qk_blocks
 from megatron_longact.refusals import check_layers_are_eager
-from megatron_longact.tokens import TokenRules, counted_tokens
-
-_CHUNKS = 8  # temporaries of a reduction hold at most this fraction of its input
-_CACHED_BYTES = 2**24  # what a GPU writes and reads again stays in its L2 cache: 50 MB on an H100
+from megatron_longact.tokens import TokenRules, counted_tokens, not_padding, zigzag
 
 
-def reduce_tokens(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
-    """Sum over tokens of |x|, of x², or the maximum of |x|: x [t, ...] -> fp32 [...].
+@dataclass
+class _Forward:
+    """One forward of a model chunk that is being read."""
 
-    counted: bool [t], the tokens that count; None: all. What the others hold, NaN included, does not
-    matter; a NaN or Inf that counts stays one. Reads x once; temporaries hold an eighth of the tokens at most.
-    The order of the sum differs between devices, and with it the last bits.
-    """
-    reduce = reduce_by_norm if x.is_cuda else reduce_by_chunks
-    return reduce(x, counted, statistic=statistic)
-
-
-def reduce_by_chunks(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
-    """`reduce_tokens` through temporaries: on a CPU several times as fast as a norm, which is not vectorised there."""
-    total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
-    rows = -(-x.shape[0] // _CHUNKS)
-    for start in range(0, x.shape[0], rows):
-        part = _sum_of(_counted(x, counted, slice(start, start + rows)), statistic)
-        # amax and maximum both propagate NaN
-        total = torch.maximum(total, part) if statistic == "max-abs" else total + part
-    return total
-
-
-def _sum_of(x: Tensor, statistic: Statistic) -> Tensor:
-    if statistic == "max-abs":
-        return x.abs().amax(0).float()
-    return x.float().square().sum(0) if statistic == "rms" else x.abs().sum(0, dtype=torch.float32)
-
-
-def reduce_by_norm(x: Tensor, counted: Tensor | None, *, statistic: Statistic) -> Tensor:
-    """`reduce_tokens` in the one kernel of a norm, which on a GPU casts as it reads and needs no temporary.
-
-    With `counted` it reads copies with zeros for what does not count, each small enough to stay in the cache.
-    """
-    order = {"mean-abs": 1.0, "rms": 2.0, "max-abs": float("inf")}[statistic]
-    rows = x.shape[0]
-    if counted is not None:
-        rows = min(-(-rows // _CHUNKS), max(1, _CACHED_BYTES // (x[0].numel() * x.element_size())))
-    norms = torch.stack(
-        [
-            torch.linalg.vector_norm(
-                _counted(x, counted, slice(start, start + rows)), order, dim=0, dtype=torch.float32
-            )
-            for start in range(0, x.shape[0], rows)
-        ]
-    )
-    if statistic == "max-abs":
-        return norms.amax(0)
-    return norms.square().sum(0) if statistic == "rms" else norms.sum(0)
-
-
-def _counted(x: Tensor, counted: Tensor | None, tokens: slice) -> Tensor:
-    """Some of the tokens: a view of x, or a copy with zeros for those that do not count."""
-    part = x[tokens]
-    return part if counted is None else torch.where(counted[tokens].view(-1, *(1,) * (x.dim() - 1)), part, 0)
-
-
-class Accumulator:
-    """fp32 sums of one pass for all layers of this rank: `sums` [L, n + 1], the last column counts tokens."""
-
-    def __init__(self, num_layers: int, num_channels: int, *, statistic: Statistic, device: torch.device) -> None:
-        self.statistic = statistic
-        self.sums = torch.zeros(num_layers, num_channels + 1, dtype=torch.float32, device=device)
-
-    def add(self, layer: int, start: int, x: Tensor, counted: Tensor | None) -> None:
-        """Add activations x [sq, b, ...] of the channels that begin at `start`; counted: bool [sq, b]."""
-        num_channels = x[0, 0].numel()
-        self.add_to(self.sums[layer, start : start + num_channels].view(x.shape[2:]), x, counted)
-
-    def add_to(self, into: Tensor, x: Tensor, counted: Tensor | None) -> None:
-        """The same for a view of `sums` that is shaped as the channels of x."""
-        x = x.detach().flatten(0, 1)  # [sq, b, ...] -> [t, ...]
-        tokens = None if counted is None else counted.reshape(-1)
-        value = reduce_tokens(x, tokens, statistic=self.statistic)
-        if self.statistic == "max-abs":
-            torch.maximum(into, value, out=into)
-        else:
-            into += value
-
-    def count(self, layer: int, num_tokens: int, counted: Tensor | None) -> None:
-        """Count the tokens of a forward once."""
-        self.sums[layer, -1] += num_tokens if counted is None else counted.sum()
-
-    def reset(self) -> None:
-        """Begin a new pass."""
-        self.sums.zero_()
-
-
-class Block(NamedTuple):
-    """Equal runs of channels at equal distances, such as Q and K of all groups, which one kernel can read."""
-
-    start: int
-    runs: int
-    period: int
-    width: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """The channels as a view: [..., n] -> [..., runs, width]."""
-        length = (self.runs - 1) * self.period + self.width
-        return x.narrow(-1, self.start, length).unfold(-1, self.width, self.period)
-
-
-def qk_blocks(ranges: Sequence[tuple[int, int]]) -> list[Block]:
-    """Put together the [start, end) ranges of one width if they lie at equal distances."""
-    by_width: dict[int, list[int]] = {}
-    for start, end in ranges:
-        by_width.setdefault(end - start, []).append(start)
-    blocks = []
-    for width, starts in by_width.items():
-        periods = {b - a for a, b in pairwise(starts)} or {width}
-        if len(periods) == 1:
-            blocks.append(Block(starts[0], len(starts), periods.pop(), width))
-        else:
-            blocks += [Block(start, 1, width, width) for start in starts]
-    return blocks
+    named: Tensor | None
+    """What `set_tokens` said: weights [b, s]."""
+    arguments: dict[str, Any]
+    """Of the model's forward, by name."""
+    shape: tuple[int, ...] | None = None
+    """[sq, b] of the activations; None until the first layer."""
+    weights: Tensor | None = None
+    """How often each token counts: [t]; None: all once."""
+    reads: Counter[int] = field(default_factory=Counter)
+    """How often a hook read each layer, by its place on this rank."""
 
 
 class SaliencyCapture:
-    """Reads the Q and K channels of every layer in training forwards; never changes an output.
+    """Reads the Q and K channels of every layer in forwards that count; never changes an output.
 
-    A forward counts if gradients were enabled when the model chunk was entered: rollouts and log-prob
-    forwards do not count, and activation recomputation, which runs outside, does not count again.
+    Whether a forward counts is decided when its model chunk is entered: rollouts and log-prob forwards do not, and
+    activation recomputation, which runs outside, does not count again. A chunk that is left without each of its
+    layers read is an error, whatever hid them.
     """
 
     def __init__(
@@ -151,88 +51,120 @@ class SaliencyCapture:
         model: QKVModel,
         config: LongActConfig,
         *,
+        counts: Callable[[], bool],
         clock: AbstractContextManager[Any],
         warn: Callable[[str], None],
     ) -> None:
-        """Put the hooks on; `clock` times their own work."""
-        self.enabled = False
+        """Put the hooks on; `counts`: whether the forward that begins now is to be read; `clock` times our own work."""
         self.training_forwards = 0
+        self._counts, self._clock, self._warn = counts, clock, warn
         self._rules = TokenRules(config.min_context, config.skip_first_tokens)
         self._reads_activations = config.reads_activations
         self._tap, self._layout = config.tap, model.layout
         self._tp_size, self._cp = model.groups.tp.size(), model.groups.cp
-        self._clock, self._warn = clock, warn
         self._blocks = qk_blocks(model.layout.local_qk_ranges(model.groups.tp.rank(), self._tp_size))
         self._named: Tensor | None = None
         self._names_tokens = False
-        self._counting, self._packed = False, False
-        self._counted: Tensor | None = None
+        self._forward: _Forward | None = None
         self.accumulator = Accumulator(
-            len(model.layers), self._num_channels(), statistic=config.statistic, device=model.device
+            len(model.layers), self._num_channels(), statistic=STATISTICS[config.statistic], device=model.device
         )
-        self._handles: list[Any] = []
-        if self._reads_activations:
-            for index, layer in enumerate(model.layers):
-                self._tap_layer(index, layer)
-        for chunk in model.chunks:
-            self._watch(chunk)
+        self.named_of_real = torch.zeros(2, device=model.device)
+        """fp32: tokens of this pass that `set_tokens` named, and those that are no padding."""
+        self._hooks = ExitStack()
+        self._hooks_of_layer: Counter[int] = Counter()
+        first = 0
+        for chunk, layers in zip(model.chunks, model.layers_of_chunks, strict=True):
+            if self._reads_activations:
+                for index, layer in enumerate(layers, first):
+                    self._tap_layer(index, layer)
+            self._watch(chunk, layers, slice(first, first + len(layers)))
+            first += len(layers)
 
-    def set_tokens(self, token_mask: Tensor) -> None:
-        """Name the tokens of the next micro-batch that count: bool [b, s], the whole sequences."""
-        if token_mask.dim() != 2:
+    def set_tokens(self, weights: Tensor) -> None:
+        """Name the tokens of the next micro-batch that count: weights [b, s], the whole sequences."""
+        if weights.dim() != 2:
             raise ValueError(
-                f"token_mask has shape {tuple(token_mask.shape)}; it must be [b, s], True where a token counts"
+                f"token_mask has shape {tuple(weights.shape)}; it must be [b, s], True where a token counts"
             )
-        self._named, self._names_tokens = token_mask.bool(), True
+        self._named, self._names_tokens = weights if weights.dtype == torch.bool else weights.float(), True
+
+    def reset(self) -> None:
+        """Begin a new pass."""
+        self.accumulator.reset()
+        self.named_of_real.zero_()
+        self.training_forwards = 0
 
     def remove(self) -> None:
         """Take every hook off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
-    def _watch(self, model: nn.Module) -> None:
+    def _watch(self, model: nn.Module, layers: Sequence[QKVLayer], places: slice) -> None:
         signature = inspect.signature(model.forward)
-        layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+        eager = [module for module in model.modules() if isinstance(module, TransformerLayer)]
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named, self._named = self._named, None
+            named, self._named, self._forward = self._named, None, None
             if torch.is_grad_enabled():
                 self.training_forwards += 1
                 if self._reads_activations:
-                    check_layers_are_eager(layers)
-            self._counting = self.enabled and torch.is_grad_enabled()
-            if self._counting:
+                    check_layers_are_eager(eager)
+            if self._reads_activations and self._counts():
                 with self._clock, torch.no_grad():
-                    arguments = signature.bind_partial(*args, **kwargs).arguments
-                    self._counted = self._tokens(named, arguments)
+                    self._forward = self._begin(named, signature.bind_partial(*args, **kwargs).arguments)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._counting, self._counted = False, None
+            forward, self._forward = self._forward, None
+            if forward is not None and output is not None:  # None: an exception is on its way
+                with self._clock, torch.no_grad():
+                    self._end(forward, layers, places)
 
-        self._handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(leave, always_call=True))
+        self._put(model.register_forward_pre_hook(enter, with_kwargs=True))
+        self._put(model.register_forward_hook(leave, always_call=True))
 
-    def _tokens(self, named: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
+    def _put(self, handle: Any) -> None:
+        self._hooks.callback(handle.remove)
+
+    def _begin(self, named: Tensor | None, arguments: dict[str, Any]) -> _Forward:
         if named is None and self._names_tokens:
             raise ValueError(
                 "LongAct.set_tokens was called for earlier micro-batches but not for this one; call it for each"
             )
-        packed, padding = arguments.get("packed_seq_params"), arguments.get("padding_mask")
-        self._packed = packed is not None
-        if named is None and packed is None and padding is None:
+        if named is None and arguments.get("packed_seq_params") is None and arguments.get("padding_mask") is None:
             self._warn(
                 "LongAct counts all tokens, padding included: the model was given neither packed_seq_params nor "
                 "padding_mask; call LongAct.set_tokens(token_mask) before each forward to name those that count"
             )
-        return counted_tokens(
-            rules=self._rules,
-            named=named,
-            packed_seq_params=packed,
-            padding_mask=padding,
-            cp_rank=self._cp.rank(),
-            cp_size=self._cp.size(),
-        )
+        if named is not None:
+            self.named_of_real += self._named_of_real(named, arguments)
+        return _Forward(named, arguments)
+
+    def _named_of_real(self, named: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Tokens that were named, and those of the same that are no padding, as far as the model's arguments tell."""
+        packed, padding, ids = (arguments.get(name) for name in ("packed_seq_params", "padding_mask", "input_ids"))
+        if packed is not None and packed.qkv_format == "thd":
+            real = packed.cu_seqlens_q[-1]
+        else:
+            named = zigzag(named, cp_rank=self._cp.rank(), cp_size=self._cp.size())
+            if padding is not None:
+                real = (~padding.bool()).sum()
+            else:
+                real = not_padding(ids) if ids is not None and ids.shape == named.shape else (named > 0).sum()
+        count = (named > 0).sum()
+        return torch.stack([count, real.to(count)]).float()
+
+    def _end(self, forward: _Forward, layers: Sequence[QKVLayer], places: slice) -> None:
+        hooked = self._hooks_of_layer
+        unread = [layer.layer_number for i, layer in enumerate(layers, places.start) if forward.reads[i] < hooked[i]]
+        if unread:
+            raise RuntimeError(
+                f"LongAct could not read Q and K of layers {unread} (Megatron's numbers, from 1): their forward hooks "
+                "did not run. Something keeps them from running: a CUDA graph, torch.compile, or a linear_qkv that "
+                "was replaced after LongAct.attach; switch it off, or attach after it"
+            )
+        if forward.shape is not None:
+            sq, b = forward.shape
+            self.accumulator.count(places, sq * b if forward.weights is None else forward.weights.sum())
 
     def _num_channels(self) -> int:
         if self._tap == "projection":
@@ -247,44 +179,49 @@ class SaliencyCapture:
 
     def _tap_layer(self, index: int, layer: QKVLayer) -> None:
         if self._tap == "projection":
-            self._hook(layer.linear_qkv, index, self._add_projection)
+            self._hook(layer.linear_qkv, index, self._blocks)
             return
-        split = self._local_q_channels()
-        self._hook(layer.attention.q_layernorm, index, lambda i, x: self._add_heads(i, 0, x))
-        self._hook(layer.attention.k_layernorm, index, lambda i, x: self._add_heads(i, split, x))
+        q, k, hn = self._local_q_channels(), self._local_k_channels(), self._layout.kv_channels
+        self._hook(layer.attention.q_layernorm, index, [Block(0, q // hn, hn, hn)])
+        self._hook(layer.attention.k_layernorm, index, [Block(0, k // hn, hn, hn)], start=q)
 
-    def _hook(self, module: Any, index: int, add: Callable[[int, Tensor], None]) -> None:
+    def _hook(self, module: Any, index: int, blocks: Sequence[Block], *, start: int = 0) -> None:
+        """Read an output [sq, b, channels], or [sq, b, heads, hn], whose channels are accumulated from `start` on.
+
+        Of `linear_qkv` channel j comes from local row j, whatever the layout.
+        """
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._counting:
+            if self._forward is not None:
                 with self._clock, torch.no_grad():
-                    add(index, output[0] if isinstance(output, tuple) else output)
+                    x = output[0] if isinstance(output, tuple) else output
+                    self._fit_tokens(self._forward, x)
+                    self._forward.reads[index] += 1
+                    channels = x.flatten(2).flatten(0, 1)  # [t, channels]
+                    sums = self.accumulator.sums[index, start : start + channels.shape[1]]
+                    for block in blocks:
+                        self.accumulator.add(block.of(sums), block.of(channels), self._forward.weights)
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._put(module.register_forward_hook(hook))
+        self._hooks_of_layer[index] += 1
 
-    def _add_projection(self, index: int, x: Tensor) -> None:
-        """Add x [sq, b, rows of this shard]: channel j comes from local row j, whatever the layout."""
-        self._fit_tokens(x)
-        for block in self._blocks:
-            self.accumulator.add_to(block.of(self.accumulator.sums[index]), block.of(x), self._counted)
-        self.accumulator.count(index, x.shape[0] * x.shape[1], self._counted)
-
-    def _add_heads(self, index: int, start: int, x: Tensor) -> None:
-        """Add x [sq, b, heads, hn]: Q (start 0) or K after its layernorm."""
-        self._fit_tokens(x)
-        self.accumulator.add(index, start, x, self._counted)
-        if start == 0:
-            self.accumulator.count(index, x.shape[0] * x.shape[1], self._counted)
-
-    def _fit_tokens(self, x: Tensor) -> None:
-        """Hold the token mask against what attention saw; padding behind the last packed sequence is not in it."""
-        if self._counted is None or self._counted.shape == x.shape[:2]:
+    def _fit_tokens(self, forward: _Forward, x: Tensor) -> None:
+        """Work out which tokens count, once the first layer has said how many there are; they must be as many."""
+        shape = tuple(x.shape[:2])
+        if forward.shape == shape:
             return
-        missing = x.shape[0] - self._counted.shape[0]
-        if self._packed and missing > 0 and self._cp.size() == 1:
-            self._counted = nn.functional.pad(self._counted, (0, 0, 0, missing))
-            return
-        raise ValueError(
-            f"the token mask covers {tuple(self._counted.shape)} tokens [sq, b], but attention saw "
-            f"{tuple(x.shape[:2])}; give LongAct.set_tokens the [b, s] mask of the very micro-batch "
-            "that the model gets"
+        weights = counted_tokens(
+            rules=self._rules,
+            named=forward.named,
+            packed_seq_params=forward.arguments.get("packed_seq_params"),
+            padding_mask=forward.arguments.get("padding_mask"),
+            cp_rank=self._cp.rank(),
+            cp_size=self._cp.size(),
+            total=x.shape[0] * self._cp.size(),
         )
+        if weights is not None and tuple(weights.shape) != shape:
+            raise ValueError(
+                f"the token mask covers {tuple(weights.shape)} tokens [sq, b], but attention saw {shape}; give "
+                "LongAct.set_tokens the [b, s] mask of the very micro-batch that the model gets"
+            )
+        forward.shape, forward.weights = shape, None if weights is None else weights.reshape(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_longact.config import LongActConfig, Scope, Select
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
 
 
 class QK(NamedTuple):
@@ -57,22 +58,34 @@ def select_salient_channels(scores: Tensor, *, ratio: float, select: Select = "h
         raise ValueError(f"ratio is {ratio!r}; it must be a share in (0, 1]")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores hold NaN or Inf; no channel can be selected from them")
+    return _top(scores, ratio=ratio, select=select)
+
+
+def _top(scores: Tensor, *, ratio: float, select: Select) -> Tensor:
+    """`select_salient_channels` without a look at the scores, which would make the host wait for them."""
     order = scores.argsort(dim=-1, descending=select != "low", stable=True)
     chosen = order[..., : num_selected(ratio, scores.shape[-1])]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def select_masks(saliency: QK, *, layout: QKVLayout, config: LongActConfig) -> QK:
-    """Masks of the salient channels of the whole model, Q and K ranked apart; bool [L, nq], [L, nk]."""
+    """Masks of the salient channels of the whole model, Q and K ranked apart; bool [L, nq], [L, nk].
+
+    All True for a projection that is not a target. Of a saliency that is not finite they mean nothing.
+    """
+    masks = (
+        _top(_units(scores, layout.kv_channels, config.scope), ratio=config.ratio, select=config.select).view_as(scores)
+        for scores in saliency
+    )
+    return target(QK(*masks), config)
+
+
+def target(masks: QK, config: LongActConfig) -> QK:
+    """The masks, all True for a projection that is not a target."""
+    targets = config.targets
     return QK(
-        *(
-            select_salient_channels(
-                _units(scores, layout.kv_channels, config.scope),
-                ratio=config.ratio,
-                select=config.select,
-            ).view_as(scores)
-            for scores in saliency
-        )
+        masks.q if "q" in targets else torch.ones_like(masks.q),
+        masks.k if "k" in targets else torch.ones_like(masks.k),
     )
 
 
@@ -90,6 +103,11 @@ def random_saliency(num_layers: int, layout: QKVLayout, *, seed: int, refresh: i
         torch.rand(num_layers, layout.num_q_channels, generator=generator),
         torch.rand(num_layers, layout.num_k_channels, generator=generator),
     )
+
+
+def is_usable(saliency: QK) -> Tensor:
+    """Whether masks can be chosen from it: nothing NaN or Inf; bool []."""
+    return torch.isfinite(saliency.q).all() & torch.isfinite(saliency.k).all()
 
 
 class GlobalSaliency:
@@ -113,23 +131,19 @@ class GlobalSaliency:
         self._num_layers = len(layer_numbers)
         self._places = [list(layer_numbers).index(number) for number in local_layers]
 
-    def from_sums(self, sums: Tensor) -> tuple[QK, bool]:
-        """Saliency and whether it can be used (some token counted, nothing NaN or Inf), alike on all ranks.
+    def from_sums(self, sums: Tensor) -> QK:
+        """The saliency, alike on all ranks; NaN or Inf somewhere if no token counted, or a bad one: see `is_usable`.
 
         sums: fp32 [L_r, n + 1], one pass's sums and in the last column its token count. A count beyond
         2^24 is rounded, alike for all channels of a layer: the ranking does not change.
         """
-        is_max = self._config.statistic == "max-abs"
+        statistic = STATISTICS[self._config.statistic]
         sums = sums.clone()
-        dist.all_reduce(sums, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=self._groups.dp_cp)
+        dist.all_reduce(sums, statistic.reduce_op, group=self._groups.dp_cp)
         gathered = self._gather_tp(sums)  # [tp, L_r, n + 1]
-        tokens = gathered[:1, :, -1:]
-        scores = gathered[..., :-1] if is_max else gathered[..., :-1] / tokens
-        if self._config.statistic == "rms":
-            scores = scores.sqrt()
+        scores = statistic.finish(gathered[..., :-1], gathered[:1, :, -1:])
         tap_norm = self._config.tap == "norm"
-        saliency = self._share_pp(self._assemble_heads(scores) if tap_norm else self._assemble_rows(scores))
-        return saliency, bool(torch.isfinite(saliency.q).all() & torch.isfinite(saliency.k).all())
+        return self._share_pp(self._assemble_heads(scores) if tap_norm else self._assemble_rows(scores))
 
     def from_rows(self, rows: Tensor) -> QK:
         """Saliency from one score a local row of the fused weight: fp32 [L_r, rows of this shard]."""

@@ -1,4 +1,4 @@
-"""What LongAct remembers between steps and in checkpoints."""
+"""What LongAct remembers between steps and in checkpoints, and what is due when."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,6 +52,31 @@ class LongActState:
             saliency=_to_device(state_dict["saliency"], device),
             masks=_to_device(state_dict["masks"], device),
         )
+
+
+def in_warmup(state: LongActState, config: LongActConfig) -> bool:
+    """Whether the next update is a dense one, before the first mask."""
+    return state.updates < config.warmup_steps
+
+
+def refresh_due(state: LongActState, config: LongActConfig) -> bool:
+    """Whether the next update begins with a new saliency, and outside warm-up with new masks."""
+    if in_warmup(state, config):
+        return config.smooths_saliency and state.updates % max(config.refresh_interval, 1) == 0
+    if state.masks is None:
+        return not config.import_mask
+    interval = config.refresh_interval
+    return interval > 0 and (state.updates - config.warmup_steps) % interval == 0
+
+
+def import_due(state: LongActState, config: LongActConfig) -> bool:
+    """Whether the next update begins with the masks of `config.import_mask`."""
+    return bool(config.import_mask) and state.masks is None and not in_warmup(state, config)
+
+
+def capture_due(state: LongActState, config: LongActConfig) -> bool:
+    """Whether the forward passes of the next update are read."""
+    return config.reads_activations and refresh_due(state, config)
 
 
 def changed_settings(saved: dict[str, Any], config: LongActConfig) -> str:

@@ -156,15 +156,15 @@ def frozen_rows_changed(built: Built) -> tuple[int, int]:
     assert longact is not None
     frozen = changed = 0
     for seed in range(2):
-        before = {id(s): s.inner_parameter.detach().clone() for f in longact._freezes for s in f.shards}
+        before = {id(s): s.inner_parameter.detach().clone() for f in longact.freezes for s in f.shards}
         assert train_step(
             built,
             random_tokens(8, 16, seed=seed),
             before_forward=lambda inputs: longact.set_tokens(torch.ones_like(inputs, dtype=torch.bool)),
         )[0]
-        for shard in (s for f in longact._freezes for s in f.shards):
-            new = shard.parts(shard.inner_parameter.detach(), longact._frozen)
-            for (old, rows), (now, _) in zip(shard.parts(before[id(shard)], longact._frozen), new, strict=True):
+        for shard in (s for f in longact.freezes for s in f.shards):
+            new = shard.parts(shard.inner_parameter.detach(), longact.step.frozen)
+            for (old, rows), (now, _) in zip(shard.parts(before[id(shard)], longact.step.frozen), new, strict=True):
                 frozen += old[rows].numel()
                 changed += int((old[rows] != now[rows]).sum())
     return frozen, changed

@@ -138,17 +138,17 @@ def frozen_rows_stay(
         success, _ = train_step(built, random_tokens(8, 16, seed=step), before_forward=name_all(longact))
         assert success
         after = full_weights(built)
-        for freeze in longact._freezes:
+        for freeze in longact.freezes:
             for shard in freeze.shards:
                 counts["owned"] += 1
                 old = before[id(shard.inner_parameter)]
                 new = shard.inner_parameter.detach()
                 for (a, rows), (b, _) in zip(
-                    shard.parts(old, longact._frozen), shard.parts(new, longact._frozen), strict=True
+                    shard.parts(old, longact.step.frozen), shard.parts(new, longact.step.frozen), strict=True
                 ):
                     counts["frozen"] += a[rows].numel()
                     counts["frozen changed"] += int((a[rows] != b[rows]).sum())
-        layout = longact._model.layout
+        layout = longact.model.layout
         for layer, mask in longact.masks.items():
             active = layout.fused(mask["q"], mask["k"], fill=True)
             for part in ("weight", "bias"):

@@ -13,8 +13,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_longact import LongActConfig, QKVLayout
-from megatron_longact.saliency import Accumulator
-from megatron_longact.selection import GlobalSaliency, ModelGroups
+from megatron_longact.reduction import STATISTICS, Accumulator
+from megatron_longact.selection import GlobalSaliency, ModelGroups, is_usable
 from megatron_longact.tokens import TokenRules, counted_tokens, zigzag
 from tests import ranks, reference
 from tests.ranks import Layout
@@ -45,14 +45,15 @@ def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
     )
     rows = QKV.partition(groups.tp.rank(), groups.tp.size())
     config = LongActConfig(statistic=statistic)
-    sums = Accumulator(1, QKV.rows_per_partition(groups.tp.size()), statistic=statistic, device=x.device)
+    rows_here = QKV.rows_per_partition(groups.tp.size())
+    sums = Accumulator(1, rows_here, statistic=STATISTICS[statistic], device=x.device)
     mine = local[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size(), :, rows]
     kept = counted[:, parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     mine = mine.transpose(0, 1)  # [b, s, rows] -> [sq, b, rows]
-    sums.add(0, 0, mine, kept)
-    sums.count(0, mine.shape[0] * mine.shape[1], kept)
-    saliency, usable = GlobalSaliency(groups, QKV, config, layer_numbers=[1], local_layers=[1]).from_sums(sums.sums)
-    assert usable
+    sums.add(sums.sums[0, :rows_here], mine.flatten(0, 1), kept.flatten())
+    sums.count(slice(0, 1), kept.sum())
+    saliency = GlobalSaliency(groups, QKV, config, layer_numbers=[1], local_layers=[1]).from_sums(sums.sums)
+    assert is_usable(saliency)
     return {"q": saliency.q[0], "k": saliency.k[0]}
 
 

@@ -165,13 +165,13 @@ def saved_bytes(spec: ModelSpec, optimizer: OptimizerSpec) -> tuple[int, int, in
     """Bytes that strict freeze holds during the step, those of the frozen elements, and parts that stay held."""
     built = build(spec, optimizer)
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig())
-    [freeze] = longact._freezes
+    [freeze] = longact.freezes
     seen: list[int] = []
     freeze.inner.register_step_pre_hook(
         lambda *_: seen.append(sum(values.untyped_storage().nbytes() for *_, values in freeze._saved))
     )
     train_step(built, random_tokens(8, 16), before_forward=name_all(longact))
-    parts = [part for shard in freeze.shards for part in shard.parts(shard.masters()[0], longact._frozen)]
+    parts = [part for shard in freeze.shards for part in shard.parts(shard.masters()[0], longact.step.frozen)]
     return seen[0], sum(view[rows].numel() * 4 for view, rows in parts), len(freeze._saved)
 
 

@@ -1,5 +1,7 @@
 """What LongAct does in a step: which forwards and tokens count, when the mask changes, what a skipped step leaves."""
 
+import logging
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -8,9 +10,10 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megatron_longact import LongAct, LongActConfig, metrics
-from megatron_longact.state import LongActState
+from megatron_longact.state import LongActState, capture_due
 from tests import ranks, reference
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
 from tests.ranks import Layout
@@ -153,7 +156,7 @@ def warmup() -> list[Any]:
     built, longact = both(config=LongActConfig(warmup_steps=2))
     seen = []
     for seed in range(4):
-        captured = longact._capture.enabled
+        captured = capture_due(longact.state, longact.config)
         step(built, longact, seed)
         seen.append((captured, bool(longact.masks), longact.metrics()["longact/active_fraction_q"]))
     return seen
@@ -389,21 +392,27 @@ def broken_refresh(bad_rank: int) -> dict[str, Any]:
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     before = full_weights(built)[name]
     step(built, longact, 0, **none)
-    rows = torch.cat([longact._model.layout.q_rows, longact._model.layout.k_rows])
+    rows = torch.cat([longact.model.layout.q_rows, longact.model.layout.k_rows])
     no_mask_no_update = torch.equal(full_weights(built)[name][rows], before[rows])
     unused = [longact.state.rejected, bool(longact.masks)]
     step(built, longact, 1)
     masks, saliency = cpu(longact.masks), cpu(longact.saliency)
     projection = built.chunks[-1].module.decoder.layers[-1].self_attention.linear_qkv
 
-    def spoil(module: Any, args: Any, output: Any) -> None:
-        longact._capture.accumulator.sums[0, 0] = float("nan")
+    right: list[Any] = []
 
-    if torch.distributed.get_rank() == bad_rank:
-        handle = projection.register_forward_hook(spoil)
-    step(built, longact, 2)
-    if torch.distributed.get_rank() == bad_rank:
-        handle.remove()
+    def spoil(module: Any, args: Any, output: Any) -> tuple[Tensor, Any]:
+        right.append(output)
+        return torch.where(torch.arange(output[0].shape[-1]) == 0, float("nan"), output[0]), output[1]
+
+    with ExitStack() as stack:
+        if torch.distributed.get_rank() == bad_rank:  # LongAct's hook sees NaN, the model does not
+            for handle in (
+                projection.register_forward_hook(spoil, prepend=True),
+                projection.register_forward_hook(lambda *_: right.pop()),
+            ):
+                stack.callback(handle.remove)
+        step(built, longact, 2)
     kept = same(masks, cpu(longact.masks)) and same(saliency, cpu(longact.saliency))
     rejected = longact.metrics()["longact/rejected_refreshes"]
     step(built, longact, 3)
@@ -438,6 +447,135 @@ def lonely_finalize() -> str:
 
 def test_a_replaced_finalize_function_is_noticed() -> None:
     assert "finalize_model_grads_func was replaced" in ranks.run(lonely_finalize)[0]
+
+
+def unread() -> str:
+    """What is said when the last layer's projection runs without its hooks, from the second step on."""
+    built, longact = both()
+    step(built, longact)
+    built.chunks[-1].module.decoder.layers[-1].self_attention.linear_qkv._forward_hooks.clear()
+    with pytest.raises(RuntimeError) as error:
+        step(built, longact, seed=1)
+    assert longact.state.updates == 1
+    return str(error.value)
+
+
+def test_a_layer_that_cannot_be_read_is_an_error() -> None:
+    """As torch.compile(fullgraph=True), a graph or another module in its place would have it."""
+    said = ranks.run(unread)[0]
+    assert "could not read Q and K of layers [2]" in said
+    assert "torch.compile" in said
+
+
+class Told(logging.Handler):
+    """Keeps what LongAct logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("megatron_longact").addHandler(self)
+        return self.messages
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("megatron_longact").removeHandler(self)
+
+
+def warnings_of(mask: str) -> list[str]:
+    """Two steps on rows of 12 tokens of prompt, 2 of response and 2 of padding."""
+    built, longact = both()
+    place = torch.arange(16)[None].expand(1, 16)
+    named = {"attention": place < 14, "loss": (place >= 12) & (place < 14), "prompt": place < 12}[mask]
+    tokens = random_tokens(4, 16)
+    tokens[:, 14:] = 0
+    with Told() as messages:
+        for _ in range(2):
+            train_step(built, tokens, before_forward=lambda inputs: longact.set_tokens(named))
+    return [message for message in messages if "set_tokens" in message]
+
+
+def test_a_loss_mask_in_place_of_attention_tokens_is_noticed_once() -> None:
+    said = {mask: ranks.run(warnings_of, mask=mask)[0] for mask in ("attention", "loss", "prompt")}
+    assert said["attention"] == said["prompt"] == []
+    (warning,) = said["loss"]
+    assert "named 8 of 56 tokens that are no padding (14%)" in warning
+    assert "loss mask" in warning
+
+
+def weighted(weights: Any) -> dict[int, dict[str, Tensor]]:
+    built, longact = both()
+    train_step(built, random_tokens(2, 16), before_forward=lambda inputs: longact.set_tokens(weights))
+    return cpu(longact.saliency)
+
+
+def test_a_token_that_weighs_three_counts_three_times() -> None:
+    """Against the sums of bool masks: 3 a + b, where only a is named, or both."""
+    first, both_parts = torch.arange(16)[None] < 6, torch.ones(1, 16, dtype=torch.bool)
+    a, all_tokens = ranks.run(weighted, weights=first)[0], ranks.run(weighted, weights=both_parts)[0]
+    found = ranks.run(weighted, weights=torch.where(first, 3, 1))[0]
+    for layer, parts in found.items():
+        for part, scores in parts.items():
+            wanted = (2 * 6 * a[layer][part] + 16 * all_tokens[layer][part]) / (2 * 6 + 16)
+            torch.testing.assert_close(scores, wanted, rtol=2e-6, atol=0)
+
+
+class Waits(TorchFunctionMode):
+    """Keeps what makes a host wait for its GPU: values of tensors that are asked for, with their dtype."""
+
+    NAMES = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES:
+            self.seen.append((name, args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def waits() -> dict[str, list[tuple[str, torch.dtype]]]:
+    """Of LongAct's own parts of a step, by part, and of its metrics."""
+    built, longact = both()
+    step(built, longact)
+    seen: dict[str, list[tuple[str, torch.dtype]]] = {}
+    enter, leave = metrics.Part.__enter__, metrics.Part.__exit__
+    with pytest.MonkeyPatch.context() as patch:
+        mode = Waits()
+
+        def entered(part: Any) -> None:
+            enter(part)
+            mode.seen = seen.setdefault(part._name, [])
+            mode.__enter__()
+
+        def left(part: Any, *exception: Any) -> None:
+            mode.__exit__(*exception)
+            leave(part, *exception)
+
+        patch.setattr(metrics.Part, "__enter__", entered)
+        patch.setattr(metrics.Part, "__exit__", left)
+        step(built, longact, seed=1)
+    with Waits() as asked:
+        longact.metrics()
+    return {**seen, "metrics": asked.seen}
+
+
+def test_the_host_waits_in_a_refresh_and_when_it_is_asked_and_nowhere_else() -> None:
+    """Row indices, int64, are on the host already."""
+    seen = {
+        part: [(name, dtype) for name, dtype in found if dtype != torch.int64]
+        for part, found in ranks.run(waits)[0].items()
+    }
+    verdict, masks = ("tolist", torch.float32), ("cpu", torch.bool)
+    rows_of_layers = [("nonzero", torch.bool)] * 2  # of masks on the host
+    assert seen.pop(metrics.REFRESH) == [verdict, masks, *rows_of_layers]
+    assert seen.pop("metrics") == [("tolist", torch.float32)]
+    assert seen == {part: [] for part in (metrics.CAPTURE, metrics.MASK, metrics.FREEZE, metrics.RESTORE)}
 
 
 # -- detach ------------------------------------------------------------------------------------------
@@ -520,9 +658,9 @@ def profiled() -> dict[str, int]:
 
 def test_a_profile_names_what_longact_does() -> None:
     counts = ranks.run(profiled)[0]
-    # four micro-batches: the tokens of each, and two layers
+    # four micro-batches: the beginning and the end of each, and two layers
     assert {name: counts.get(name) for name in metrics.RANGES} == {
-        metrics.CAPTURE: 4 * 3,
+        metrics.CAPTURE: 4 * 4,
         metrics.REFRESH: 1,
         metrics.MASK: 1,
         metrics.FREEZE: 1,

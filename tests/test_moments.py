@@ -20,7 +20,7 @@ def frozen_moments(moments: str, optimizer: OptimizerSpec) -> list[dict[str, flo
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(moments=moments, select="random"))
     seen: list[dict[str, float]] = []
     for step in range(4):
-        states = [(f, s, f.inner.state.get(s.inner_parameter, {})) for f in longact._freezes for s in f.shards]
+        states = [(f, s, f.inner.state.get(s.inner_parameter, {})) for f in longact.freezes for s in f.shards]
         before = [{k: v.clone() for k, v in state.items() if k.startswith("exp_avg")} for *_, state in states]
         assert train_step(built, random_tokens(4, 16, seed=step), before_forward=name_all(longact))[0]
         if step == 0:
@@ -29,8 +29,8 @@ def frozen_moments(moments: str, optimizer: OptimizerSpec) -> list[dict[str, flo
         for (_, shard, state), old in zip(states, before, strict=True):
             for name, beta in (("exp_avg", BETA1), ("exp_avg_sq", BETA2)):
                 new_parts, old_parts = (
-                    shard.parts(state[name], longact._frozen),
-                    shard.parts(old[name], longact._frozen),
+                    shard.parts(state[name], longact.step.frozen),
+                    shard.parts(old[name], longact.step.frozen),
                 )
                 for (new, rows), (was, _) in zip(new_parts, old_parts, strict=True):
                     worst["held"] = max(worst["held"], float((new[rows] - was[rows]).abs().max()))
@@ -57,13 +57,13 @@ def returning(moments: str) -> dict[str, Any]:
     """Train on, and compare the update of rows that come back with that of rows that stayed."""
     built = build(ModelSpec(layers=2), OptimizerSpec(lr=1e-3, weight_decay=0.0, eps=1e-8))
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(moments=moments, select="random"))
-    weight = longact._model.layers[0].weight
+    weight = longact.model.layers[0].weight
     returned, stayed, was = [], [], None
     for step in range(30):
         old = weight.detach().clone()
         train_step(built, random_tokens(8, 16, seed=step), before_forward=name_all(longact))
         frozen = torch.zeros(weight.shape[0], dtype=torch.bool)
-        frozen[longact._frozen[weight].device] = True
+        frozen[longact.step.frozen[weight].device] = True
         size = (weight.detach() - old).abs().mean(1) / 1e-3  # in units of the learning rate
         if was is not None and step >= 10:
             returned.append(size[was & ~frozen])
@@ -74,8 +74,8 @@ def returning(moments: str) -> dict[str, Any]:
 
 def longact_rows(longact: LongAct) -> torch.Tensor:
     """The local rows that are Q or K."""
-    rows = torch.zeros(longact._model.layers[0].weight.shape[0], dtype=torch.bool)
-    rows[longact._every_row[longact._model.layers[0].weight].device] = True
+    rows = torch.zeros(longact.model.layers[0].weight.shape[0], dtype=torch.bool)
+    rows[longact.model.frozen_rows(longact.model.channels(False))[longact.model.layers[0].weight].device] = True
     return rows
 
 

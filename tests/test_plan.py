@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_longact import LongAct, LongActConfig, saliency
+from megatron_longact import LongAct, LongActConfig
 from megatron_longact.conversion.mapping import entries_of
 from megatron_longact.planning import cost
 from megatron_longact.planning.models import PRESETS, find_model
@@ -25,9 +24,9 @@ from megatron_longact.planning.report import make_plan
 from megatron_longact.planning.roofline import Assumptions
 from megatron_longact.planning.run_shape import Attention, Batch, Parallel
 from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.saliency import Accumulator
+from megatron_longact.selection import GlobalSaliency, is_usable
 from tests import ranks
-from tests.models import DTYPES, ModelSpec, OptimizerSpec, build, random_tokens, train_step
+from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
 from tests.ranks import Layout
 from tests.runs import name_all
 from tools import plan
@@ -136,21 +135,25 @@ def measured(spec: ModelSpec, optimizer: OptimizerSpec, config: LongActConfig) -
 
     def look(*_: Any) -> None:
         nonlocal saved
-        saved = sum(v.untyped_storage().nbytes() for f in longact._freezes for *_, v in f._saved)
+        saved = sum(v.untyped_storage().nbytes() for f in longact.freezes for *_, v in f._saved)
 
-    longact._freezes[0].inner.register_step_pre_hook(look)
+    longact.freezes[0].inner.register_step_pre_hook(look)
     before_forward = name_all(longact) if config.reads_activations else None
     with counted(names) as masked:
         train_step(built, tokens, before_forward=before_forward)
     held = live_bytes() - bytes_before
     with counted(names) as metrics:
         longact.metrics()
-    frozen = sum(len(rows) for parameter, rows in longact._frozen.items() if parameter.dim() == 2)
+    frozen = sum(len(rows) for parameter, rows in longact.step.frozen.items() if parameter.dim() == 2)
     longact.detach()
     assert not dense - masked
 
-    def reduce_again() -> None:
-        longact._saliency.from_sums(torch.ones_like(longact._capture.accumulator.sums))
+    model = longact.model
+    local = [layer.layer_number for layer in model.layers]
+    whole = GlobalSaliency(model.groups, model.layout, config, layer_numbers=model.layer_numbers, local_layers=local)
+    parallel = Parallel(tp=groups["tp"].size())
+    channels = cost.num_accumulated(Attention(0, 0, model.layout), parallel, config)
+    sums = torch.ones(len(local), channels + 1)
 
     return {
         "refresh": masked - dense,
@@ -158,9 +161,9 @@ def measured(spec: ModelSpec, optimizer: OptimizerSpec, config: LongActConfig) -
         "held": held,
         "saved": saved,
         "frozen": frozen,
-        "layers": len(longact._model.layers),
+        "layers": len(longact.model.layers),
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
-        "peak": peak_bytes(reduce_again) if config.reads_activations else 0,
+        "peak": peak_bytes(lambda: is_usable(whole.from_sums(sums))) if config.reads_activations else 0,
     }
 
 
@@ -216,60 +219,6 @@ def test_plan_is_what_real_ranks_do(name: str) -> None:
         wanted_saved += saved.mean
     assert sum(result["held"] for result in results) == pytest.approx(wanted_held, rel=1e-12)
     assert sum(result["saved"] for result in results) == pytest.approx(wanted_saved, rel=1e-12)
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the operations of real tensors that are kernels on a GPU, and the bytes of activations they touch."""
-
-    NO_KERNEL = ("scalar_tensor", "copy_")  # a constant, and a number copied onto itself
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.nbytes = self.largest_copy = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in self.NO_KERNEL:
-            self.operations += 1
-            if name in ("where", "linalg_vector_norm"):
-                parts = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 3 and a.is_floating_point()]
-                if name == "where":
-                    parts.append(result)
-                    self.largest_copy = max(self.largest_copy, result.numel() * result.element_size())
-                self.nbytes += sum(t.numel() * t.element_size() for t in parts)
-        return result
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("named", [True, False], ids=["tokens named", "all tokens"])
-@pytest.mark.parametrize("tp", [1, 4], ids=["whole groups", "parts of groups"])
-@pytest.mark.parametrize("statistic", ["mean-abs", "rms", "max-abs"])
-def test_capture_reads_what_the_plan_says(
-    statistic: Any, tp: int, named: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The way that a GPU takes, run here."""
-    monkeypatch.setattr(saliency, "reduce_tokens", saliency.reduce_by_norm)
-    attention, config = Attention(1, 32, QKVLayout(8, 2, 4)), LongActConfig(statistic=statistic)
-    batch = Batch(seq_length=40, global_batch_size=2, micro_batch_size=2, dtype=dtype, tokens_named=named)
-    work = cost.capture_work(attention, Parallel(tp=tp), batch, config, place=cost.Place(1, 1 % tp))
-    rows = attention.layout.num_rows // tp
-    accumulator = Accumulator(1, rows, statistic=statistic, device=torch.device("cpu"))
-    x = torch.randn(40, 2, rows, dtype=DTYPES[dtype])
-    tokens = torch.ones(40, 2, dtype=torch.bool) if named else None
-    blocks = saliency.qk_blocks(attention.layout.local_qk_ranges(1 % tp, tp))
-    with Traffic() as seen:
-        for block in blocks:
-            accumulator.add_to(block.of(accumulator.sums[0]), block.of(x), tokens)
-        accumulator.count(0, x.shape[0] * x.shape[1], tokens)
-    assert seen.operations == work.operations
-    assert seen.nbytes == work.traffic
-    assert seen.largest_copy == work.temporary
-    assert work.activations == sum(block.of(x).numel() for block in blocks) * x.element_size()
-
-
-def test_parts_are_those_of_the_reduction() -> None:
-    assert (cost.CHUNKS, cost.CACHED_BYTES) == (saliency._CHUNKS, saliency._CACHED_BYTES)
 
 
 def test_held_is_what_the_benchmark_measured() -> None:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_longact.saliency import reduce_tokens
-from megatron_longact.tokens import TokenRules, counted_tokens, zigzag
+from megatron_longact.tokens import TokenRules, counted_tokens, not_padding, zigzag
 
 
 def counted(
@@ -99,21 +98,23 @@ def test_zigzag_takes_a_chunk_from_either_end() -> None:
         zigzag(torch.arange(6)[None], cp_rank=0, cp_size=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("statistic", ["mean-abs", "rms", "max-abs"])
-def test_reduction_is_the_naive_one(statistic: Any, tokens: int, dtype: torch.dtype) -> None:
-    x = torch.randn(tokens, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    keep = torch.arange(tokens) % 3 != 1
-    values = x[keep].double().abs()
-    naive = {"mean-abs": values.sum(0), "rms": values.square().sum(0), "max-abs": values.amax(0)}[statistic]
-    noisy = torch.where(keep[:, None], x, float("nan"))
-    torch.testing.assert_close(reduce_tokens(noisy, keep, statistic=statistic).double(), naive, rtol=1e-5, atol=1e-6)
+def test_weights_go_through_all_rules() -> None:
+    often = NAMED * torch.tensor([3.0, 1, 1, 2, 9, 9])
+    assert counted(often).T.tolist() == often.tolist()
+    assert counted(often, skip_first_tokens=1).T.tolist() == [[0, 1, 1, 2, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert counted(often, min_context=3).T.tolist() == [[3, 1, 1, 2, 0, 0], [0] * 6]
+    row = torch.tensor([[2.0, 0, 5, 1, 1, 7]])
+    assert counted(row, packed=thd(3, 2)).flatten().tolist() == [2, 0, 5, 1, 1, 0]
 
 
-@pytest.mark.parametrize("statistic", ["mean-abs", "rms", "max-abs"])
-def test_nan_and_inf_show_in_the_reduction(statistic: Any) -> None:
-    for bad in (float("nan"), float("inf")):
-        x = torch.ones(9, 3)
-        x[4, 1] = bad
-        assert reduce_tokens(x, None, statistic=statistic).isfinite().tolist() == [True, False, True]
+def test_a_packed_row_may_be_longer_than_its_bounds_and_its_mask() -> None:
+    row = {"rules": TokenRules(), "packed_seq_params": thd(3, 2), "padding_mask": None, "cp_rank": 0, "cp_size": 1}
+    assert counted_tokens(named=None, total=8, **row).flatten().tolist() == [True] * 5 + [False] * 3
+    named = torch.tensor([[True, False, True, True, True]])
+    assert counted_tokens(named=named, total=7, **row).flatten().int().tolist() == [1, 0, 1, 1, 1, 0, 0]
+
+
+def test_padding_is_a_run_of_one_id_at_either_end() -> None:
+    rows = [[5, 6, 7, 0, 0, 0], [0, 0, 5, 6, 7, 8], [9, 9, 5, 6, 0, 0], [5, 6, 7, 8, 9, 5], [0, 0, 0, 0, 0, 0]]
+    assert [int(not_padding(torch.tensor([row]))) for row in rows] == [3, 4, 2, 6, 0]
+    assert int(not_padding(torch.tensor(rows))) == 15

@@ -6,12 +6,11 @@ The input is the output of `linear_qkv`, [tokens, rows of a shard], of which Q a
 Qwen3-8B's at TP 1 and 4. `of the copy` is bytes read a second over what a copy reads and writes a second; `temporaries`
 is memory at the peak over the bytes of Q and K. Masked: an eighth of the tokens does not count.
 
-    reduce_tokens   what LongAct runs on this device: chunks without a GPU, norm with one
-    chunks, norm    its two ways (megatron_longact/saliency.py)
-    whole           x.abs().sum(0, dtype=float32) and its like on all tokens at once
-    matmul          the token mask times |x| or x²
-    triton          one kernel (megatron_longact/saliency_triton.py); with a GPU
-    compiled        "whole" through torch.compile; with a GPU, or with --compile
+    reduce      what LongAct runs on this device: parts through temporaries without a GPU, with one a Triton kernel
+    norm        torch.linalg.vector_norm, of a copy with zeros where tokens are masked
+    whole       x.abs().sum(0, dtype=float32) and its like on all tokens at once
+    matmul      the token mask times |x| or x²
+    compiled    "whole" through torch.compile; with a GPU, or with --compile
 """
 
 import argparse
@@ -19,7 +18,6 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,8 @@ from measuring import DEVICE, ON_GPU, peak_bytes, seconds
 from torch import Tensor
 
 from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.saliency import qk_blocks, reduce_by_chunks, reduce_by_norm, reduce_tokens
+from megatron_longact.reduction import STATISTICS, qk_blocks
 
-STATISTICS = ("mean-abs", "rms", "max-abs")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEYOND_THE_CACHE = 2**28
 """Bytes that the inputs take together, in turn, so that none of them is found in the cache."""
@@ -49,6 +46,15 @@ def whole(x: Tensor, counted: Tensor | None, statistic: str) -> Tensor:
     return x.float().square().sum(0) if statistic == "rms" else x.abs().sum(0, dtype=torch.float32)
 
 
+def norm(x: Tensor, counted: Tensor | None, statistic: str) -> Tensor:
+    """One kernel that casts as it reads, and with a mask a copy before it."""
+    if counted is not None:
+        x = torch.where(counted.view(-1, 1, 1), x, 0)
+    order = float("inf") if statistic == "max-abs" else STATISTICS[statistic].power
+    norms: Tensor = torch.linalg.vector_norm(x, order, dim=0, dtype=torch.float32)
+    return norms.square() if statistic == "rms" else norms
+
+
 def matmul(x: Tensor, counted: Tensor | None, statistic: str) -> Tensor:
     """Sums as a product with the token mask; a NaN that does not count would show."""
     weights = torch.ones(len(x), device=x.device, dtype=x.dtype) if counted is None else counted.to(x.dtype)
@@ -59,16 +65,11 @@ def matmul(x: Tensor, counted: Tensor | None, statistic: str) -> Tensor:
 def candidates(*, compiled: bool) -> dict[str, Candidate]:
     """What is measured, by name."""
     found: dict[str, Candidate] = {
-        "reduce_tokens": lambda x, counted, statistic: reduce_tokens(x, counted, statistic=statistic),
-        "chunks": lambda x, counted, statistic: reduce_by_chunks(x, counted, statistic=statistic),
-        "norm": lambda x, counted, statistic: reduce_by_norm(x, counted, statistic=statistic),
+        "reduce": lambda x, counted, statistic: STATISTICS[statistic].reduce(x, counted),
+        "norm": norm,
         "whole": whole,
         "matmul": matmul,
     }
-    if ON_GPU and find_spec("triton"):
-        from megatron_longact.saliency_triton import reduce_by_triton
-
-        found["triton"] = lambda x, counted, statistic: reduce_by_triton(x, counted, statistic=statistic)
     return found | ({"compiled": torch.compile(whole, dynamic=False)} if compiled else {})
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
 from megatron_longact.selection import QK
 
-STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 TAPS: tuple[Tap, ...] = get_args(Tap)
 
 ChannelValues = dict[int, dict[str, Tensor]]
@@ -98,13 +98,6 @@ def measure(model: Source, prompts: Sequence[Sequence[int]]) -> Measurement:
     return measured
 
 
-def finish(sums: Tensor, *, statistic: Statistic, num_q: int) -> QK:
-    """Sums of an `Accumulator`, [L, nq + nk + 1] with the token count last, as the statistic."""
-    values = sums[:, :-1] if statistic == "max-abs" else sums[:, :-1] / sums[:, -1:]
-    values = values.sqrt() if statistic == "rms" else values
-    return QK(values[:, :num_q].cpu(), values[:, num_q:].cpu())
-
-
 def pooled(parts: Sequence[Measurement]) -> Measurement:
     """The measurement over the prompts of all parts together; all of the same model."""
     tokens = sum(part.tokens for part in parts)
@@ -117,9 +110,9 @@ def pooled(parts: Sequence[Measurement]) -> Measurement:
 
 
 def _pool(values: Sequence[Tensor], parts: Sequence[Measurement], statistic: Statistic) -> Tensor:
-    if statistic == "max-abs":
+    if STATISTICS[statistic].maximum:
         return torch.stack(list(values)).amax(0)
-    power = 2 if statistic == "rms" else 1
+    power = STATISTICS[statistic].power
     tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
     mean = torch.einsum("p,pln->ln", tokens / tokens.sum(), torch.stack(list(values)).double() ** power)
     return (mean ** (1 / power)).float()

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_longact.analysis.activations import STATISTICS, Measurement, finish, run_name
+from megatron_longact.analysis.activations import Measurement, run_name
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.saliency import Accumulator
+from megatron_longact.reduction import STATISTICS, Accumulator
+from megatron_longact.selection import QK
 
 Encode = Callable[[str], list[int]]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -40,16 +41,20 @@ class HFSource:
         device = next(self.model.parameters()).device
         channels = self.layout.num_q_channels + self.layout.num_k_channels
         sums = {
-            (tap, statistic): Accumulator(len(self.attentions), channels, statistic=statistic, device=device)
+            (tap, name): Accumulator(len(self.attentions), channels, statistic=statistic, device=device)
             for tap in self.taps
-            for statistic in STATISTICS
+            for name, statistic in STATISTICS.items()
         }
         with torch.no_grad(), self._hooks(sums):
             for prompt in prompts:
                 self.model.base_model(torch.tensor([list(prompt)], device=device), use_cache=False)
-        num_q = self.layout.num_q_channels
-        scores = {key: finish(each.sums, statistic=key[1], num_q=num_q) for key, each in sums.items()}
+        scores = {key: self._saliency(accumulator) for key, accumulator in sums.items()}
         return Measurement(sum(map(len, prompts)), self.layer_numbers, scores)
+
+    def _saliency(self, accumulator: Accumulator) -> QK:
+        sums = accumulator.sums  # [L, nq + nk + 1]
+        values = accumulator.statistic.finish(sums[:, :-1], sums[:, -1:]).cpu()
+        return QK(values[:, : self.layout.num_q_channels], values[:, self.layout.num_q_channels :])
 
     @contextmanager
     def _hooks(self, sums: dict[tuple[Tap, Statistic], Accumulator]) -> Iterator[None]:
@@ -72,20 +77,20 @@ class HFSource:
         start = self.layout.num_q_channels if is_k else 0
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = _tokens_first(output, heads=heads, hn=self.layout.kv_channels)  # [t, 1, heads * hn]
+            x = _tokens_first(output, heads=heads, hn=self.layout.kv_channels)
             for accumulator in accumulators:
-                accumulator.add(layer, start, x, None)
+                accumulator.add(accumulator.sums[layer, start : start + x.shape[1]], x, None)
                 if not is_k:
-                    accumulator.count(layer, x.shape[0], None)
+                    accumulator.count(slice(layer, layer + 1), x.shape[0])
 
         return hook
 
 
 def _tokens_first(x: Tensor, *, heads: int, hn: int) -> Tensor:
-    """[1, t, heads * hn], [1, t, heads, hn] or [1, heads, t, hn] -> [t, 1, heads * hn]."""
+    """[1, t, heads * hn], [1, t, heads, hn] or [1, heads, t, hn] -> [t, heads * hn]."""
     if x.dim() == 4 and x.shape[2] != heads:
         x = x.transpose(1, 2)
-    return x.reshape(-1, 1, heads * hn)
+    return x.reshape(-1, heads * hn)
 
 
 def open_folder(

@@ -6,7 +6,7 @@ Shape letters as in `saliency`: b micro-batch, s sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
-from megatron_longact.analysis.activations import STATISTICS, Measurement
+from megatron_longact.analysis.activations import Measurement
 from megatron_longact.config import LongActConfig, Tap
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
 from megatron_longact.saliency import SaliencyCapture
 from megatron_longact.selection import QK, GlobalSaliency
 
@@ -66,24 +67,15 @@ class MegatronSource:
 
     @contextmanager
     def _captures(self, configs: Sequence[LongActConfig]) -> Iterator[list[SaliencyCapture]]:
-        """One capture for each, hooked on; they count forwards with gradients, so they enter such a one."""
-
-        def gradients(enabled: bool) -> None:
-            for chunk in self._qkv.chunks:
-                handles.append(chunk.register_forward_pre_hook(lambda *_: _set_gradients(enabled)))
-
-        handles: list[Any] = []
-        captures: list[SaliencyCapture] = []
-        try:
-            gradients(True)
+        """One capture for each, hooked on; every forward counts."""
+        with ExitStack() as stack:
+            captures = []
             for config in configs:
-                captures.append(SaliencyCapture(self._qkv, config, clock=nullcontext(), warn=lambda _: None))
-                captures[-1].enabled = True
-            gradients(False)
+                captures.append(
+                    SaliencyCapture(self._qkv, config, counts=lambda: True, clock=nullcontext(), warn=lambda _: None)
+                )
+                stack.callback(captures[-1].remove)
             yield captures
-        finally:
-            for each in (*handles, *captures):
-                each.remove()
 
     def _forward(self, prompt: Sequence[int], captures: Sequence[SaliencyCapture]) -> None:
         """Run one prompt through all stages; an empty one counts nothing, but joins the collectives."""
@@ -112,12 +104,8 @@ class MegatronSource:
         qkv = self._qkv
         local = [layer.layer_number for layer in qkv.layers]
         whole = GlobalSaliency(qkv.groups, qkv.layout, config, layer_numbers=qkv.layer_numbers, local_layers=local)
-        saliency, _ = whole.from_sums(capture.accumulator.sums)
+        saliency = whole.from_sums(capture.accumulator.sums)
         return QK(saliency.q.cpu(), saliency.k.cpu())
-
-
-def _set_gradients(enabled: bool) -> None:
-    torch.set_grad_enabled(enabled)
 
 
 def _no_logits(*, hidden_states: Tensor, **unused: Any) -> Tensor:

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.analysis.activations import STATISTICS, Measurement, Source, measure, pooled
+from megatron_longact.analysis.activations import Measurement, Source, measure, pooled
 from megatron_longact.analysis.activations_models import Session
 from megatron_longact.analysis.activations_prompts import PromptOptions
 from megatron_longact.analysis.observe_outliers import Rope, Spread, rope_profile, spread_table, spreads, verdict
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
 from megatron_longact.rl.reports.run_log import Progress
 
 Length = int | None

@@ -10,15 +10,13 @@ from typing import NamedTuple
 
 from megatron_longact.config import LongActConfig
 from megatron_longact.planning.run_shape import Attention, Batch, Parallel
+from megatron_longact.reduction import STATISTICS, stretches
 from megatron_longact.selection import num_selected
 
 _FP32, _INT64, _BOOL = 4, 8, 1
 
 _ISFINITE = 7
 """Bytes an fp32 element that `torch.isfinite` needs: |x|, and three tensors of bool."""
-
-CHUNKS, CACHED_BYTES = 8, 2**24
-"""Of `megatron_longact.saliency`, which needs Megatron: the largest part of an activation that is copied."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,8 @@ def held(
         "sums of activations": place.layers * (num_accumulated(attention, parallel, config) + 1) * _FP32,
         "saliency, whole model": channels * _FP32,
         "masks, whole model": channels * _BOOL,
-        "squares of gradients": 2 * _FP32,
+        "tokens counted": (place.layers + 2) * _FP32,
+        "squares of gradients, overlap of masks": 4 * _FP32,
         "host: rows of the layout": attention.num_channels * _INT64,
         "host: all Q and K rows": every * _INT64,
     }
@@ -173,8 +172,10 @@ def reduction_temporaries(
     whole = attention.num_layers * attention.num_channels * _FP32
     placing = 2 * channels + whole + layers * _INT64
     checking = whole + attention.num_layers * attention.layout.num_q_channels * _ISFINITE
-    held = sums + parallel.tp * sums + (0 if config.statistic == "max-abs" else scores)
-    return held + max(scores if config.statistic == "rms" else 0, assembling, placing, checking)
+    statistic = STATISTICS[config.statistic]
+    held = sums + parallel.tp * sums + scores
+    finishing = scores if statistic.power == 2 else parallel.tp * layers * _BOOL if statistic.maximum else 0
+    return max(held + max(finishing, assembling, placing), checking)
 
 
 @dataclass(frozen=True)
@@ -196,37 +197,27 @@ def capture_work(
 ) -> CaptureWork:
     """Capture in a refresh step on one rank of GPUs; nothing for selectors that read no activations.
 
-    Source: `saliency.reduce_by_norm`. Without named tokens a norm reads the activations; with them it reads copies
-    of parts, which are counted as traffic although they are small enough for the cache.
+    Source: `reduction_triton.reduce`: a kernel reads the activations once, and writes a partial result for each
+    stretch of tokens; those are reduced, and join the sums. The weights of tokens are made once a micro-batch, in a
+    number of small kernels that depends on the program and is left out.
     """
     if not config.reads_activations:
         return CaptureWork(0, 0, 0, 0)
     tokens, element = batch.tokens_of_microbatch(parallel), batch.activation_bytes
-    times = batch.num_microbatches(parallel) * place.layers
-    blocks = _block_widths(attention, parallel, config, tp_rank=place.tp_rank)
-    parts = [_rows_of_part(tokens, width * element, named=batch.tokens_named) for width in blocks]
-    kernels = sum(_kernels(-(-tokens // rows), batch, config) for rows in parts)
-    copies = [rows * width * element for rows, width in zip(parts, blocks, strict=True)]
-    activations = times * tokens * sum(blocks) * element
+    micro_batches, widths = batch.num_microbatches(parallel), _block_widths(attention, parallel, config, place.tp_rank)
+    times = micro_batches * place.layers
+    partial = [stretches(tokens, width)[0] * width * _FP32 for width in widths]
+    activations = times * tokens * sum(widths) * element
     return CaptureWork(
         activations=activations,
-        traffic=activations * (3 if batch.tokens_named else 1),
-        operations=times * (kernels + 1 + batch.tokens_named),  # and the count of tokens
-        temporary=max(copies) if batch.tokens_named else 0,
+        traffic=activations + times * sum(2 * nbytes for nbytes in partial),
+        operations=times * 3 * len(widths) + micro_batches * (1 + batch.tokens_named),  # and the count of tokens
+        temporary=max(partial),
     )
 
 
-def _rows_of_part(tokens: int, row_bytes: int, *, named: bool) -> int:
-    return min(-(-tokens // CHUNKS), max(1, CACHED_BYTES // row_bytes)) if named else tokens
-
-
-def _kernels(parts: int, batch: Batch, config: LongActConfig) -> int:
-    """Of one block: a norm of each part, and its copy; the parts stacked and summed; the accumulator."""
-    return parts * (1 + batch.tokens_named) + 2 + (config.statistic == "rms") + 1
-
-
-def _block_widths(attention: Attention, parallel: Parallel, config: LongActConfig, *, tp_rank: int) -> list[int]:
-    """Channels that one norm reads: Q and K of all groups at once, apart from parts of groups; or Q, and K heads."""
+def _block_widths(attention: Attention, parallel: Parallel, config: LongActConfig, tp_rank: int) -> list[int]:
+    """Channels that one kernel reads: Q and K of all groups at once, apart from parts of groups; or Q, and K heads."""
     if config.tap == "norm":
         q = attention.layout.num_q_channels // parallel.tp
         return [q, num_accumulated(attention, parallel, config) - q]

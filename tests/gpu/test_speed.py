@@ -31,7 +31,7 @@ def run(tool: str, output: Path, *flags: str) -> Any:
 def test_capture_reads_q_and_k_nearly_as_fast_as_a_copy(tmp_path: Path, record_property: Any) -> None:
     numbers = run("benchmark_capture.py", tmp_path / "capture.json")
     record_property("copy GB/s", numbers["copy_gb_per_s"])
-    ours = [result for result in numbers["results"] if result["candidate"] == "reduce_tokens"]
+    ours = [result for result in numbers["results"] if result["candidate"] == "reduce"]
     for result in ours:
         tokens = "masked" if result["masked"] else "all"
         case = f"{result['tokens']} tokens, TP {result['tp']}, {result['statistic']}, {tokens}"

@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def masters_of(longact: LongAct) -> list[tuple[Any, list[torch.Tensor]]]:
-    shards = [shard for freeze in longact._freezes for shard in freeze.shards]
+    shards = [shard for freeze in longact.freezes for shard in freeze.shards]
     return [(shard, [master.detach().clone() for master in shard.masters()]) for shard in shards]
 
 
@@ -58,7 +58,7 @@ def check_step(model: GPUModel, longact: LongAct, seed: int) -> None:
     train_step(model, longact, seed)
     for shard, olds in before:
         for old, new in zip(olds, shard.masters(), strict=True):
-            pairs = zip(shard.parts(old, longact._frozen), shard.parts(new, longact._frozen), strict=True)
+            pairs = zip(shard.parts(old, longact.step.frozen), shard.parts(new, longact.step.frozen), strict=True)
             assert all(torch.equal(a[rows], b[rows]) for (a, rows), (b, _) in pairs)
             assert not torch.equal(old, new)
 
@@ -71,7 +71,7 @@ def test_frozen_masters_are_bit_identical(fp8_recipe: str | None, name: str, rec
         for seed in range(3):
             check_step(model, longact, seed)
         metrics = longact.metrics()
-    inner = longact._freezes[0].inner
+    inner = longact.freezes[0].inner
     record_property("optimizer", f"{type(inner).__module__.split('.')[0]} {type(inner).__name__}")
     assert metrics["longact/active_fraction_q"] == pytest.approx(0.3, abs=0.01)
     assert metrics["longact/rejected_refreshes"] == 0
@@ -125,7 +125,7 @@ def test_fp8_weights_follow_masters_of_which_frozen_rows_stay(fp8_recipe: str, r
             check_step(model, longact, seed)
             for weight, (data, scale) in zip(model.qkv_weights, before, strict=True):
                 new_data, new_scale = fp8_image(weight)
-                rows = longact._frozen[weight].device
+                rows = longact.step.frozen[weight].device
                 bytes_changed += int((new_data[rows] != data[rows]).sum())
                 elements += data[rows].numel()
                 scales_changed += int((new_scale != scale).sum())

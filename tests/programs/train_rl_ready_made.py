@@ -33,15 +33,16 @@ def watch(path: Path) -> None:
                     module.register_forward_hook(count)
         return attach(model_chunks, *rest)
 
-    def write_and_refresh(longact: LongAct) -> None:
-        tokens = longact._capture.accumulator.sums[:, -1].tolist()
+    def refresh_and_write(longact: LongAct) -> None:
+        refresh(longact)
+        assert longact.step is not None
+        tokens = longact.step.tokens.tolist()
         with path.open("a") as file:
             print(json.dumps({"training": calls[True], "other": calls[False], "tokens": tokens}), file=file)
         calls.update({True: 0, False: 0})
-        refresh(longact)
 
     LongAct.attach = attach_and_watch  # type: ignore[method-assign]
-    LongAct.refresh = write_and_refresh  # type: ignore[method-assign]
+    LongAct.refresh = refresh_and_write  # type: ignore[method-assign]
 
 
 def main() -> None:
