@@ -16,18 +16,19 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from tests.launch import meeting_place
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
@@ -77,9 +78,10 @@ def run_program(
     As under torchrun the first rank that fails ends the others. Output is that of rank 0, then that of the others.
     launcher: False runs `python COMMAND --cpu`, a tool.
     """
-    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
-    with tempfile.TemporaryDirectory() as folder:
+    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    environment |= {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
+    with tempfile.TemporaryDirectory() as folder, meeting_place() as place:
+        environment |= place
         outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(world_size)]
         processes = [
             _CONTEXT.Process(
@@ -141,12 +143,6 @@ def close() -> None:
         _POOLS.popitem()[1].kill()
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def _kill(processes: Iterable[Any]) -> None:
     """Kill processes that lead a session of their own, with everything that they started."""
     for process in processes:
@@ -160,12 +156,12 @@ def _kill(processes: Iterable[Any]) -> None:
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        port = _free_port()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._stack = [], [], ExitStack()
+        environment = {"WORLD_SIZE": str(world_size)} | self._stack.enter_context(meeting_place())
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
             # not a daemon: those may not start processes, and Megatron's checkpoint writer does
-            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, world_size, port), daemon=False)
+            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, environment), daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -196,15 +192,17 @@ class _Pool:
         _kill(self._processes)
         for connection in self._connections:
             connection.close()
+        self._stack.close()
 
 
-def _rank_main(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -> None:
     os.setsid()  # so that what a rank starts ends with it
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     from torch import distributed, set_num_threads
 
     set_num_threads(1)
-    store = distributed.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    world_size = int(os.environ["WORLD_SIZE"])
     for call in itertools.count():
         try:
             function, layout, kwargs = connection.recv()

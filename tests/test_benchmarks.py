@@ -9,15 +9,15 @@ import torch
 
 from megatron_longact import metrics
 from tests import launch
-from tests.launch import QUIET, free_port
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 SMALL = ["--hidden-size", "64", "--kv-channels", "16", "--num-layers", "2", "--seq-length", "64", "--vocab-size", "64"]
 
 
 def run(tool: str, *flags: str) -> tuple[int, str, str]:
-    environment = {**QUIET, **ALONE, "MASTER_PORT": free_port(), "PATH": "/usr/bin:/bin"}
-    done = launch.run([sys.executable, f"tools/{tool}", *flags], timeout=100, environment=environment)
+    with launch.meeting_place() as place:
+        environment = launch.QUIET | ALONE | place | {"PATH": "/usr/bin:/bin"}
+        done = launch.run([sys.executable, f"tools/{tool}", *flags], timeout=100, environment=environment)
     return done.returncode, done.stdout, done.stderr
 
 
