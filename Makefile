@@ -1,6 +1,7 @@
 # make                what can be done
 # DENSE=1 make demo   the same run without LongAct
 # WORKERS=8 make test so many test files at a time, of which some run up to 8 ranks
+# PYTEST_FLAGS=--times make test the time by file, and the slowest tests
 
 PYTHON_BIN := .venv/bin/python
 WORKERS ?= 2
@@ -14,7 +15,7 @@ demo: setup ## train a small model with GRPO and LongAct; results in runs/demo (
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo/run.sh
 
 test: lint ## everything that CI checks: lint, types, tests
-	@$(PYTHON_BIN) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile
+	@$(PYTHON_BIN) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/gpu-results.md (PYTHON=python3: your own environment)
 	@$(or $(PYTHON),$(PYTHON_BIN)) -m pytest -m gpu tests/gpu tests/test_preflight.py tests/test_telemetry.py

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_LOGS": "-all"}
@@ -55,6 +54,8 @@ def on_ranks(ranks: int, *program: str) -> list[str]:
 @contextmanager
 def meeting_place() -> Iterator[dict[str, str]]:
     """The environment by which ranks meet at a store that this process keeps, as torchrun does: none binds a port."""
+    from torch.distributed import TCPStore  # not above: pytest-xdist's controller has no use for torch
+
     store = TCPStore("127.0.0.1", 0, is_master=True)
     yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     del store  # it listens until here

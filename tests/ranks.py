@@ -33,8 +33,8 @@ from tests.launch import meeting_place
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
 _POOLS: dict[int, "_Pool"] = {}
-_MOST_THREADS = 80
-"""Each gloo group has threads that wake up all the time, and Megatron keeps some groups for ever."""
+_MOST_THREADS = 160
+"""Each gloo group has threads that wake up now and then, and Megatron keeps some groups for ever."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,23 @@ def run(
 
 
 def run_program(
-    *command: str, world_size: int = 1, launcher: bool = True, timeout: float = 140
+    *command: str, world_size: int = 1, launcher: bool = True, cpu: bool = True, timeout: float = 140
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m megatron_longact.run --cpu COMMAND` on fresh ranks, which have imported Megatron already, no more.
 
     As under torchrun the first rank that fails ends the others. Output is that of rank 0, then that of the others.
-    launcher: False runs `python COMMAND --cpu`, a tool.
+    launcher: False runs `python COMMAND --cpu`, a tool; cpu: False leaves that flag out, which some tools do not have.
     """
     environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     environment |= {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
+    arguments = ["--cpu", *command] if launcher else [*command, *["--cpu"] * cpu]
     with tempfile.TemporaryDirectory() as folder, meeting_place() as place:
         environment |= place
         outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(world_size)]
         processes = [
             _CONTEXT.Process(
                 target=_program_main,
-                args=(command, launcher, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
+                args=(arguments, launcher, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
                 daemon=False,
             )
             for rank in range(world_size)
@@ -131,8 +132,9 @@ def _program_main(command: Sequence[str], launcher: bool, environment: dict[str,
     set_num_threads(1)
     if launcher:
         sys.argv[:] = ["megatron_longact.run", *command]
-        sys.exit(main(["--cpu", *command]))
-    sys.argv[:] = [*command, "--cpu"]
+        sys.exit(main(list(command)))
+    sys.argv[:] = command
+    sys.path[0] = str(Path(command[0]).resolve().parent)
     runpy.run_path(command[0], run_name="__main__")
 
 

@@ -1,23 +1,20 @@
 """The benchmarks at sizes that say nothing of speed: what they print and write, and what they refuse."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_longact import metrics
-from tests import launch
+from tests.launch import ROOT
+from tests.ranks import run_program
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 SMALL = ["--hidden-size", "64", "--kv-channels", "16", "--num-layers", "2", "--seq-length", "64", "--vocab-size", "64"]
 
 
 def run(tool: str, *flags: str) -> tuple[int, str, str]:
-    with launch.meeting_place() as place:
-        environment = launch.QUIET | ALONE | place | {"PATH": "/usr/bin:/bin"}
-        done = launch.run([sys.executable, f"tools/{tool}", *flags], timeout=100, environment=environment)
+    done = run_program(str(ROOT / "tools" / tool), *flags, launcher=False, cpu=False, timeout=100)
     return done.returncode, done.stdout, done.stderr
 
 
