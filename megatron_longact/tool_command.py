@@ -73,8 +73,8 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
 
 def _keep_own_store() -> None:
     """Keep a store until the process ends, as torchrun does: on a port that the system picks when it is bound."""
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
-    _STORES.append(TCPStore("127.0.0.1", 0, is_master=True))
+    _STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True))  # type: ignore[attr-defined]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_STORES[-1].port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
