@@ -1,11 +1,12 @@
 # make                what can be done
 # DENSE=1 make demo   the same run without LongAct
 # WORKERS=8 make test so many test files at a time, of which some run up to 8 ranks
+# PYTEST_FLAGS=--times make test the time by file, and the slowest tests
 
 PYTHON_BIN := .venv/bin/python
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format docs clean
+.PHONY: help setup demo test test-gpu lint style types suite format docs clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -13,15 +14,22 @@ help:
 demo: setup ## train a small model with GRPO and LongAct; results in runs/demo (DENSE=1: without)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo/run.sh
 
-test: lint ## everything that CI checks: lint, types, tests
-	@$(PYTHON_BIN) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile
+test: style ## everything that CI checks: lint, types, tests
+	@$(MAKE) --no-print-directory --jobs=2 types suite
+
+suite: setup
+	@$(PYTHON_BIN) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/gpu-results.md (PYTHON=python3: your own environment)
 	@$(or $(PYTHON),$(PYTHON_BIN)) -m pytest -m gpu tests/gpu tests/test_preflight.py tests/test_telemetry.py
 
-lint: setup ## ruff, formatting, mypy
+lint: style types ## ruff, formatting, mypy
+
+style: setup
 	@$(PYTHON_BIN) -m ruff check .
 	@$(PYTHON_BIN) -m ruff format --check .
+
+types: setup
 	@$(PYTHON_BIN) -m mypy
 
 format: setup ## format the code and mend what ruff can mend

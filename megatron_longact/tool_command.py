@@ -1,11 +1,13 @@
 """What the tools share: a user's mistake ends them with one line, and they start Megatron by themselves."""
 
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
+
+_STORES: list[Any] = []
 
 
 def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
@@ -56,7 +58,7 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
     from megatron_longact import apex
 
     if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        _keep_own_store()
     gpu = not cpu and torch.cuda.device_count() > 0
     remark = apex.settle(gpu=gpu)
     if remark and os.environ.get("RANK", "0") == "0":
@@ -69,7 +71,10 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
     return flags + cpu_mode.missing_cpu_flags(flags)
 
 
-def _free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
+def _keep_own_store() -> None:
+    """Keep a store until the process ends, as torchrun does: on a port that the system picks when it is bound."""
+    import torch.distributed as dist
+
+    _STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True))  # type: ignore[attr-defined]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_STORES[-1].port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"

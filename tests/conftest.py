@@ -1,8 +1,70 @@
-"""What holds for the whole run."""
+"""What holds for the whole run: the order of files, `--times`, and the end of the ranks."""
+
+import gc
+from collections import Counter
+
+import pytest
 
 from tests import ranks
+
+LONGEST = [
+    "test_layouts",
+    "test_checkpoints",
+    "test_train_grpo",
+    "test_slurm",
+    "test_longact",
+    "test_conversion_logits",
+    "test_plan",
+    "test_cpu",
+    "test_rl_objective",
+    "test_disrupt",
+    "test_dynamic_rollout",
+    "test_telemetry",
+    "test_run",
+    "test_conversion",
+    "test_context_parallel",
+    "test_stability",
+    "test_observe",
+    "test_moments",
+    "test_evaluate",
+    "test_preflight",
+    "test_import_mask",
+    "test_rollout",
+    "test_export_mask",
+]
+"""Files that take long. Each runs on one worker: they come first, so that no worker is left alone with one."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", action="store_true", help="print the time by file, and the ten slowest tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # half a million objects of what was imported, through which each full collection would go
 
 
 def pytest_sessionfinish() -> None:
     """End the ranks: a pytest-xdist worker ends without the atexit handlers that would."""
     ranks.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--times"):
+        return
+    by_test: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                by_test[report.nodeid] += report.duration
+    by_file: Counter[str] = Counter()
+    for test, seconds in by_test.items():
+        by_file[test.split("::")[0]] += seconds
+    for title, times in (("file", by_file.most_common()), ("test", by_test.most_common(10))):
+        lines = [f"| {title} | seconds |", "|---|---|", *(f"| `{name}` | {s:.1f} |" for name, s in times if s >= 0.5)]
+        terminalreporter.write_line("\n" + "\n".join(lines))

@@ -1,12 +1,11 @@
 """Programs as a user starts them: real processes, of which nothing is left when the call returns."""
 
 import os
-import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -45,17 +44,21 @@ def kill_marked(mark: dict[str, str]) -> None:
 
 
 def on_ranks(ranks: int, *program: str) -> list[str]:
-    """The command that runs a Python program, or a module after -m, on so many ranks; alone without torchrun."""
-    if ranks == 1:
-        return [sys.executable, *program]
+    """The command that runs a Python program, or a module after -m, on so many ranks of torchrun.
+
+    --standalone: torchrun keeps the store of its ranks itself, on a port that the system picks when it is bound.
+    """
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
 
 
-def free_port() -> str:
-    """A port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
+@contextmanager
+def meeting_place() -> Iterator[dict[str, str]]:
+    """The environment by which ranks meet at a store that this process keeps, as torchrun does: none binds a port."""
+    from torch.distributed import TCPStore  # not above: pytest-xdist's controller has no use for torch
+
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    del store  # it listens until here
 
 
 def demo_model_args() -> list[str]:

@@ -16,24 +16,25 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.launch import meeting_place
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
 _POOLS: dict[int, "_Pool"] = {}
-_MOST_THREADS = 80
-"""Each gloo group has threads that wake up all the time, and Megatron keeps some groups for ever."""
+_MOST_THREADS = 160
+"""Each gloo group has threads that wake up now and then, and Megatron keeps some groups for ever."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,23 @@ def run(
 
 
 def run_program(
-    *command: str, world_size: int = 1, launcher: bool = True, timeout: float = 140
+    *command: str, world_size: int = 1, launcher: bool = True, cpu: bool = True, timeout: float = 140
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m megatron_longact.run --cpu COMMAND` on fresh ranks, which have imported Megatron already, no more.
 
     As under torchrun the first rank that fails ends the others. Output is that of rank 0, then that of the others.
-    launcher: False runs `python COMMAND --cpu`, a tool.
+    launcher: False runs `python COMMAND --cpu`, a tool; cpu: False leaves that flag out, which some tools do not have.
     """
-    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
-    with tempfile.TemporaryDirectory() as folder:
+    environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    environment |= {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
+    arguments = ["--cpu", *command] if launcher else [*command, *["--cpu"] * cpu]
+    with tempfile.TemporaryDirectory() as folder, meeting_place() as place:
+        environment |= place
         outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(world_size)]
         processes = [
             _CONTEXT.Process(
                 target=_program_main,
-                args=(command, launcher, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
+                args=(arguments, launcher, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
                 daemon=False,
             )
             for rank in range(world_size)
@@ -129,8 +132,9 @@ def _program_main(command: Sequence[str], launcher: bool, environment: dict[str,
     set_num_threads(1)
     if launcher:
         sys.argv[:] = ["megatron_longact.run", *command]
-        sys.exit(main(["--cpu", *command]))
-    sys.argv[:] = [*command, "--cpu"]
+        sys.exit(main(list(command)))
+    sys.argv[:] = command
+    sys.path[0] = str(Path(command[0]).resolve().parent)
     runpy.run_path(command[0], run_name="__main__")
 
 
@@ -139,12 +143,6 @@ def close() -> None:
     """End all ranks."""
     while _POOLS:
         _POOLS.popitem()[1].kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _kill(processes: Iterable[Any]) -> None:
@@ -160,12 +158,12 @@ def _kill(processes: Iterable[Any]) -> None:
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        port = _free_port()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._stack = [], [], ExitStack()
+        environment = {"WORLD_SIZE": str(world_size)} | self._stack.enter_context(meeting_place())
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
             # not a daemon: those may not start processes, and Megatron's checkpoint writer does
-            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, world_size, port), daemon=False)
+            process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, environment), daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -196,15 +194,17 @@ class _Pool:
         _kill(self._processes)
         for connection in self._connections:
             connection.close()
+        self._stack.close()
 
 
-def _rank_main(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -> None:
     os.setsid()  # so that what a rank starts ends with it
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     from torch import distributed, set_num_threads
 
     set_num_threads(1)
-    store = distributed.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    world_size = int(os.environ["WORLD_SIZE"])
     for call in itertools.count():
         try:
             function, layout, kwargs = connection.recv()

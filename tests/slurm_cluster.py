@@ -1,4 +1,9 @@
-"""A Slurm cluster of two nodes on this machine: real munged, slurmctld and slurmd, which end with the block."""
+"""A Slurm cluster of two nodes on this machine: real munged, slurmctld and slurmd, which end with the block.
+
+Slurm's daemons know each other's ports from a file, so none can bind whatever is free and tell. Clusters have numbers,
+each held on this machine while its cluster lives, with ports and job numbers of their own (a job's number makes its
+MASTER_PORT), below the ports that the system gives away. If something else listens there, the next number is tried.
+"""
 
 import getpass
 import os
@@ -8,16 +13,18 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from tests.launch import ROOT, free_port, kill_marked
+from tests.launch import ROOT, kill_marked
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+MOST, FIRST_PORT, PORTS, JOBS = 10, 7100, 3, 1000
 
 CONFIG = """
 ClusterName=longact
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
@@ -86,9 +93,38 @@ def wait_for(what: Callable[[], bool], *, seconds: float, name: str) -> None:
         time.sleep(0.2)
 
 
+class PortTakenError(Exception):
+    """Somebody else has a port of this cluster's number."""
+
+
 @contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """The cluster, with its files in `folder`."""
+    """The cluster, with its files below `folder`."""
+    with ExitStack() as stack:
+        yield _first_that_starts(stack, folder)
+
+
+def _first_that_starts(stack: ExitStack, folder: Path) -> Cluster:
+    for number in range(MOST):
+        with suppress(PortTakenError):
+            stack.enter_context(_reserved(number))
+            return stack.enter_context(_started(folder / str(number), number))
+    raise RuntimeError(f"none of {MOST} clusters got its ports, {FIRST_PORT} to {FIRST_PORT + MOST * PORTS - 1}")
+
+
+@contextmanager
+def _reserved(number: int) -> Iterator[None]:
+    """Hold a cluster's number on this machine; `PortTakenError` if another cluster does."""
+    with socket.socket(socket.AF_UNIX) as held:
+        try:
+            held.bind(f"\0longact-slurm-{number}")  # an abstract name: no file, and gone with its holder
+        except OSError as error:
+            raise PortTakenError from error
+        yield
+
+
+@contextmanager
+def _started(folder: Path, number: int) -> Iterator[Cluster]:
     mark = {"LONGACT_TEST_SLURM": uuid.uuid4().hex}
     for name in ("munge", "state", "spool/n0", "spool/n1", "log"):
         (folder / name).mkdir(parents=True)
@@ -98,7 +134,8 @@ def running(folder: Path) -> Iterator[Cluster]:
     (folder / "munge").chmod(0o700)
     config = folder / "slurm.conf"
     values = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser(), "cpus": os.cpu_count()}
-    config.write_text(CONFIG.format(folder=folder, ports=[free_port() for _ in range(3)], **values))
+    ports = [FIRST_PORT + number * PORTS + i for i in range(PORTS)]
+    config.write_text(CONFIG.format(folder=folder, ports=ports, first_job=1 + number * JOBS, **values))
     path = f"{os.environ['PATH']}:{SBIN}"
     cluster = Cluster(folder, os.environ | mark | {"SLURM_CONF": str(config), "PATH": path})
     munge = [
@@ -110,15 +147,24 @@ def running(folder: Path) -> Iterator[Cluster]:
         _start(cluster, "slurmctld", "-D", "-c")
         for node in ("n0", "n1"):
             _start(cluster, "slurmd", "-D", "-N", node)
-        idle = ["n0 idle", "n1 idle"]
-        states = ("sinfo", "--noheader", "--Node", "--format=%N %t")
-        wait_for(lambda: sorted(cluster.run(*states).stdout.split("\n"))[1:] == idle, seconds=30, name="two idle nodes")
+        wait_for(lambda: _idle(cluster), seconds=30, name="two idle nodes")
         yield cluster
     finally:
         cluster.run("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full")
         kill_marked(mark)
         for daemon in cluster.daemons:
             daemon.wait(10)
+
+
+def _idle(cluster: Cluster) -> bool:
+    """Whether both nodes wait for jobs; an error when a daemon has ended instead."""
+    if any(daemon.poll() is not None for daemon in cluster.daemons):
+        said = "\n".join(path.read_text(errors="replace") for path in (cluster.folder / "log").iterdir())
+        if "Address already in use" in said:
+            raise PortTakenError
+        raise AssertionError(f"a daemon ended:\n{said}")
+    states = cluster.run("sinfo", "--noheader", "--Node", "--format=%N %t").stdout.split("\n")
+    return sorted(states)[1:] == ["n0 idle", "n1 idle"]
 
 
 def _start(cluster: Cluster, program: str, *arguments: str) -> None:

@@ -1,8 +1,6 @@
 """What an audit counts, against folders whose every change is known."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_longact.conversion.audit import Change, audit
 from tests.conversion import make_hf
+from tests.ranks import run_program
 
 TOOL = Path(__file__).parent.parent / "tools" / "audit_update.py"
 Q = "model.layers.1.self_attn.q_proj"
@@ -103,8 +102,8 @@ def test_large_tensors_are_read_in_blocks(folders: tuple[Path, Path], monkeypatc
 def test_tool_prints_a_table_and_writes_json(folders: tuple[Path, Path], tmp_path: Path) -> None:
     edit(folders[1], lambda tensors: tensors[f"{Q}.weight"][3].add_(1.0))
     mask = mask_file(tmp_path / "mask", [3])
-    command = [sys.executable, TOOL, *folders, "--mask", mask, "--json", tmp_path / "audit.json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    command = [TOOL, *folders, "--mask", mask, "--json", tmp_path / "audit.json"]
+    result = run_program(*map(str, command), launcher=False, cpu=False)
     assert result.returncode == 0, result.stderr
     row = next(line.split() for line in result.stdout.splitlines() if line.startswith(f"{Q}.weight"))
     assert row[1:6] == ["64", "1", "1", "1", "0"]

@@ -1,7 +1,6 @@
 """The benchmarks at sizes that say nothing of speed: what they print and write, and what they refuse."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -9,16 +8,14 @@ import pytest
 import torch
 
 from megatron_longact import metrics
-from tests import launch
-from tests.launch import QUIET, free_port
+from tests.launch import ROOT
+from tests.ranks import run_program
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 SMALL = ["--hidden-size", "64", "--kv-channels", "16", "--num-layers", "2", "--seq-length", "64", "--vocab-size", "64"]
 
 
 def run(tool: str, *flags: str) -> tuple[int, str, str]:
-    environment = {**QUIET, **ALONE, "MASTER_PORT": free_port(), "PATH": "/usr/bin:/bin"}
-    done = launch.run([sys.executable, f"tools/{tool}", *flags], timeout=100, environment=environment)
+    done = run_program(str(ROOT / "tools" / tool), *flags, launcher=False, cpu=False, timeout=100)
     return done.returncode, done.stdout, done.stderr
 
 

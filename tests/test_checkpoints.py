@@ -26,13 +26,18 @@ OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap
 
 
 def run(
-    folder: Path, iteration: int, *flags: str, ranks: int = 2, tp: int = 2, load: Path | None = None
+    folder: Path,
+    iteration: int,
+    *flags: str,
+    ranks: int = 2,
+    tp: int = 2,
+    load: Path | None = None,
+    program: str = "pretrain_lean.py",
 ) -> subprocess.CompletedProcess[str]:
     """Train up to an iteration and save there; `load` goes on from another folder's checkpoint."""
     given = ["--train-iters", "100", "--exit-interval", str(iteration), "--save", str(folder), "--save-interval", "2"]
     given += ["--load", str(load or folder), "--tensor-model-parallel-size", str(tp)]
-    program = str(PROGRAMS / "pretrain_plain.py")
-    return run_program(program, *TRAINING, *MODEL, *given, *flags, world_size=ranks)
+    return run_program(str(PROGRAMS / program), *TRAINING, *MODEL, *given, *flags, world_size=ranks)
 
 
 def done(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -138,7 +143,8 @@ def test_an_asynchronous_save_holds_the_state_of_its_iteration(trained: Path, tm
 
 
 def test_another_layout_trains_on(trained: Path, tmp_path: Path) -> None:
-    result = done(run(tmp_path / "on", 6, *LONGACT, "--use-distributed-optimizer", ranks=1, tp=1, load=trained))
+    flags = [*LONGACT, "--use-distributed-optimizer"]
+    result = done(run(tmp_path / "on", 6, *flags, ranks=1, tp=1, load=trained, program="pretrain_plain.py"))
     assert "LongAct goes on at update 4" in result.stdout
     before, after = longact_of(trained, 4), longact_of(tmp_path / "on", 6)
     assert after["updates"] == 6

@@ -3,6 +3,7 @@
 Each rank gets its part of the same activations, cut by Megatron's own function, and its rows.
 """
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,12 +22,17 @@ from tests.ranks import Layout
 
 QKV = QKVLayout(4, 2, 4)
 LENGTHS = (16, 9, 13)
+CASES = list(product([{}, {"min_context": 12}, {"skip_first_tokens": 5}], ["mean-abs", "rms", "max-abs"]))
 
 
 def activations() -> tuple[Tensor, Tensor]:
     """Activations [b, s, rows] of three padded sequences, and which tokens are real: bool [b, s]."""
     x = torch.randn(3, 16, QKV.num_rows, generator=torch.Generator().manual_seed(5))
     return x, torch.arange(16)[None] < torch.tensor(LENGTHS)[:, None]
+
+
+def reduced_in_each_case() -> list[dict[str, Tensor]]:
+    return [reduced(rules, statistic) for rules, statistic in CASES]
 
 
 def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
@@ -57,18 +63,18 @@ def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
     return {"q": saliency.q[0], "k": saliency.k[0]}
 
 
-@pytest.mark.parametrize("statistic", ["mean-abs", "rms", "max-abs"])
-@pytest.mark.parametrize("rules", [{}, {"min_context": 12}, {"skip_first_tokens": 5}], ids=str)
 @pytest.mark.parametrize(
     ("layout", "world_size"), [(Layout(cp=2), 2), (Layout(tp=2, cp=2), 4), (Layout(cp=2), 4)], ids=str
 )
-def test_reduction_over_context_parallel_ranks(
-    statistic: str, rules: dict[str, int], layout: Layout, world_size: int
-) -> None:
+def test_reduction_over_context_parallel_ranks(layout: Layout, world_size: int) -> None:
     x, real = activations()
-    keep = real & (torch.arange(16) >= rules.get("skip_first_tokens", 0))
-    keep &= torch.tensor([n >= rules.get("min_context", 0) for n in LENGTHS])[:, None]
-    wanted = reference.saliency([x[keep]], reference.channels_of_row(4, 2, 4), statistic)
-    for result in ranks.run(reduced, layout=layout, world_size=world_size, rules=rules, statistic=statistic):
-        for part in ("q", "k"):
-            torch.testing.assert_close(result[part].double(), wanted[part], rtol=2e-6, atol=0)
+    results = ranks.run(reduced_in_each_case, layout=layout, world_size=world_size)
+    for case, (rules, statistic) in enumerate(CASES):
+        keep = real & (torch.arange(16) >= rules.get("skip_first_tokens", 0))
+        keep &= torch.tensor([n >= rules.get("min_context", 0) for n in LENGTHS])[:, None]
+        wanted = reference.saliency([x[keep]], reference.channels_of_row(4, 2, 4), statistic)
+        for rank, result in enumerate(results):
+            for part in ("q", "k"):
+                where = f"{rules} {statistic}, rank {rank}, {part}: "
+                got = result[case][part].double()
+                torch.testing.assert_close(got, wanted[part], rtol=2e-6, atol=0, msg=lambda text, w=where: w + text)

@@ -29,6 +29,7 @@ from megatron_longact.conversion.mapping import entries_of
 from megatron_longact.conversion.safetensors_files import read_header
 from megatron_longact.conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter, iteration_folder
 from tests.conversion import FAMILIES, config_of, make_hf
+from tests.ranks import run_program
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -373,8 +374,10 @@ def test_a_write_that_fails_half_way_names_the_tensor_and_leaves_nothing(tmp_pat
         "to megatron": ["convert_hf_to_megatron.py", "--hf-dir", tmp_path / "hf"],
         "to hf": ["convert_megatron_to_hf.py", "--load", tmp_path / "megatron", "--hf-config", tmp_path / "hf"],
     }[direction]
-    command = [sys.executable, "-c", LIMITED.format(limit=20_000), TOOLS / arguments[0], *arguments[1:], "--save", save]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    limited = tmp_path / "limited.py"
+    limited.write_text(LIMITED.format(limit=20_000))
+    command = [limited, TOOLS / arguments[0], *arguments[1:], "--save", save]
+    result = run_program(*map(str, command), launcher=False, cpu=False)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert re.search(r"cannot write .*model\.\S+\.weight", result.stderr)
@@ -425,7 +428,9 @@ def digests(folder: Path) -> dict[str, str]:
 def test_killed_conversion_is_not_there_and_goes_on(hf: Path, tmp_path: Path) -> None:
     whole, target = tmp_path / "whole", tmp_path / "megatron"
     to_megatron.convert(hf, whole)
-    killed = subprocess.run([sys.executable, "-c", KILLED + TO_MEGATRON, hf, target], timeout=60, check=False)
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED + TO_MEGATRON)
+    killed = run_program(str(program), str(hf), str(target), launcher=False, cpu=False)
     assert killed.returncode == -signal.SIGKILL
     assert not target.exists()
     partial = target.with_name("megatron.partial")

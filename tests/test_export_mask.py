@@ -4,8 +4,6 @@ One real run: a converted checkpoint, two ranks, Megatron's optimizer, then ever
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_hf("qwen3", folder / "hf", dtype=torch.bfloat16)
     to_megatron.convert(folder / "hf", folder / "megatron")
     paths = ["--load", str(folder / "megatron"), "--save", str(folder / "saved")]
-    result = run_program(str(PROGRAMS / "pretrain_plain.py"), *TRAINING.split(), *paths, world_size=2)
+    result = run_program(str(PROGRAMS / "pretrain_lean.py"), *TRAINING.split(), *paths, world_size=2)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder
 
@@ -47,8 +45,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mask(trained: Path) -> Path:
     """What the tool exports."""
     path = trained / "mask.safetensors"
-    command = [sys.executable, TOOLS / "export_mask.py", "--load", trained / "saved", "--save", path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    command = [TOOLS / "export_mask.py", "--load", trained / "saved", "--save", path]
+    result = run_program(*map(str, command), launcher=False, cpu=False)
     assert result.returncode == 0, result.stderr
     assert "updated are 29.7% of the Q rows" in result.stdout
     return path

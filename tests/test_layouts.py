@@ -133,20 +133,32 @@ BF16_GRADIENTS = {"grad_reduce_in_fp32": False}
 FP16 = {"initial_loss_scale": 1024.0}
 
 
-@pytest.mark.parametrize(("layout", "world_size"), [(Layout(tp=2), 4), (Layout(tp=4), 4), (Layout(), 2)], ids=str)
+PLACES = {"tp2 dp2": (Layout(tp=2), 4), "tp4": (Layout(tp=4), 4), "dp2": (Layout(), 2)}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "optimizer"),
+    ("dtype", "optimizer", "place"),
     [
-        *((dtype, spec) for dtype in ("fp32", "bf16") for spec in (OptimizerSpec(), DISTRIBUTED, OVERLAPPED)),
-        ("bf16", replace(OVERLAPPED, ddp=BF16_GRADIENTS)),
-        ("bf16", OptimizerSpec(ddp=BF16_GRADIENTS)),
-        ("bf16", SGD),
-        ("fp16", OptimizerSpec(config=FP16)),
-        ("fp16", replace(OVERLAPPED, config=FP16)),
+        ("fp32", OptimizerSpec(), "tp2 dp2"),
+        ("fp32", DISTRIBUTED, "tp4"),
+        ("fp32", OVERLAPPED, "dp2"),
+        ("bf16", OptimizerSpec(), "tp4"),
+        ("bf16", DISTRIBUTED, "tp2 dp2"),
+        ("bf16", DISTRIBUTED, "dp2"),
+        ("bf16", OVERLAPPED, "tp2 dp2"),
+        *(("bf16", replace(OVERLAPPED, ddp=BF16_GRADIENTS), place) for place in PLACES),
+        ("bf16", OptimizerSpec(ddp=BF16_GRADIENTS), "tp4"),
+        ("bf16", OptimizerSpec(ddp=BF16_GRADIENTS), "dp2"),
+        *(("bf16", SGD, place) for place in PLACES),
+        ("fp16", OptimizerSpec(config=FP16), "dp2"),
+        ("fp16", replace(OVERLAPPED, config=FP16), "tp2 dp2"),
+        ("fp16", replace(OVERLAPPED, config=FP16), "tp4"),
     ],
     ids=lambda value: value if isinstance(value, str) else describe_optimizer(value),
 )
-def test_frozen_rows_are_bit_identical(dtype: str, optimizer: OptimizerSpec, layout: Layout, world_size: int) -> None:
+def test_frozen_rows_are_bit_identical(dtype: str, optimizer: OptimizerSpec, place: str) -> None:
+    """Every data type meets every optimizer, and each of them every place."""
+    layout, world_size = PLACES[place]
     spec = ModelSpec(dtype=dtype, config={"add_qkv_bias": True})
     # a large step, so that each active row moves by more than half a bf16 unit; SGD has no Adam to normalise it
     optimizer = replace(optimizer, lr=5.0 if optimizer.config.get("optimizer") == "sgd" else 0.05, eps=1e-8)

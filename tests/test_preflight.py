@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_longact.conversion import synthetic
 from megatron_longact.preflight import disk, gpus, models, software
 from megatron_longact.preflight.checks import Finding, Measured, NotHereError, examine, failures, table
 from tests import launch
-from tests.launch import QUIET, ROOT, free_port, on_ranks
+from tests.launch import QUIET, ROOT, meeting_place, on_ranks
 
 START = ROOT / "examples/demo/start_checkpoint"
 SHAPE = ["--num-layers", "3", "--hidden-size", "128", "--num-attention-heads", "4"]
@@ -155,10 +156,10 @@ def test_what_failed_is_one_line_each_and_an_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_nobody_joins_says_so() -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    done = launch.run(
-        on_ranks(1, "tools/preflight.py", "--timeout-s", "3"), timeout=100, environment=QUIET | environment
-    )
+    command = [sys.executable, "tools/preflight.py", "--timeout-s", "3"]
+    with meeting_place() as place:
+        environment = QUIET | place | {"RANK": "0", "WORLD_SIZE": "2"}
+        done = launch.run(command, timeout=100, environment=environment)
     assert done.returncode == 1
     assert re.search(
         r"^preflight: rank 0 on \S+ waits for the other ranks: nothing for 3 s$", done.stderr, re.MULTILINE

@@ -1,7 +1,10 @@
 """The ranks that the distributed tests run on: a failure is told as it was, and leaves nothing behind."""
 
+import re
+import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -9,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests import ranks
+from tests.launch import ROOT, meeting_place
 from tests.ranks import Layout
 
 
@@ -35,6 +39,37 @@ def hang(folder: str) -> None:
 def test_layouts_follow_each_other_in_one_pool() -> None:
     assert ranks.run(place, layout=Layout(tp=2), world_size=2) == [(0, 0, 2), (1, 1, 2)]
     assert ranks.run(place, layout=Layout(pp=2), world_size=2) == [(0, 0, 2), (1, 0, 2)]
+
+
+def test_pools_that_start_at_once_do_not_meet() -> None:
+    def start(_: int) -> list[tuple[int, int, int]]:
+        pool = ranks._Pool(2)
+        try:
+            return pool.run(place, Layout(tp=2), {}, timeout=60)
+        finally:
+            pool.kill()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(start, range(4))) == 4 * [[(0, 0, 2), (1, 1, 2)]]
+
+
+def test_where_ranks_meet_is_bound_before_they_start() -> None:
+    with meeting_place() as one, meeting_place() as other:
+        ports = [int(place["MASTER_PORT"]) for place in (one, other)]
+        assert ports[0] != ports[1]
+        with socket.socket() as sock, pytest.raises(OSError, match="in use"):
+            sock.bind(("127.0.0.1", ports[0]))
+    with socket.socket() as sock:
+        assert sock.connect_ex(("127.0.0.1", ports[0])) != 0
+
+
+def test_nobody_asks_for_a_port_that_somebody_else_binds() -> None:
+    """Between the two it is anybody's: whoever listens binds port 0 itself and tells its number."""
+    folders = ("megatron_longact", "tools", "tests", "examples")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)]
+    asks = re.compile(r"\.getsockname\(|find_free_port|get_free_port")
+    assert len(sources) > 100
+    assert [str(path) for path in sources if asks.search(path.read_text())] == []
 
 
 def test_exception_comes_back_with_the_traceback_of_its_rank() -> None:

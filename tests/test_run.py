@@ -10,6 +10,7 @@ import pytest
 
 from megatron_longact import run
 from tests.launch import run as run_command
+from tests.ranks import run_program
 
 PROGRAMS = Path(__file__).parent / "programs"
 LAUNCHER = ["-m", "megatron_longact.run"]
@@ -22,6 +23,7 @@ _TRAINING = """
     --attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader
 """
 TRAINING = _TRAINING.split()
+TP2 = ["--tensor-model-parallel-size", "2"]
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
 
@@ -43,7 +45,7 @@ def launch(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return launch("pretrain_plain.py", *TRAINING, "--tensor-model-parallel-size", "2", *arguments)
+    return launch("pretrain_plain.py", *TRAINING, *TP2, *arguments)
 
 
 def losses(output: str) -> list[str]:
@@ -52,7 +54,7 @@ def losses(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def without_longact() -> subprocess.CompletedProcess[str]:
-    return pretrain()
+    return run_program(str(PROGRAMS / "pretrain_plain.py"), *TRAINING, *TP2, world_size=2)
 
 
 def test_program_runs_unchanged(without_longact: subprocess.CompletedProcess[str]) -> None:

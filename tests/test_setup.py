@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_setup_that_fails_leaves_no_venv(bare: dict[str, str], tmp_path: Path)
 
 def test_an_installation_brings_the_package_alone(tmp_path: Path) -> None:
     project = tmp_path / "project"
-    shutil.copytree(ROOT, project, ignore=lambda *_: [".venv", ".git", ".cache", "runs", "megatron_longact.egg-info"])
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "-w", str(tmp_path), str(project)], check=True, capture_output=True, timeout=100)
     (wheel,) = tmp_path.glob("*.whl")
@@ -113,3 +114,10 @@ def test_an_installation_brings_the_package_alone(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"megatron_longact", "megatron_longact-0.1.0.dist-info"}
     wanted = {"megatron_longact/py.typed", "megatron_longact/longact.py", "megatron_longact/rl/data/tasks.py"}
     assert wanted <= set(names)
+
+
+def test_setup_py_says_what_pyproject_toml_does() -> None:
+    command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "--name", "--version"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert said.stdout.split() == [project["name"], project["version"]]

@@ -213,20 +213,20 @@ def stop(run_dir: Path, number: signal.Signals, *, after: int) -> int:
     flags = ("--tensor-model-parallel-size", "1", "--eval-interval", "1", "--rl-prompts-per-eval", "1")
     line = dry_run("cpu_demo", *flags, RUN_DIR=str(run_dir), TRAIN_ITERS="1000")[-1]
     task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "STOP_PAUSE": "0"}
-    task |= line["environment"] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launch.free_port()}
     mark = {"LONGACT_TEST_RANK": str(run_dir)}
     command = ["bash", "examples/slurm/rank.sh", sys.executable, *line["command"][1:]]
-    with (run_dir.parent / "output.log").open("ab") as log:
+    with launch.meeting_place() as place, (run_dir.parent / "output.log").open("ab") as log:
+        task |= line["environment"] | place | mark
         process = subprocess.Popen(
-            command, env=os.environ | task | mark, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command, env=os.environ | task, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
-    try:
-        slurm_cluster.wait_for(lambda: len(iterations(run_dir)) >= after, seconds=100, name=f"{after} iterations")
-        process.send_signal(number)
-        return process.wait(60)
-    finally:
-        launch.kill_marked(mark)
-        process.wait()
+        try:
+            slurm_cluster.wait_for(lambda: len(iterations(run_dir)) >= after, seconds=100, name=f"{after} iterations")
+            process.send_signal(number)
+            return process.wait(60)
+        finally:
+            launch.kill_marked(mark)
+            process.wait()
 
 
 @pytest.mark.timeout(340)
@@ -268,7 +268,7 @@ def test_a_preempted_job_comes_back_and_ends_where_it_should(cluster: slurm_clus
     """The two-rank demo through sbatch: SIGUSR1, a checkpoint, back into the queue, on to the last iteration."""
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
     settings = {"RUN_DIR": str(run_dir), "TRAIN_ITERS": "12", "STOP_PAUSE": "3", "MASTER_ADDR": "127.0.0.1"}
-    settings |= {"MASTER_PORT": launch.free_port(), "VENV": str(Path(sys.executable).parent.parent)}
+    settings["VENV"] = str(Path(sys.executable).parent.parent)
     job = cluster.output("sbatch", "--parsable", f"--output={log}", "examples/slurm/cpu_demo.sh", **settings)
     slurm_cluster.wait_for(lambda: len(iterations(run_dir)) >= 2, seconds=150, name="two iterations")
     cluster.output("scancel", "--signal=USR1", "--batch", job)

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_longact import telemetry
 from megatron_longact.telemetry import NoTelemetryError, Reading, Sampler, Telemetry, visible_device
-from tests import launch, ranks
-from tests.test_run import ENVIRONMENT, LAUNCHER, PROGRAMS, TRAINING, losses
+from tests import ranks
+from tests.test_run import PROGRAMS, TRAINING, losses
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -231,8 +231,8 @@ def test_an_interval_that_makes_no_sense(interval: str) -> None:
 def test_known_gpus_in_tensorboard(tmp_path: Path) -> None:
     flags = ["--tensor-model-parallel-size", "2", "--train-iters", "6", "--log-gpu-telemetry-to-tensorboard"]
     flags += ["--tensorboard-dir", str(tmp_path), "--tensorboard-queue-size", "1"]
-    program = [*LAUNCHER, "--cpu", str(PROGRAMS / "pretrain_on_known_gpus.py"), *TRAINING, *flags]
-    result = launch.run(launch.on_ranks(2, *program), timeout=240, environment=ENVIRONMENT)
+    program = str(PROGRAMS / "pretrain_on_known_gpus.py")
+    result = ranks.run_program(program, *TRAINING, *flags, world_size=2)
     assert result.returncode == 0, result.stderr
     assert len(losses(result.stdout)) == 6
     assert result.stdout.count("closed its source") == 2

@@ -15,8 +15,10 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -29,12 +31,15 @@ import psutil
 from compare_checkpoints import compare, differences
 
 MARK = "LONGACT_KILL_AND_RESUME"
+AIMS = ("any moment", "a save")
+SHELL_FOUND_NO_PROGRAM = (126, 127)
 TIMES = ("time", "_s")
 """Metrics whose names hold one of these are wall times, which differ."""
 
 DEMO = """
 source examples/demo/model_args.sh
-exec torchrun --standalone --nproc-per-node 2 -m megatron_longact.run --cpu examples/train_grpo.py "${MODEL_ARGS[@]}" \
+exec {python} -m torch.distributed.run --standalone --nproc-per-node 2 \
+    -m megatron_longact.run --cpu examples/train_grpo.py "${MODEL_ARGS[@]}" \
     --tensor-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
     --context-lengths 48 64 --max-response-length 16 --seq-length 80 \
     --grpo-prompts-per-step 4 --grpo-group-size 4 --global-batch-size 8 --micro-batch-size 8 --grpo-iterations 2 \
@@ -76,14 +81,13 @@ class Run:
     def start(self) -> None:
         """Start it, with its output in `output.log`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, **self._mark}
         with (self.folder / "output.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, **self._mark},
-            )
+            output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            try:
+                self._process = subprocess.Popen(self._command, env=environment, **output)
+            except OSError as error:
+                raise SystemExit(f"{self._command[0]} could not be started: {error.strerror}") from error
 
     def wait(self, seconds: float) -> int | None:
         """The exit code, or None after so many seconds."""
@@ -91,6 +95,15 @@ class Run:
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(seconds)
         return None
+
+    def how_it_ended(self) -> str:
+        """What its exit code says, with the last line of its output if it did not come to its end."""
+        code = self.wait(0)
+        if code == 0:
+            return "came to its end: give it more iterations"
+        said = (self.folder / "output.log").read_text(errors="replace").strip().splitlines()[-1:]
+        what = "could not be started" if code in SHELL_FOUND_NO_PROGRAM else "failed"
+        return f"{what}, exit code {code}: {''.join(said)}"
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks, by rank."""
@@ -138,16 +151,21 @@ class Run:
         return rows[-1]["iteration"] if rows else 0
 
 
+def demo() -> list[str]:
+    """The demo's model on short prompts, with the Python that runs this."""
+    return ["bash", "-c", DEMO.replace("{python}", shlex.quote(sys.executable))]
+
+
 def wait_for_save(run: Run, *, seconds: float) -> None:
-    """Return when a checkpoint folder that was not there appears: a save has begun."""
+    """Return when a checkpoint folder that was not there appears, a save has begun, or when the run has ended."""
     before = set(run.checkpoints.glob("iter_*"))
     end = time.monotonic() + seconds
-    while time.monotonic() < end and not set(run.checkpoints.glob("iter_*")) - before:
+    while time.monotonic() < end and not set(run.checkpoints.glob("iter_*")) - before and run.wait(0) is None:
         time.sleep(0.002)
 
 
 def kill_once(run: Run, *, aim: str, horizon: float, save_seconds: float, patience: float) -> Kill | None:
-    """Start the run and kill one rank of it; None if it came to its end first."""
+    """Start the run and kill one rank of it; None if it ended first."""
     begun = time.monotonic()
     run.start()
     if aim == "any moment":
@@ -174,7 +192,8 @@ def finish(run: Run, *, seconds: float) -> None:
     code = run.wait(seconds)
     run.clean_up()
     if code != 0:
-        raise SystemExit(f"the run in {run.folder} ended with {code} instead of 0: see {run.folder}/output.log")
+        how = f"took more than {seconds:g} s" if code is None else run.how_it_ended()
+        raise SystemExit(f"the run in {run.folder} {how}; see {run.folder}/output.log")
 
 
 def table(kills: list[Kill]) -> str:
@@ -198,7 +217,7 @@ def main() -> int:
     parser.add_argument("--run-seconds", type=float, default=1800.0, help="for a whole run")
     parser.add_argument("command", nargs="*", help="after --; the demo's model on short prompts if not given")
     args = parser.parse_args()
-    command = args.command or ["bash", "-c", DEMO]
+    command = args.command or demo()
     random.seed(args.seed)
     for name in ("killed", "reference"):
         shutil.rmtree(args.work_dir / name, ignore_errors=True)
@@ -208,16 +227,14 @@ def main() -> int:
         while len(kills) < args.kills:
             kill = kill_once(
                 killed,
-                aim=("any moment", "a save")[len(kills) % 2],
+                aim=AIMS[len(kills) % len(AIMS)],
                 horizon=args.horizon,
                 save_seconds=args.save_seconds,
                 patience=args.patience,
             )
             if kill is None:
-                raise SystemExit(
-                    f"the run ended after {len(kills)} kills: see {killed.folder}/output.log; if it just came to its "
-                    "end, give it more iterations"
-                )
+                how = killed.how_it_ended()
+                raise SystemExit(f"after {len(kills)} kills the run {how}; see {killed.folder}/output.log")
             kills.append(kill)
             print(json.dumps(asdict(kill)), flush=True)
         for run in (killed, reference):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.results import COMMAND, ResultsPage, machine
-from tests.launch import ROOT, free_port
+from tests.launch import ROOT
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -32,9 +32,10 @@ def _process_group() -> Iterator[None]:
     """One rank over NCCL, with Megatron's parallel state."""
     from megatron.core import parallel_state
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield
     parallel_state.destroy_model_parallel()

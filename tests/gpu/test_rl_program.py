@@ -1,7 +1,6 @@
 """The GPU tier: the RL program of the demo as a user starts it, with Transformer Engine layers, in bf16 and FP8."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from tests import launch
 from tests.gpu.models import GPU_TIER, skip_without_chip
-from tests.launch import ROOT, demo_model_args, free_port
+from tests.launch import ROOT, demo_model_args, on_ranks
 
 pytestmark = GPU_TIER
 
@@ -36,14 +35,9 @@ PRECISIONS: dict[str, list[str]] = {
 
 def train(run_dir: Path, *flags: str) -> list[dict[str, Any]]:
     """Run the program on one GPU; the rows of its metrics.jsonl."""
-    program = [sys.executable, "-m", "megatron_longact.run", "examples/train_grpo.py", *demo_model_args(), *FLAGS]
+    program = on_ranks(1, "-m", "megatron_longact.run", "examples/train_grpo.py", *demo_model_args(), *FLAGS)
     checkpoints = ["--save", str(run_dir / "checkpoints"), "--load", str(run_dir / "checkpoints")]
-    environment = {
-        **launch.QUIET,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    }
+    environment = launch.QUIET | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     done = launch.run([*program, *checkpoints, "--run-dir", str(run_dir), *flags], timeout=280, environment=environment)
     log = run_dir / "megatron.log"
     tail = log.read_text()[-3000:] if log.is_file() else ""

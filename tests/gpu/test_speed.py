@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from tests import launch
 from tests.gpu.models import GPU_TIER, skip_without_chip
-from tests.launch import free_port
+from tests.launch import on_ranks
 
 pytestmark = [*GPU_TIER, pytest.mark.timeout(600)]
 
@@ -20,9 +19,8 @@ OVER_DENSE = 1.005
 
 
 def run(tool: str, output: Path, *flags: str) -> Any:
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environment = {**launch.QUIET, **ranks, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    command = [sys.executable, f"tools/{tool}", "--output", str(output), *flags]
+    environment = launch.QUIET | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    command = on_ranks(1, f"tools/{tool}", "--output", str(output), *flags)
     done = launch.run(command, timeout=580, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())

@@ -47,7 +47,7 @@ def forward_step(data_iterator, model):
     return model(tokens, position_ids, attention_mask, labels=labels), partial(loss_func)
 
 
-if __name__ == "__main__":
+def main():
     arguments = parse_and_validate_args()
     pretrain(
         pretrain_cfg_container_from_args(arguments, gpt_config_from_args(arguments)),
@@ -55,3 +55,7 @@ if __name__ == "__main__":
         ModelType.encoder_or_decoder,
         forward_step,
     )
+
+
+if __name__ == "__main__":
+    main()
