@@ -1,12 +1,17 @@
 """The cut of flat shards at row boundaries: exactly the frozen elements, and no other."""
 
+from typing import Any
+
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_longact import LongActConfig
 from megatron_longact.masked_update import RowIndex, Shard, StrictFreeze, frozen_parts, gradient_squares, mask_gradients
+from megatron_longact.optimizer_shards import _copies
+from tests import ranks
 
 SHARDS = st.tuples(st.integers(1, 7), st.integers(1, 6)).flatmap(
     lambda shape: st.tuples(
@@ -17,6 +22,7 @@ SHARDS = st.tuples(st.integers(1, 7), st.integers(1, 6)).flatmap(
 )
 
 
+@settings(deadline=None)  # other work on the machine is no fault
 @given(SHARDS)
 def test_frozen_parts_are_exactly_the_frozen_elements(
     case: tuple[tuple[int, int], list[bool], list[int]],
@@ -30,6 +36,7 @@ def test_frozen_parts_are_exactly_the_frozen_elements(
     assert sorted(found) == [element for element in range(start, end) if frozen[element // width]]
 
 
+@settings(deadline=None)  # other work on the machine is no fault
 @given(SHARDS)
 def test_strict_freeze_restores_frozen_elements_and_no_other(
     case: tuple[tuple[int, int], list[bool], list[int]],
@@ -58,3 +65,66 @@ def test_gradients_of_frozen_rows_are_zeroed_and_measured() -> None:
     assert squares.tolist() == [9 + 16 + 25 + 81 + 100, sum(n * n for n in range(2, 11))]
     mask_gradients(frozen)
     assert parameter.main_grad.tolist() == [[0, 1, 2], [0, 0, 0], [6, 7, 8], [0, 0, 0]]
+
+
+def test_rows_are_copied_once_to_each_device_that_is_cut() -> None:
+    index = RowIndex(torch.tensor([1, 3, 6]), torch.device("meta"))
+    assert index.within(2, 4, torch.device("cpu")).tolist() == [1]
+    assert index.within(2, 4, torch.device("meta")).is_meta
+    assert index.on(torch.device("meta")) is index.device
+    other = RowIndex(torch.tensor([1]), torch.device("cpu"))
+    assert other.on(torch.device("meta")) is other.on(torch.device("meta"))
+
+
+ROWS, WIDTH = 8, 4
+ON_GPU, ON_HOST = torch.device("cuda", 0), torch.device("cpu")
+
+
+def step_an_offloaded_optimizer() -> dict[str, Any]:
+    """Megatron's own class over two parameters that claim to be on a GPU; one is stepped on the host."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return FakeTensor(mode, torch.empty(shape, device="meta", dtype=dtype), ON_GPU)
+
+    seen: dict[str, Any] = {"masters": [], "saved": [], "steps": 0}
+    with FakeTensorMode() as mode:
+        parameters = [nn.Parameter(on_gpu(ROWS, WIDTH)) for _ in range(2)]
+        keys = [nn.Parameter(on_gpu(ROWS * WIDTH - 6, dtype=torch.bfloat16)) for _ in parameters]
+        inner = HybridDeviceOptimizer(
+            [{"params": keys}],
+            offload_fraction=0.5,
+            cpu_optimizer_cls=torch.optim.AdamW,
+            gpu_optimizer_cls=torch.optim.AdamW,
+            param_update_in_fp32=True,
+            lr=1e-3,
+        )
+        shards = [
+            Shard(parameter, 3, ROWS * WIDTH - 3, _copies(inner, key), key)
+            for parameter, key in zip(parameters, keys, strict=True)
+        ]
+        frozen = {parameter: RowIndex(torch.tensor([0, 2, 5]), ON_GPU) for parameter in parameters}
+        freeze = StrictFreeze(shards, inner, LongActConfig())
+        inner.register_step_pre_hook(lambda *_: freeze.before_step(frozen))
+        inner.register_step_pre_hook(lambda *_: seen["saved"].append([str(v.device) for *_, v in freeze._saved]))
+        inner.register_step_post_hook(lambda *_: freeze.after_step(frozen))
+        for _ in range(2):
+            for parameter, key in zip(parameters, keys, strict=True):
+                parameter.main_grad = on_gpu(ROWS, WIDTH)
+                key.grad = on_gpu(key.numel(), dtype=torch.bfloat16)
+            gradient_squares(shards, [frozen], ON_GPU)
+            mask_gradients(frozen)
+            inner.step()
+            seen["steps"] += 1
+        seen["masters"] = [[str(master.device) for master in shard.masters()] for shard in shards]
+        seen["devices of rows"] = {str(device) for rows in frozen.values() for device in rows._on}
+    return seen
+
+
+def test_masters_of_an_offloaded_optimizer_are_frozen_where_they_lie() -> None:
+    [seen] = ranks.run(step_an_offloaded_optimizer)
+    assert seen["steps"] == 2
+    assert seen["masters"] == [[str(ON_GPU), str(ON_HOST)], [str(ON_GPU), str(ON_GPU)]]
+    parts = 3 * [str(ON_GPU)] + 3 * [str(ON_HOST)] + 6 * [str(ON_GPU)]  # of each tensor: a row's end, rows, a beginning
+    assert seen["saved"] == [parts, parts]
+    assert seen["devices of rows"] == {str(ON_GPU), str(ON_HOST)}
