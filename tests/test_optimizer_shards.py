@@ -11,6 +11,7 @@ from megatron_longact import LongAct, LongActConfig
 from megatron_longact.optimizer_shards import chained, derive_quantized_weights
 from tests import ranks
 from tests.models import Built, ModelSpec, OptimizerSpec, build, random_tokens, train_step
+from tests.ranks import Layout
 
 EXPERTS = {"num_moe_experts": 4, "moe_token_dispatcher_type": "allgather", "moe_router_topk": 2}
 
@@ -63,7 +64,7 @@ def derive(reuse_buffer: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("reuse_buffer", [False, True])
 def test_all_optimizers_are_ready_before_a_shared_chunk_is_synced_once(reuse_buffer: bool) -> None:
-    for seen in ranks.run(derive, world_size=2, reuse_buffer=reuse_buffer):
+    for seen in ranks.run(derive, layout=Layout(ep=2), world_size=2, reuse_buffer=reuse_buffer):
         assert seen["classes"] == ["DistributedOptimizer"] * 2  # dense and experts
         assert seen["calls"] == ["ready", "ready", "sync"]
         assert seen["wrong"] == []

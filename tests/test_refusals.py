@@ -234,7 +234,8 @@ def refused(case: str) -> dict[str, Any]:
     built = build(ModelSpec(dtype="bf16" if case.endswith("layer-wise") else "fp32"))
     finalize = built.config.finalize_model_grads_func
     chunks, optimizer, config = built.chunks, built.optimizer, LongActConfig()
-    layers = chunks[0].module.decoder.layers
+    module = chunks[0].module
+    layers = getattr(module, "module", module).decoder.layers  # Float16Module lies around a bf16 model
     if case == "unknown optimizer":
         optimizer.chained_optimizers = [Unknown(optimizer.chained_optimizers[0])]
     elif case == "layer-wise":
