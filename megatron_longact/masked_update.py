@@ -5,6 +5,7 @@ is the flat slice [start, end) of a parameter that this rank's optimizer owns; i
 row.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +19,31 @@ FrozenRows = Mapping[nn.Parameter, "RowIndex"]
 
 
 class RowIndex:
-    """Ascending indices of the frozen rows of one parameter: on its device, and on the host for cutting."""
+    """Ascending indices of the frozen rows of one parameter: on its device, and on the host for cutting.
+
+    Masters need not lie on the parameter's device: those of a CPU-offloaded optimizer are on the host.
+    """
 
     def __init__(self, rows: Tensor, device: torch.device) -> None:
-        """rows: int64 on the host, ascending."""
+        """rows: int64 on the host, ascending; device: that of the parameter."""
         self.host = rows
         self.device = rows.to(device, non_blocking=True)
+        self._sorted: list[int] = rows.tolist()
+        self._on = {rows.device: self.host, self.device.device: self.device}
 
     def __len__(self) -> int:
         return self.host.numel()
 
-    def within(self, first: int, num_rows: int) -> Tensor:
-        """Those in [first, first + num_rows), counted from `first`; int64 on the device."""
-        low, high = torch.searchsorted(self.host, torch.tensor([first, first + num_rows])).tolist()
-        return self.device[low:high] - first
+    def on(self, device: torch.device) -> Tensor:
+        """All of them on a device: int64; copied there once."""
+        if device not in self._on:
+            self._on[device] = self.host.to(device, non_blocking=True)
+        return self._on[device]
+
+    def within(self, first: int, num_rows: int, device: torch.device) -> Tensor:
+        """Those in [first, first + num_rows), counted from `first`; int64 on the device of what they cut."""
+        low, high = (bisect_left(self._sorted, row) for row in (first, first + num_rows))
+        return self.on(device)[low:high] - first
 
 
 def row_views(flat: Tensor, start: int, row_width: int) -> Iterator[tuple[Tensor, int]]:
@@ -49,9 +61,9 @@ def row_views(flat: Tensor, start: int, row_width: int) -> Iterator[tuple[Tensor
 
 
 def frozen_parts(flat: Tensor, start: int, row_width: int, frozen: RowIndex) -> Iterator[tuple[Tensor, Tensor]]:
-    """The frozen elements of a shard: pairs of a view [n, w] and the int64 rows of it that are frozen."""
+    """The frozen elements of a shard: pairs of a view [n, w] and the int64 rows of it that are frozen, beside it."""
     for view, first in row_views(flat, start, row_width):
-        rows = frozen.within(first, view.shape[0])
+        rows = frozen.within(first, view.shape[0], view.device)
         if rows.numel():
             yield view, rows
 
@@ -60,7 +72,8 @@ def mask_gradients(frozen: FrozenRows) -> None:
     """Zero the frozen rows of every `main_grad`: one indexed write a parameter."""
     for parameter, rows in frozen.items():
         if len(rows):
-            gradient_of(parameter).index_fill_(0, rows.device, 0)
+            gradient = gradient_of(parameter)
+            gradient.index_fill_(0, rows.on(gradient.device), 0)
 
 
 def gradient_squares(shards: Sequence["Shard"], row_sets: Sequence[FrozenRows], device: torch.device) -> Tensor:
@@ -71,7 +84,7 @@ def gradient_squares(shards: Sequence["Shard"], row_sets: Sequence[FrozenRows], 
         for view, first in row_views(flat, shard.start, shard.row_width):
             squares = view.float().square().sum(1)
             for index, rows in enumerate(row_sets):
-                sums[index] += squares[rows[shard.parameter].within(first, view.shape[0])].sum()
+                sums[index] += squares[rows[shard.parameter].within(first, view.shape[0], view.device)].sum()
     return sums
 
 

@@ -8,6 +8,7 @@
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
 | the same, with `--perform-rl-step` | names the tokens that count: all but padding |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
+| `training.load_checkpoint` | derives weights in FP8 from the masters once more when weights alone are loaded again |
 | `training.training_log` | writes LongAct's scalars to TensorBoard, and those of the GPUs |
 """
 
@@ -30,6 +31,7 @@ from megatron_longact.checkpointing import carry_state, check_load
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
 from megatron_longact.longact import LongAct
+from megatron_longact.optimizer_shards import derive_quantized_weights
 from megatron_longact.refusals import check_settings, check_tap
 
 
@@ -50,6 +52,7 @@ def attached() -> Iterator[None]:
         seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
         seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances, seams))
         seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
+        seams.enter_context(_replaced(training, "load_checkpoint", _reloading, instances))
         seams.enter_context(_replaced(training, "training_log", _logging, instances))
         yield
 
@@ -149,6 +152,21 @@ def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
         return scheduler
 
     return get_optimizer_param_scheduler
+
+
+def _reloading(original: Callable[..., Any], instances: list[LongAct]) -> Callable[..., Any]:
+    """Megatron's RL loop loads the weights of a resumed run once more, after the masters; not so the start weights."""
+
+    @wraps(original)
+    def load_checkpoint(ddp_model: Any, optimizer: Any, *rest: Any, **kwargs: Any) -> Any:
+        loaded = original(ddp_model, optimizer, *rest, **kwargs)
+        if optimizer is None and not get_args().finetune:
+            for instance in instances:
+                if instance.state.updates:
+                    derive_quantized_weights(instance._optimizer)
+        return loaded
+
+    return load_checkpoint
 
 
 def _logging(original: Callable[..., Any], instances: list[LongAct]) -> Callable[..., Any]:

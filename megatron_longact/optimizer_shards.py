@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 
 from megatron_longact.config import LongActConfig
@@ -16,9 +17,15 @@ _SCALED = (torch.float16, torch.uint8)  # how Transformer Engine's FusedAdam kee
 
 
 def chained(optimizer: Any) -> list[Any]:
-    """The Megatron optimizers of a `ChainedOptimizer`, or the one given; stubs left out."""
-    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in optimizers if not getattr(one, "is_stub_optimizer", False)]
+    """The Megatron optimizers that a `ChainedOptimizer` holds, at any depth, or the one given; stubs left out.
+
+    A class made from it, as the layer-wise one is, is not looked through: it does more than step what it holds.
+    """
+    if getattr(optimizer, "is_stub_optimizer", False):
+        return []
+    if type(optimizer) is not ChainedOptimizer:
+        return [optimizer]
+    return [one for held in optimizer.chained_optimizers for one in chained(held)]
 
 
 def resolve_shards(optimizer: Any, parameters: Iterable[nn.Parameter], config: LongActConfig) -> list[Shard]:
@@ -37,22 +44,35 @@ def resolve_shards(optimizer: Any, parameters: Iterable[nn.Parameter], config: L
     return [shard for shard in resolver(optimizer) if shard.parameter in wanted]
 
 
+def master_shards(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Shard]:
+    """The same for whoever only reads: the parameters themselves for an optimizer whose masters we do not know."""
+    resolver = _RESOLVERS.get(type(optimizer).__name__)
+    shards = _themselves(parameters) if resolver is None else resolver(optimizer)
+    return [shard for shard in shards if shard.parameter in set(parameters)]
+
+
+@torch.no_grad()
 def derive_quantized_weights(optimizer: Any) -> None:
     """Quantise weights that are kept in FP8 or FP4 anew from their fp32 masters, as after a step; collective.
 
     A checkpoint holds them rounded to bf16, and what Megatron quantises from that on loading need not be what its
-    next step would. Source: megatron/core/optimizer/optimizer.py, `step_with_ready_grads`.
+    next step would. Every optimizer is ready before a chunk is synced, and each chunk is synced once: dense and expert
+    optimizers share chunks, and a sync zeroes the buffer that MXFP8 weights are gathered from.
+    Source: megatron/core/optimizer/optimizer.py, `ChainedOptimizer._step_with_deferred_mxfp8_param_sync`.
     """
-    for one in chained(optimizer):
-        ddp_config = getattr(one, "ddp_config", None)
-        if getattr(ddp_config, "fp8_param_gather", False) or getattr(ddp_config, "fp4_param_gather", False):
-            with torch.no_grad():
-                if one.config.reuse_grad_buf_for_mxfp8_param_ag:
-                    one._copy_main_params_to_param_buffer()
-                else:
-                    one._copy_main_params_to_model_params()
-            for chunk in one.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+    quantized = [one for one in chained(optimizer) if _keeps_quantized_weights(one)]
+    for one in quantized:
+        if one.config.reuse_grad_buf_for_mxfp8_param_ag:
+            one._copy_main_params_to_param_buffer()
+        else:
+            one._copy_main_params_to_model_params()
+    for chunk in {id(chunk): chunk for one in quantized for chunk in one.model_chunks}.values():
+        chunk.start_param_sync(force_sync=True)
+
+
+def _keeps_quantized_weights(optimizer: Any) -> bool:
+    ddp_config = getattr(optimizer, "ddp_config", None)
+    return any(getattr(ddp_config, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 
 
 def _check_inner(inner: Any, config: LongActConfig) -> None:
@@ -75,6 +95,11 @@ def _check_inner(inner: Any, config: LongActConfig) -> None:
 
 def _whole(parameter: nn.Parameter, master: Tensor, optimizer: Any) -> Shard:
     return Shard(parameter, 0, parameter.numel(), _copies(optimizer.optimizer, master), master)
+
+
+def _themselves(parameters: Iterable[nn.Parameter]) -> Iterator[Shard]:
+    for parameter in parameters:
+        yield Shard(parameter, 0, parameter.numel(), _copies(None, parameter), parameter)
 
 
 def _fp32(optimizer: Any) -> Iterator[Shard]:

@@ -42,7 +42,20 @@ def _optimizer_writes_fp8(setting: Setting) -> bool:
     return bool(fp8_weights and precision_aware and setting("fp8_recipe") == "delayed")
 
 
-_REFUSED: tuple[tuple[Callable[[Setting], Any], str, str], ...] = (
+_ELEMENTWISE = ("adam", "sgd", "lion")  # what they do to an element depends on nothing but that element
+
+
+def _mixes_rows(setting: Setting) -> bool:
+    return setting("optimizer") not in (None, *_ELEMENTWISE)
+
+
+def _offloads_views_of_weights(setting: Setting) -> bool:
+    """Source: megatron/core/optimizer/distrib_optimizer.py, `_build_model_and_main_param_groups`."""
+    steps_views = setting("use_precision_aware_optimizer") or not (setting("bf16") or setting("fp16"))
+    return bool(setting("rl_offload_optimizer_during_inference") and steps_views)
+
+
+_REFUSED: tuple[tuple[Callable[[Setting], Any], str | Callable[[Setting], str], str], ...] = (
     (lambda s: s("qk_clip"), "--qk-clip", "it writes linear_qkv after the optimizer step"),
     (lambda s: s("optimizer_cuda_graph"), "--optimizer-cuda-graph", "its replay runs no step hook"),
     (
@@ -67,6 +80,24 @@ _REFUSED: tuple[tuple[Callable[[Setting], Any], str, str], ...] = (
         "--use-precision-aware-optimizer with --fp8-param-gather and --fp8-recipe delayed",
         "its optimizer writes the FP8 weights before the frozen rows are put back; choose --fp8-recipe tensorwise or "
         "blockwise, or leave one of the others out",
+    ),
+    (
+        _mixes_rows,
+        lambda s: f"--optimizer {s('optimizer')}",
+        "it orthogonalises or preconditions whole matrices, so that what is remembered of frozen rows moves the active "
+        "ones; choose adam or sgd",
+    ),
+    (
+        lambda s: s("use_layer_wise_distributed_optimizer"),
+        "Megatron's layer-wise distributed optimizer (--use-distributed-optimizer with --optimizer lion)",
+        "a rank steps whole layers there, which LongAct has no resolver for; choose adam, or leave "
+        "--use-distributed-optimizer out",
+    ),
+    (
+        _offloads_views_of_weights,
+        "--rl-offload-optimizer-during-inference with --use-precision-aware-optimizer or fp32 weights",
+        "what the optimizer steps are the weights themselves then, and Megatron puts copies in their place, so that no "
+        "step reaches the model any more; leave one of them out",
     ),
     (
         lambda s: s("use_megatron_fsdp"),
@@ -103,7 +134,8 @@ def check_settings(*sources: Any) -> None:
 
     for refused, flag, reason in _REFUSED:
         if refused(setting):
-            raise ValueError(f"LongAct does not work with {flag}: {reason}")
+            named = flag if isinstance(flag, str) else flag(setting)
+            raise ValueError(f"LongAct does not work with {named}: {reason}")
 
 
 def check_layers_are_eager(layers: Sequence[TransformerLayer]) -> None:

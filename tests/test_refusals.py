@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -12,7 +15,7 @@ from megatron_longact import LongAct, LongActConfig
 from megatron_longact.megatron_training import check_args
 from megatron_longact.refusals import check_settings
 from tests import ranks
-from tests.models import ModelSpec, build, random_tokens, train_step
+from tests.models import Built, ModelSpec, OptimizerSpec, build, random_tokens, train_step
 
 FLAGS = {
     "qk_clip": (True, "--qk-clip"),
@@ -23,6 +26,8 @@ FLAGS = {
     "multi_latent_attention": (True, "--multi-latent-attention"),
     "overlap_moe_expert_parallel_comm": (True, "--overlap-moe-expert-parallel-comm"),
     "rl_training_cuda_graphs": (True, "--rl-training-cuda-graphs"),
+    "optimizer": ("muon", "--optimizer muon"),
+    "use_layer_wise_distributed_optimizer": (True, "Megatron's layer-wise distributed optimizer"),
 }
 
 
@@ -33,6 +38,39 @@ def test_flag_is_refused_with_longact_alone(name: str) -> None:
         check_args(Namespace(longact=True, **{name: value}))
     assert "\n" not in str(error.value)
     assert check_args(Namespace(longact=False, **{name: value})) is None
+
+
+@pytest.mark.parametrize("name", ["dist_muon", "adaptive_muon", "soap", "one of their own"])
+def test_optimizers_that_mix_rows_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"does not work with --optimizer {name}: it orthogonalises"):
+        check_settings(Namespace(optimizer=name))
+    for elementwise in ("adam", "sgd"):
+        check_settings(Namespace(optimizer=elementwise))
+
+
+def test_optimizers_whose_views_of_the_weights_would_be_lost_are_not_offloaded() -> None:
+    offloaded = {"rl_offload_optimizer_during_inference": True}
+    for given in ({"bf16": True, "use_precision_aware_optimizer": True}, {}):
+        with pytest.raises(ValueError, match="--rl-offload-optimizer-during-inference with --use-precision-aware-"):
+            check_settings(Namespace(**offloaded, **given))
+    check_settings(Namespace(**offloaded, bf16=True))
+    check_settings(Namespace(bf16=True, use_precision_aware_optimizer=True))
+
+
+def what_the_optimizer_steps() -> dict[str, bool]:
+    """Whether it is a view of the model's weight, which Megatron's offload to the host replaces by a copy."""
+    views = {}
+    for dtype in ("fp32", "bf16"):
+        built = build(ModelSpec(dtype=dtype), OptimizerSpec(distributed=True))
+        [one] = built.optimizer.chained_optimizers
+        weights = {weight.untyped_storage().data_ptr() for weight in built.chunks[0].parameters()}
+        stepped = [p for group in one.optimizer.param_groups for p in group["params"]]
+        views[dtype] = any(p.untyped_storage().data_ptr() in weights for p in stepped)
+    return views
+
+
+def test_megatron_steps_views_of_weights_that_are_their_own_masters() -> None:
+    assert ranks.run(what_the_optimizer_steps)[0] == {"fp32": True, "bf16": False}
 
 
 WHOLE = "--cuda-graph-impl full_iteration"
@@ -180,13 +218,30 @@ class Adapted(nn.Module):
         self.to_wrap = to_wrap
 
 
+def layer_wise(built: Built) -> LayerWiseDistributedOptimizer:
+    """Megatron's own, over an Adam as it makes one for what Muon does not step."""
+    groups = [{"params": list(built.chunks[0].parameters()), "is_expert_parallel": False}]
+    return LayerWiseDistributedOptimizer(
+        [torch.optim.AdamW(groups)],
+        built.optimizer.config,
+        ProcessGroupCollection.use_mpu_process_groups(),
+        [lambda *_: None],
+        built.chunks,
+    )
+
+
 def refused(case: str) -> dict[str, Any]:
-    built = build(ModelSpec())
+    built = build(ModelSpec(dtype="bf16" if case.endswith("layer-wise") else "fp32"))
     finalize = built.config.finalize_model_grads_func
     chunks, optimizer, config = built.chunks, built.optimizer, LongActConfig()
-    layers = chunks[0].module.decoder.layers
+    module = chunks[0].module
+    layers = getattr(module, "module", module).decoder.layers  # Float16Module lies around a bf16 model
     if case == "unknown optimizer":
         optimizer.chained_optimizers = [Unknown(optimizer.chained_optimizers[0])]
+    elif case == "layer-wise":
+        optimizer = layer_wise(built)
+    elif case == "chained layer-wise":
+        optimizer = ChainedOptimizer([layer_wise(built), *optimizer.chained_optimizers])
     elif case == "not in ddp":
         chunks = [chunks[0].module]
     elif case == "lora":
@@ -218,6 +273,9 @@ def refused(case: str) -> dict[str, Any]:
     ("case", "message"),
     [
         ("unknown optimizer", "does not know where Unknown keeps its master parameters"),
+        ("layer-wise", "does not know where LayerWiseDistributedOptimizer keeps its master parameters"),
+        ("chained layer-wise", "does not know where LayerWiseDistributedOptimizer keeps its master parameters"),
+        ("optimizer", "--optimizer muon"),
         ("not in ddp", "wrapped in megatron.core.distributed.DistributedDataParallel"),
         ("lora", "LoRA on linear_qkv is not supported"),
         ("no linear_qkv", "no rank holds a self_attention.linear_qkv"),

@@ -27,6 +27,8 @@ MEGATRON = {
     "chat_template": None,
     "inference_dynamic_batching": False,
     "cuda_graph_impl": "none",
+    "fp8_param_gather": False,
+    "fp8_recipe": "delayed",
     "perform_rl_step": False,
     "global_batch_size": 16,
     "micro_batch_size": 4,
@@ -75,6 +77,12 @@ def test_sampling_flags_become_the_run() -> None:
     assert (config.overlong_buffer_length, config.policy_loss) == (4, "kl-cov")
 
 
+def test_a_reference_in_fp8_needs_scales_that_the_weights_alone_decide() -> None:
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
+        rl_config_from_args(parse(fp8_param_gather=True, fp8_recipe=recipe))
+    rl_config_from_args(parse(fp8_param_gather=True, grpo_kl_beta=0.0))
+
+
 def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
     assert rl_config_from_args(parse("--policy-loss", "kl-cov")).remarks == []
     one = rl_config_from_args(parse("--policy-loss", "kl-cov", grpo_iterations=1, global_batch_size=32))
@@ -104,6 +112,7 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
         ((), {"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
         ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
+        ((), {"fp8_param_gather": True}, "--grpo-kl-beta, --fp8-param-gather and --fp8-recipe delayed"),
         ((), {"rl_sequence_packing_max_sequences_per_bin": 0}, "max-sequences-per-bin is 0"),
         (("--overlong-buffer-length", "17"), {}, "buffer_length is 17"),
         (("--logits-chunk-size", "0"), {}, "logits-chunk-size is 0"),

@@ -10,22 +10,25 @@ from tests.ranks import Layout
 ROWS = 2 * (4 + 2) * 8  # layers x (Q heads + K heads) x channels of the test model
 
 
-def audit(config: LongActConfig | None, *, tamper: bool = False) -> dict[str, int]:
+def audit(config: LongActConfig | None, *, tamper: str = "", distributed: bool = False) -> dict[str, int]:
+    """tamper: "masters" or "weights" are changed after two steps, the latter as a common scale changes FP8 weights."""
     from megatron_longact import LongAct
     from megatron_longact.rl.reports.audit import RowAudit
-    from tests.models import ModelSpec, build, random_tokens, train_step
+    from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
     from tests.runs import name_all
 
-    built = build(ModelSpec(layers=2))
+    spec = ModelSpec(layers=2, dtype="bf16" if distributed else "fp32")
+    built = build(spec, OptimizerSpec(distributed=distributed))
     longact = None if config is None else LongAct.attach(built.chunks, built.optimizer, config)
-    counter = RowAudit(built.chunks, longact)
+    counter = RowAudit(built.chunks, built.optimizer, longact)
     for step in range(2):
         train_step(built, random_tokens(4, 15, seed=step), before_forward=name_all(longact) if longact else None)
         counter.after_step()
-    if tamper:
-        with torch.no_grad():
-            for layer in counter._model.layers:
-                layer.weight.add_(1e-3)
+    changed = {"masters": [m for s in counter._shards for m in s.masters()]}
+    changed["weights"] = [layer.weight for layer in counter._model.layers]
+    with torch.no_grad():
+        for tensor in changed.get(tamper, []):
+            tensor.mul_(1.5).add_(1e-3)
     counts = vars(counter.count())
     if longact is not None:
         longact.detach()
@@ -42,10 +45,19 @@ def test_strict_leaves_frozen_rows_alone(tp: int) -> None:
 
 
 def test_a_changed_frozen_row_is_counted() -> None:
-    [counts] = ranks.run(audit, config=LongActConfig(ratio=0.25), tamper=True)
+    [counts] = ranks.run(audit, config=LongActConfig(ratio=0.25), tamper="masters")
     assert counts["frozen_changed"] == counts["never_active"] > 0
     [drifted] = ranks.run(audit, config=LongActConfig(ratio=0.25, freeze="grad-only"))
     assert drifted["frozen_changed"] == drifted["never_active"] > 0  # weight decay
+
+
+@pytest.mark.parametrize("tamper", ["weights", "masters"])
+def test_masters_are_counted_and_not_what_became_of_them(tamper: str) -> None:
+    run = {"config": LongActConfig(ratio=0.25), "tamper": tamper, "distributed": True}
+    for counts in ranks.run(audit, world_size=2, **run):  # a rank has a part of each master
+        assert counts["rows"] == ROWS
+        assert counts["frozen_changed"] == (counts["never_active"] if tamper == "masters" else 0)
+        assert counts["moved"] == (ROWS if tamper == "masters" else ROWS - counts["never_active"])
 
 
 def test_dense_steps_leave_nothing_frozen() -> None:

@@ -129,7 +129,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         engine=engine,
         judge=judge,
         longact=longact,
-        audit=RowAudit(trainer.model, longact),
+        audit=RowAudit(trainer.model, trainer.optimizer, longact),
         **_logs(args, terminal),
     )
 

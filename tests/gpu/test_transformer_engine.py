@@ -10,7 +10,7 @@ import torch
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.metrics import jaccard
 from megatron_longact.selection import QK
-from tests.gpu.models import GPU_TIER, GPUModel, GPUSpec, build, copy_weights, fp8_image, train_step
+from tests.gpu.models import GPU_TIER, GPUModel, GPUSpec, build, copy_weights, fp8_image, random_tokens, train_step
 
 pytestmark = GPU_TIER
 
@@ -117,9 +117,12 @@ def test_weight_gradients_that_come_after_the_backward(fp8_recipe: str | None) -
 @pytest.mark.parametrize("fp8_recipe", ["delayed", "tensorwise", "blockwise"])
 def test_fp8_weights_follow_masters_of_which_frozen_rows_stay(fp8_recipe: str, record_property: Any) -> None:
     """A frozen row's FP8 image may move only because another row moved the scale that both share."""
+    from megatron_longact.rl.reports.audit import RowAudit
+
     model = build(GPUSpec(fp8_recipe=fp8_recipe, fp8_param=True))
     bytes_changed = elements = scales_changed = scales = 0
     with LongAct.attach([model.chunk], model.optimizer, LongActConfig()) as longact:
+        audit = RowAudit([model.chunk], model.optimizer, longact)
         for seed in range(5):
             before = [fp8_image(weight) for weight in model.qkv_weights]
             check_step(model, longact, seed)
@@ -133,8 +136,42 @@ def test_fp8_weights_follow_masters_of_which_frozen_rows_stay(fp8_recipe: str, r
                 if torch.equal(new_scale, scale):
                     assert torch.equal(new_data[rows], data[rows])
                 assert not torch.equal(new_data, data)
+            audit.after_step()
+        counts = audit.count()
+    assert counts.never_active > 0
+    assert counts.frozen_changed == 0
     record_property("FP8 bytes of frozen rows that changed in a step", f"{bytes_changed / elements:.3%}")
     record_property("scales that changed", f"{scales_changed / scales:.1%}")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("fp8_param", [False, True])
+@pytest.mark.parametrize("fp8_recipe", ["tensorwise", "blockwise"])
+def test_the_reference_is_what_the_model_was(fp8_recipe: str, fp8_param: bool, offload: bool) -> None:
+    from megatron_longact.rl.reference import ReferenceWeights
+
+    model = build(GPUSpec(fp8_recipe=fp8_recipe, fp8_param=fp8_param, hidden_states_out=True))
+    tokens = random_tokens(seed=9)[:, :-1]
+    positions = torch.arange(tokens.shape[1], device="cuda").expand(*tokens.shape)
+
+    @torch.no_grad()
+    def outputs() -> torch.Tensor:
+        model.chunk.set_is_first_microbatch()  # as Megatron's schedules do it
+        output: torch.Tensor = model.chunk(tokens, positions, None)
+        return output
+
+    start, reference = outputs(), ReferenceWeights([model.chunk], offload=offload)
+    with LongAct.attach([model.chunk], model.optimizer, LongActConfig()) as longact:
+        for seed in range(3):
+            train_step(model, longact, seed)
+            images = [fp8_image(weight) for weight in model.qkv_weights] if fp8_param else []
+            own = outputs()
+            with reference.swapped_in():
+                assert torch.equal(outputs(), start)
+            assert torch.equal(outputs(), own)
+            assert not torch.equal(own, start)
+            for weight, image in zip(model.qkv_weights, images, strict=fp8_param):
+                assert all(torch.equal(a, b) for a, b in zip(fp8_image(weight), image, strict=True))
 
 
 @pytest.mark.parametrize("fp8_recipe", ["tensorwise", "blockwise"])
