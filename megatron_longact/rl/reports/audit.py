@@ -48,13 +48,9 @@ class RowAudit:
 
     def after_step(self) -> None:
         """Remember which rows the step let through."""
-        if self._longact is None:
-            return
-        masks = self._longact.state.masks
-        if masks is None:  # a dense warm-up step, or one without a usable saliency, which updates none
-            warmup = self._longact.state.updates <= self._longact.config.warmup_steps
-            masks = self._model.channels(warmup)
-        self._ever = QK(*(old | new.cpu() for old, new in zip(self._ever, masks, strict=True)))
+        if self._longact is not None:
+            pairs = zip(self._ever, self._longact.active, strict=True)
+            self._ever = QK(*(old | new.cpu() for old, new in pairs))
 
     def count(self) -> RowCounts:
         """Compare with the start; collective, the same on all ranks."""
