@@ -14,6 +14,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron_longact.analysis.activations_megatron import MegatronSource
 from megatron_longact.analysis.activations_models import Checkpoint
 from megatron_longact.checkpoint_model import load_model, parse_args
+from megatron_longact.rl.data.vocabulary import check_embeddings, embeddings_of
 
 
 def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) -> Iterator[MegatronSource]:
@@ -22,6 +23,8 @@ def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) ->
     flags: Megatron's, without --load and --ckpt-step. A source is of use until the next one is asked for.
     """
     args = _arguments(checkpoints[0], flags)
+    name = args.tokenizer_model or args.tokenizer_type
+    check_embeddings(get_tokenizer(), name=name, embeddings=embeddings_of(args))
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = load_model(args, groups)
@@ -35,6 +38,7 @@ def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) ->
             encode=_encode,
             positions=int(args.max_position_embeddings),
             dp_group=groups.dp,
+            embeddings=embeddings_of(args),
         )
 
 
