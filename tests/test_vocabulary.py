@@ -73,6 +73,19 @@ def test_ids_reach_to_the_largest_and_must_have_embeddings(folder: Path) -> None
     assert demo["remark"] == "responses end at </s> (2, of the tokenizer)"
 
 
+def test_a_converted_model_says_how_many_embeddings_are_real(tmp_path: Path) -> None:
+    from megatron_longact.conversion.hf_config import model_from_config
+    from megatron_longact.conversion.megatron_args import common_state, completing
+    from megatron_longact.rl.data.vocabulary import embeddings_of
+    from tests.conversion import config_of
+
+    saved = common_state(model_from_config(config_of("qwen3", vocab_size=260).to_dict()))["args"]
+    args = Namespace(padded_vocab_size=saved.padded_vocab_size, vocab_size=None)
+    assert embeddings_of(args) == 384  # Megatron's padding
+    completing(lambda args: (args, saved))(args)  # --use-checkpoint-args
+    assert embeddings_of(args) == 260
+
+
 def test_stop_ids_are_those_of_the_tokenizer_the_generation_config_and_the_template(folder: Path) -> None:
     config = folder / "generation_config.json"
     *by_template, no_more, other = run(

@@ -156,23 +156,28 @@ class _Reader:
         """Append what a token stands for, with its arguments; where to go on."""
         if token in _FRACTIONS:
             return self.add_fraction(out, at, end, depth=depth)
+        if token == "{":
+            return self._add_group(out, at, depth=depth)
         if token in _TEXTS or token in ("^", "_"):
             argument, at = self._argument(at, end, depth=depth)
-            out.append(argument if token in _TEXTS else _power(out, argument) if token == "^" else "")
-        elif token == "{":
-            close = self._closing.get(at - 1, at)
-            inner = self._text[at:close]
-            out.append(self._comma(close) if inner == "," else self.plain(at, close, depth=depth + 1))
-            at = close + (close > at or inner == "")
+            if token != "_":  # what stands below is a name's, or a base
+                out.append(_power(out, argument) if token == "^" else argument)
         elif token[0] == "\\" and token not in _CHARACTERS:
             out.append("" if token in _NOTHING else " " if token in _SPACES else UNREADABLE)
         else:
             out.append(_CHARACTERS.get(token, token))
         return at
 
-    def _comma(self, close: int) -> str:
+    def _add_group(self, out: list[str], at: int, *, depth: int) -> int:
         """`{,}` separates thousands before exactly three digits, and is a decimal comma elsewhere."""
-        return "," if re.match(r"\d{3}(?!\d)", self._text[close + 1 : close + 5]) else "."
+        close = self._closing.get(at - 1)
+        if close is None:
+            return at
+        if self._text[at:close] == ",":
+            out.append("," if re.match(r"\d{3}(?!\d)", self._text[close + 1 : close + 5]) else ".")
+        else:
+            out.append(self.plain(at, close, depth=depth + 1))
+        return close + 1
 
     def _argument(self, at: int, end: int, *, depth: int) -> tuple[str, int]:
         """A command's argument as plain text, a group or one character or command; and what comes behind it."""
