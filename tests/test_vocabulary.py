@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,55 @@ def test_a_converted_model_says_how_many_embeddings_are_real(tmp_path: Path) -> 
     assert embeddings_of(args) == 260
 
 
+@contextmanager
+def megatron_with(tokenizer: Any, args: Namespace) -> Iterator[None]:
+    """Megatron's global arguments and tokenizer, for what asks for them."""
+    from megatron.training import global_vars
+
+    global_vars.set_args(args)
+    global_vars._GLOBAL_TOKENIZER = tokenizer
+    try:
+        yield
+    finally:
+        global_vars.unset_global_variables()
+
+
+def args_of(model: Path, **given: Any) -> Namespace:
+    names = {"tokenizer_model": str(model), "tokenizer_type": "HuggingFaceTokenizer", "vocab_size": None}
+    return Namespace(**names, chat_template=None, stop_token_ids=None, rank=0, **given)
+
+
+def starts(model: Path) -> dict[str, str]:
+    """How each program that reads a checkpoint begins with a tokenizer that is too large: what it says, the refusal."""
+    from megatron_longact.analysis import activations_program, disrupt_program
+    from megatron_longact.evaluation import program as evaluation
+    from megatron_longact.rl import program as rl
+
+    args, said, later = args_of(model, padded_vocab_size=256), io.StringIO(), Any
+    begin: dict[str, Callable[[], Any]] = {
+        "train": lambda: rl.environment_of(later, say=said.write),
+        "evaluate": lambda: evaluation.Evaluation(args, later, iteration="1", terminal=said),
+        "disrupt": lambda: disrupt_program.Disruption(args, later, folder=model, terminal=said),
+        "observe": lambda: activations_program.check_tokenizer(args, activations_program.get_tokenizer()),
+    }
+    refused = {}
+    with megatron_with(build_megatron_tokenizer("HuggingFaceTokenizer", model), args):
+        for name, call in begin.items():
+            try:
+                call()
+            except ValueError as error:
+                refused[name] = said.getvalue() + str(error)
+    return refused
+
+
+def test_every_program_refuses_a_tokenizer_that_is_too_large_before_anything_else(folder: Path) -> None:
+    [last] = [made["eod"] for made in run(folder, {})]
+    [refused] = ranks.run(starts, model=folder)
+    assert list(refused) == ["train", "evaluate", "disrupt", "observe"]
+    for error in refused.values():
+        assert error.startswith(f"the tokenizer {folder} makes ids up to {last}, but the model has 256 embeddings")
+
+
 def test_stop_ids_are_those_of_the_tokenizer_the_generation_config_and_the_template(folder: Path) -> None:
     config = folder / "generation_config.json"
     *by_template, no_more, other = run(
@@ -145,21 +197,13 @@ def test_both_programs_take_the_ids_by_hand() -> None:
 def told_to_the_engine(model: Path) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.rl.rollouts import engines
+    from megatron_longact.rl.rollouts.engines import rollout_engine
     from tests.models import ModelSpec, build
 
-    tokenizer = build_megatron_tokenizer("HuggingFaceTokenizer", model)
     chunks = build(ModelSpec(layers=1, vocab=512)).chunks
-    args = Namespace(
-        **{"tokenizer_model": str(model), "tokenizer_type": "HuggingFaceTokenizer", "chat_template": None},
-        **{"padded_vocab_size": 512, "vocab_size": None, "inference_max_requests": 4},
-        inference_dynamic_batching=False,
-    )
-    own, engines.get_tokenizer = engines.get_tokenizer, lambda: tokenizer
-    try:
-        engine: Any = engines.rollout_engine(args, chunks, ProcessGroupCollection.use_mpu_process_groups())
-    finally:
-        engines.get_tokenizer = own
+    args = args_of(model, padded_vocab_size=512, inference_max_requests=4, inference_dynamic_batching=False)
+    with megatron_with(build_megatron_tokenizer("HuggingFaceTokenizer", model), args):
+        engine: Any = rollout_engine(args, chunks, ProcessGroupCollection.use_mpu_process_groups())
     return {"size": engine.vocab_size, "eod": engine.ends.eod, "others": tuple(engine.ends.others)}
 
 

@@ -96,16 +96,17 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     state = LoopState()
     trainer = _trainer(args, state)
     pgs = trainer.pg_collection
+    vocabulary = vocabulary_from_args(args, get_tokenizer())
     judge = Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD)
     scorer = ResponseScorer(
         temperature=config.sampling.temperature,
-        vocab_size=vocabulary_from_args(args, get_tokenizer()).size,
+        vocab_size=vocabulary.size,
         tp_group=pgs.tp,
         chunk_size=config.logits_chunk_size,
     )
     layout = BatchLayout(
         config,
-        pad_token=get_tokenizer().eod,
+        pad_token=vocabulary.eod,
         multiple_of=SEQUENCE_MULTIPLE,
         dp_rank=pgs.dp.rank(),
         dp_size=pgs.dp.size(),

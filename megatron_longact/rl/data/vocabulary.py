@@ -56,7 +56,7 @@ def vocabulary_from_args(args: Namespace, tokenizer: Any) -> Vocabulary:
     """
     return vocabulary_of(
         tokenizer,
-        name=args.tokenizer_model or args.tokenizer_type,
+        name=_name(args),
         embeddings=embeddings_of(args),
         chat_template=read_chat_template(args.chat_template),
         given=getattr(args, "stop_token_ids", None),
@@ -93,6 +93,11 @@ def embeddings_of(args: Namespace) -> int | None:
     """Embeddings of the model that Megatron's arguments describe; of a converted one, those that it really has."""
     known: int | None = getattr(args, "hf_vocab_size", None) or args.padded_vocab_size or args.vocab_size
     return known
+
+
+def check_tokenizer(args: Namespace, tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer makes ids that the model of Megatron's arguments has no embedding of."""
+    check_embeddings(tokenizer, name=_name(args), embeddings=embeddings_of(args))
 
 
 def check_embeddings(tokenizer: Any, *, name: str, embeddings: int | None) -> int:
@@ -136,6 +141,11 @@ def stops_of_generation_config(tokenizer_model: str) -> list[int]:
     if not all(type(stop) is int for stop in ids):
         raise ValueError(f"{file}: eos_token_id must be one token id or a list; --stop-token-ids goes without it")
     return list(ids)
+
+
+def _name(args: Namespace) -> str:
+    name: str = args.tokenizer_model or args.tokenizer_type
+    return name
 
 
 def _found_stops(tokenizer: Any, *, name: str, chat_template: str | None, size: int) -> dict[int, list[str]]:
