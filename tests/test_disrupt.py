@@ -325,6 +325,25 @@ def saliency() -> tuple[QK, Any]:
     return QK(torch.rand(3, 10, generator=generator), torch.rand(3, 5, generator=generator)), layout
 
 
+def windows_of_text(length: int) -> list[tuple[list[int], list[list[int]]]]:
+    """The first ids of the built-in prose, and three windows, with tokenizers that begin texts with nothing or <s>."""
+    from megatron_longact.analysis.disrupt_text import text_windows
+    from megatron_longact.rl.data.tasks import sentences_of
+    from tests.tokenizers import AddsTokens, DemoTokenizer
+
+    ids = DemoTokenizer().tokenize(" ".join(sentences_of("heldout")))[: 3 * length]
+    return [
+        (ids, text_windows(None, tokenizer, length=length, count=3))
+        for tokenizer in (DemoTokenizer(), AddsTokens(end=True))
+    ]
+
+
+def test_each_window_of_text_begins_as_the_tokenizer_begins_a_text():
+    [[(ids, plain), (_, begun)]] = ranks.run(windows_of_text, length=16)
+    assert plain == [ids[i : i + 16] for i in (0, 16, 32)]
+    assert begun == [[1, *ids[i : i + 15]] for i in (0, 15, 30)]
+
+
 @pytest.mark.parametrize("scope", ["layer", "head", "model"])
 def test_high_low_and_random_channels_are_as_many(scope):
     from megatron_longact.analysis.disrupt import choose_channels

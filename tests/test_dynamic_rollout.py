@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_longact.rl.rollouts.sampling import Sampling
 from tests import ranks
 from tests.ranks import Layout
-from tests.test_rollout import EOD, LOG_PROB_TOLERANCE, RESPONSE, make_prompts
+from tests.test_rollout import EOD, LOG_PROB_TOLERANCE, RESPONSE, assert_cut_at, make_prompts
 
 BLOCK = 4
 """Tokens of a cache block here: sequences of these tests cross several."""
@@ -91,12 +91,14 @@ def make_dynamic_engine(model: Any, **settings: Any) -> Any:
     from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine
 
     eod, vocab_size = settings.pop("eod", EOD), settings.pop("vocab_size", 64)
+    stop_ids = settings.pop("stop_ids", ())
     defaults = {"block_size_tokens": BLOCK, "buffer_size_gb": 1e-3, "max_sequence_length": 64, "max_requests": 16}
     return DynamicRolloutEngine(
         model,
         config=InferenceConfig(**{**defaults, "max_tokens": 256, **settings}),
         eod=eod,
         vocab_size=vocab_size,
+        stop_ids=stop_ids,
         dp_group=parallel_state.get_data_parallel_group(),
         mp_group=parallel_state.get_model_parallel_group(),
     )
@@ -150,6 +152,14 @@ def test_it_says_what_the_static_engine_says(name: str) -> None:
     assert all(len({tuple(row.tolist()) for row in expected["tokens"]}) >= 5 for expected in all_expected)
     assert all_expected[-1]["finished"].any()
     assert not all_expected[-1]["finished"].all()
+
+
+def test_each_of_several_tokens_ends_a_response() -> None:
+    sampling = [Sampling(max_response_length=24, seed=2)]
+    [[long]] = ranks.run(generate_all, samplings=sampling, static=True)
+    stops = (int(long["tokens"][0, 2]), int(long["tokens"][1, 4]))
+    [[got]] = ranks.run(generate_all, samplings=sampling, static=False, stop_ids=stops)
+    assert_cut_at(got, long, (EOD, *stops))
 
 
 def test_bf16_models_have_a_bf16_cache() -> None:

@@ -154,6 +154,74 @@ def test_ruler_predictions_that_do_not_match_are_refused(tmp_path, capsys, rows,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("outputs", None, "has null as its 'outputs'; it must be a list of right answers"),
+        ("outputs", [], "has [] as its 'outputs'"),
+        ("outputs", ["a1", None], "has [\"a1\", null] as its 'outputs'"),
+        ("outputs", {"a": 1}, "has {\"a\": 1} as its 'outputs'; it must be a text"),
+        ("pred", {"text": ["a1"]}, "as its 'pred'; it must be a text"),
+        ("pred", ["a1", "a2"], "as its 'pred'; it must be a text"),
+        ("pred", True, "has true as its 'pred'"),
+        ("index", None, "has null as its 'index'; it must be a whole number or a string"),
+        ("index", [1], "has [1] as its 'index'"),
+        ("index", 1.5, "has 1.5 as its 'index'"),
+        ("max_seq_length", "4k", "has \"4k\" as its 'max_seq_length'; it must be a whole number"),
+        ("max_seq_length", [4096], "has [4096] as its 'max_seq_length'"),
+        ("max_seq_length", float("inf"), "has Infinity as its 'max_seq_length'"),
+    ],
+)
+def test_ruler_rows_of_another_shape_are_named(tmp_path, capsys, field, value, message):
+    rows = ruler_rows()
+    rows[1][field] = value
+    path = write(tmp_path / "p.jsonl", rows)
+    assert TOOL.main(["--benchmark", "ruler", "--predictions", str(path), "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("evaluate: row ")
+    assert said.count("\n") == 1
+
+
+def test_ruler_rows_of_another_shape_that_say_the_same_are_read(tmp_path):
+    expected = score(tmp_path, "ruler", "--predictions", write(tmp_path / "p.jsonl", ruler_rows(count=6)))
+    rows = [
+        row | {"index": index, "max_seq_length": length, "outputs": row["outputs"][0], "task": task, "others": others}
+        for row, index, length, task, others in zip(
+            ruler_rows(count=6),
+            ("0", 1.0, " 2 ", 3, "4", 5),
+            ("4096", 4096.0, 4096, None, "4096", 4096),
+            ("vt", None, "vt", ["vt"], 3, "vt"),
+            (
+                {"haystack": "essays"},
+                {"task": "vt"},
+                "odd",
+                {"task": "vt", "max_seq_length": 4096},
+                {"task": "vt"},
+                None,
+            ),
+            strict=True,
+        )
+    ]
+    del rows[3]["max_seq_length"]
+    rows[0]["pred"], rows[1]["pred"], rows[3]["pred"] = [rows[0]["pred"]], None, 3
+    got = score(tmp_path, "ruler", "--predictions", write(tmp_path / "q.jsonl", rows))
+    assert got["scores"] == expected["scores"]
+    assert got["nulls"]["4096"]["vt"] == 2  # 3 is a text, though a wrong one
+    numbers = [row | {"pred": 12, "outputs": [12]} for row in ruler_rows(count=2)]
+    assert (
+        score(tmp_path, "ruler", "--predictions", write(tmp_path / "r.jsonl", numbers))["scores"]["4096"]["vt"] == 100.0
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_predictions_that_json_cannot_read_are_named(tmp_path, capsys, text):
+    (tmp_path / "p.jsonl").write_text(text)
+    flags = ["--benchmark", "ruler", "--predictions", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "out")]
+    assert TOOL.main(flags) == 1
+    assert "not JSON that can be read" in capsys.readouterr().err
+
+
 def answers(*letters: str | None) -> list[dict[str, Any]]:
     said = [f"The correct answer is ({letter})" if letter else "I do not know" for letter in letters]
     return [{"_id": f"id{i}", "response": text} for i, text in enumerate(said)]
@@ -193,6 +261,10 @@ def test_longbench_rows_of_the_official_script_need_no_data(tmp_path):
         (answers(*"AAAAAAA"), "1 unknown id: id6"),
         (answers(*"AAAAAA") + answers("B"), "1 doubled id: id0"),
         ([{"_id": f"id{i}"} for i in range(6)], "has no 'pred'"),
+        ([{"_id": ["id0"], "pred": "A"}], "has [\"id0\"] as its '_id'; it must be a string or a whole number"),
+        ([{"_id": None, "pred": "A"}], "has null as its '_id'"),
+        ([*answers("A"), {"_id": "id1", "response": {"text": "A"}}, *answers(*"AAAAAA")[2:]], "as its 'response'"),
+        ([{"_id": f"id{i}", "pred": True} for i in range(6)], "has true as its 'pred'; it must be a text"),
     ],
 )
 def test_longbench_predictions_that_do_not_match_are_refused(tmp_path, capsys, rows, message):
@@ -201,6 +273,26 @@ def test_longbench_predictions_that_do_not_match_are_refused(tmp_path, capsys, r
     flags = ["--predictions", str(write(tmp_path / "p.jsonl", rows)), "--data", str(data)]
     assert TOOL.main(["--benchmark", "longbench-v2", "--output", str(tmp_path / "out"), *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_longbench_answers_of_another_shape(tmp_path, capsys):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(longbench_items()))
+    right = [item["answer"] for item in longbench_items()]
+    preds = [f"({right[0]})", [right[1]], f" {right[2]}.", f"The correct answer is {right[3]}", None, 5]
+    rows = [{"_id": f"id{i}", "pred": pred} for i, pred in enumerate(preds)]
+    results = score(tmp_path, "longbench-v2", "--predictions", write(tmp_path / "p.jsonl", rows), "--data", data)
+    assert (results["scores"]["overall"], results["no_answer"]) == (66.7, 2)
+    rows = [{"_id": f"id{i}", "response": [f"The correct answer is ({letter})"]} for i, letter in enumerate(right)]
+    rows[0]["response"] = None
+    results = score(tmp_path, "longbench-v2", "--predictions", write(tmp_path / "p.jsonl", rows), "--data", data)
+    assert (results["scores"]["overall"], results["no_answer"]) == (83.3, 1)
+    items = longbench_items()
+    items[2]["answer"] = None
+    data.write_text(json.dumps(items))
+    flags = ["--predictions", str(tmp_path / "p.jsonl"), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert TOOL.main(["--benchmark", "longbench-v2", *flags]) == 1
+    assert "has null as its 'answer'; it must be A, B, C or D" in capsys.readouterr().err
 
 
 def test_flags_that_make_no_sense_are_refused(tmp_path, capsys):

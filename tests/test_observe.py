@@ -171,6 +171,11 @@ def test_what_cannot_be_measured_is_refused(models: Path) -> None:
         measure(source, [])
     with pytest.raises(ValueError, match="shortest of 0 tokens"):
         measure(source, [[1, 2], []])
+    assert source.embeddings is not None
+    with pytest.raises(
+        ValueError, match=f"has the token id {source.embeddings}, but the model has {source.embeddings} "
+    ):
+        measure(source, [[1, source.embeddings], [2]])
     with torch.no_grad():
         source.attentions[1].k_proj.weight[3] = torch.nan  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match=r"of K in layer 2 \(projection\) holds NaN"):

@@ -20,10 +20,9 @@ def encode(
     tokenizer_type: str, model: Path, prompt: Any, *, chat_template: str | None = None, **flags: Any
 ) -> dict[str, Any]:
     """What an encoder makes of a prompt, with what the tokenizer makes of some texts; an error as text."""
-    from megatron_longact.rl.data.chat import PromptEncoder, check_end_of_text, read_chat_template
+    from megatron_longact.rl.data.chat import PromptEncoder, read_chat_template
 
     tokenizer = build_megatron_tokenizer(tokenizer_type, model, chat_template=chat_template, **flags)
-    check_end_of_text(tokenizer)
     try:
         encoded = PromptEncoder(tokenizer, chat_template=read_chat_template(chat_template)).encode(prompt)
     except ValueError as error:
@@ -66,6 +65,7 @@ def test_strings_are_tokenized_as_the_tokenizer_does(hugging_face: Path) -> None
     assert got["text"] == text
     assert got["decoded"] == "<|bos|>" + text
     assert got["ids"] == got["of_text"]
+    assert run("HuggingFaceTokenizer", hugging_face, "<|bos|>" + text)["ids"] == got["ids"]  # one that spells it
     without = run("HuggingFaceTokenizer", hugging_face, text, tokenizer_hf_no_include_special_tokens=True)
     assert [got["bos"], *without["ids"]] == got["ids"]
 
@@ -107,31 +107,13 @@ def test_a_template_that_refuses_says_why(tokenizer_type: str, hugging_face: Pat
     assert got["error"] == "the chat template failed on these messages: roles must alternate"
 
 
-def test_a_template_file_that_is_not_there_is_refused() -> None:
+def test_a_template_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     from megatron_longact.rl.data.chat import read_chat_template
 
     assert read_chat_template(None) is None
     assert read_chat_template(CHAT_TEMPLATE) == CHAT_TEMPLATE
+    named = tmp_path / "a{b}.jinja"
+    named.write_text(CHAT_TEMPLATE)
+    assert read_chat_template(str(named)) == CHAT_TEMPLATE
     with pytest.raises(ValueError, match=r"--chat-template nowhere.jinja: not a template, and not a file"):
         read_chat_template("nowhere.jinja")
-
-
-def end_of_text(folder: Path) -> str:
-    from megatron_longact.rl.data.chat import check_end_of_text
-
-    tokenizer = build_megatron_tokenizer("HuggingFaceTokenizer", folder)
-    try:
-        check_end_of_text(tokenizer)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_a_tokenizer_without_an_end_is_refused(hugging_face: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    endless = AutoTokenizer.from_pretrained(hugging_face)
-    endless.eos_token = None
-    endless.save_pretrained(tmp_path)
-    assert ranks.run(end_of_text, folder=hugging_face) == [""]
-    assert "no end-of-text (eos) token" in ranks.run(end_of_text, folder=tmp_path)[0]

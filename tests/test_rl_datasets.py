@@ -67,6 +67,12 @@ def test_examples_are_read_with_all_that_stands_there(tmp_path: Path) -> None:
         (b"[1, 2]", "must be a JSON object .*, not a list"),
         (b'"text"', "must be a JSON object .*, not a string"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b'{"prompt": "x \\ud800", "reference": "x", "reward": "f1"}', "character 3 is half of a surrogate pair"),
+        ({**GOOD, "prompt": [{"role": "user", "content": "\udfff"}]}, "half of a surrogate pair"),
+        ({**GOOD, "reward": "numeric", "reference": 10**400}, "must be a finite number"),
+        ({**GOOD, "reward": "tests.no_module:f"}, "cannot be imported"),
         ({"reference": "x", "reward": "f1"}, "the field 'prompt' is missing"),
         ({"prompt": "x", "reward": "f1"}, "the field 'reference' is missing"),
         ({"prompt": "x", "reference": "x"}, "the field 'reward' is missing .*--default-reward"),
@@ -353,6 +359,27 @@ def test_flags_become_an_environment(tmp_path: Path) -> None:
     assert {len(t.prompt) for t in tasks if not t.source} == {128}  # the curriculum holds for needles too
     assert set(built.heldout_lengths) <= {16, 32}
     assert [line.split(":")[-1].split(" tokens")[0].split(" of ")[0] for line in said] == [" 8 prompts", " 3 prompts"]
+
+
+def test_a_name_that_exists_is_taken_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run:12", "held.jsonl", "needle:2"):
+        numbered(tmp_path / name, 3)
+    only = data_config_from_args(parse("--train-data", "run:12", "needle:2:3", "--heldout-data", "held.jsonl"))
+    assert only.train == (("run:12", 1.0), ("needle:2", 3.0))
+    assert not only.remarks
+    for name in ("run", "needle"):
+        numbered(tmp_path / name, 3)
+    flags = ("--train-data", "run:12", "run:+12", "needle", "needle:2", "--heldout-data", "held.jsonl")
+    both = data_config_from_args(parse(*flags))
+    assert both.train == (("run:12", 1.0), ("run", 12.0), ("needle", 1.0), ("needle:2", 1.0))
+    said: list[str] = []
+    build(both, said)
+    assert said[:3] == [
+        "--train-data run:12 is the file of this name; run with this weight would be run:+12",
+        "--train-data needle:2 is the file of this name; needle with this weight would be needle:+2",
+        "needle stands for the needle tasks; the file of this name would be ./needle",
+    ]
 
 
 def build(config: Any, said: list[str] | None = None) -> Environment:

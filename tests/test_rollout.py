@@ -176,7 +176,7 @@ def count_forwards() -> tuple[int, dict[str, Tensor]]:
     token = int(make_engine(model).generate([first], greedy).tokens[0, 0])
     calls.clear()
     long = replace(greedy, max_response_length=20)
-    rollouts = make_engine(model, eod=token).generate([first], long)
+    rollouts = make_engine(model, stop_ids=(token,)).generate([first], long)
     handle.remove()
     return len(calls), vars(rollouts)
 
@@ -186,6 +186,28 @@ def test_generation_stops_when_all_have_ended() -> None:
     assert forwards == 1
     assert got["lengths"].tolist() == [1]
     assert got["finished"].tolist() == [True]
+
+
+def test_each_of_several_tokens_ends_a_response() -> None:
+    """Two more ends than eod: everything up to the first of them is as without, and the engine runs no longer."""
+    sampling = Sampling(max_response_length=24, seed=2)
+    [long] = ranks.run(generate, sampling=sampling)
+    stops = (int(long["tokens"][0, 2]), int(long["tokens"][1, 4]))
+    for got in ranks.run(generate, layout=Layout(tp=2), world_size=2, sampling=sampling, stop_ids=stops):
+        assert_cut_at(got, long, (EOD, *stops))
+    assert got["lengths"][0] <= 3
+
+
+def assert_cut_at(got: dict[str, Tensor], long: dict[str, Tensor], stops: tuple[int, ...]) -> None:
+    for row, whole in enumerate(long["tokens"].tolist()):
+        ends = [i for i, token in enumerate(whole) if token in stops]
+        length = ends[0] + 1 if ends else len(whole)
+        assert int(got["lengths"][row]) == length
+        assert bool(got["finished"][row]) == bool(ends)
+        assert got["tokens"][row].tolist() == whole[:length] + [EOD] * (len(whole) - length)
+        expected = long["log_probs"][row, :length]
+        torch.testing.assert_close(got["log_probs"][row, :length], expected, rtol=0, atol=LOG_PROB_TOLERANCE)
+        assert (got["log_probs"][row, length:] == 0).all()
 
 
 def test_padded_vocabulary_is_never_sampled() -> None:

@@ -129,6 +129,7 @@ def test_tensorboard_has_the_same_names(straight: tuple[Path, str]) -> None:
 def test_it_says_what_came_out(straight: tuple[Path, str]) -> None:
     run_dir, shown = straight
     assert "4/4  reward" in shown
+    assert "responses end at </s> (2, of the tokenizer)" in shown
     assert "all 8 tasks" in shown
     assert "frozen rows changed           0 of " in shown
     assert "frozen rows changed           0 of 0" not in shown

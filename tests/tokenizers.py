@@ -1,5 +1,6 @@
 """Real tokenizers for tests: the demo's SentencePiece model, and a Hugging Face one built on the spot."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,31 @@ class DemoTokenizer:
     def detokenize(self, ids: list[int]) -> str:
         return self.model.decode(list(ids))
 
+    def encode(self, text: str) -> list[int]:
+        return self.tokenize(text)
 
-def save_hugging_face_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """A fast byte-level BPE tokenizer that puts <|bos|> before each text, saved as `transformers` saves one."""
+
+class AddsTokens(DemoTokenizer):
+    """The same with <s> put before each text and, if wanted, </s> behind it; it reads a <s> that is spelled out."""
+
+    bos = 1
+
+    def __init__(self, *, end: bool = False) -> None:
+        super().__init__()
+        self.behind = [self.eod] if end else []
+
+    def tokenize(self, text: str) -> list[int]:
+        first, *rest = [self.model.encode(part) for part in text.split("<s>")]
+        return [self.bos, *first, *(i for part in rest for i in (self.bos, *part)), *self.behind]
+
+
+def save_hugging_face_tokenizer(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, eos: str = "<|im_end|>", gap: int = 0
+) -> Path:
+    """A fast byte-level BPE tokenizer that puts <|bos|> before each text, saved as `transformers` saves one.
+
+    eos: another token is added as the last; gap: ids that are left out before the last one.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,9 +72,15 @@ def save_hugging_face_tokenizer(folder: Path, *, chat_template: str | None = CHA
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.token_to_id("<|bos|>"))]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token=eos)
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
+    if gap:
+        file = folder / "tokenizer.json"
+        saved = json.loads(file.read_text())
+        saved["added_tokens"][-1]["id"] += gap
+        saved["model"]["vocab"].pop(saved["added_tokens"][-1]["content"], None)
+        file.write_text(json.dumps(saved))
     return folder
 
 

@@ -41,7 +41,7 @@ class NeedleDataset(torch.utils.data.Dataset):
         return self._encode(generator.sample(step, place), generator)
 
     def _encode(self, sample: Sample, generator: NeedleGenerator) -> dict[str, torch.Tensor]:
-        answer = [*generator.tokenizer.tokenize(sample.answer), self.eod]
+        answer = [*generator.pieces.piece(sample.answer), self.eod]
         padding = [self.pad] * (_answer_room(generator) - len(answer))
         ids = torch.tensor([*sample.prompt_ids, *answer, *padding])
         place = torch.arange(1, len(ids))

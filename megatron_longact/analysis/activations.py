@@ -56,7 +56,8 @@ class Source(Protocol):
     """A model whose Q and K activations can be read, with its tokenizer.
 
     taps: where; inv_freq: RoPE's inverse frequencies, radians a token, fp32 [pairs], channel i paired with i + pairs,
-    or with i + 1 where `rope_interleaved`; None without RoPE. positions: tokens that the model takes.
+    or with i + 1 where `rope_interleaved`; None without RoPE. positions: tokens that the model takes;
+    embeddings: ids that it has embeddings of, None if that is not known.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Source(Protocol):
     inv_freq: Tensor | None
     rope_interleaved: bool
     positions: int
+    embeddings: int | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -86,6 +88,9 @@ def measure(model: Source, prompts: Sequence[Sequence[int]]) -> Measurement:
         raise ValueError(
             f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens, to measure"
         )
+    largest = max(map(max, prompts))
+    if model.embeddings is not None and largest >= model.embeddings:
+        raise ValueError(f"a prompt has the token id {largest}, but the model has {model.embeddings} embeddings")
     measured = model.measure(prompts)
     for (tap, statistic), scores in measured.scores.items():
         for part, values in scores._asdict().items():

@@ -34,6 +34,7 @@ class HFSource:
     taps: tuple[Tap, ...]
     inv_freq: Tensor | None
     positions: int
+    embeddings: int | None = None
     rope_interleaved: bool = field(default=False, init=False)
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
@@ -117,16 +118,18 @@ def open_folder(
     norms = all(
         isinstance(getattr(each, name, None), nn.Module) for each in attentions for name in ("q_norm", "k_norm")
     )
+    embeddings = int(model.get_input_embeddings().weight.shape[0])
     return HFSource(
         name=run_name(folder),
         model=model.to(device).eval(),
-        encode=encoder(tokenizer or folder, vocab_size=model.get_input_embeddings().weight.shape[0]),
+        encode=encoder(tokenizer or folder, vocab_size=embeddings),
         layout=layout,
         attentions=attentions,
         layer_numbers=tuple(_number(each, i) for i, each in enumerate(attentions)),
         taps=("projection", "norm") if norms else ("projection",),
         inv_freq=_inv_freq(model, layout.kv_channels),
         positions=int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)),
+        embeddings=embeddings,
     )
 
 

@@ -36,6 +36,7 @@ class MegatronSource:
     encode: Callable[[str], list[int]]
     positions: int
     dp_group: Any
+    embeddings: int | None = None
     layout: QKVLayout = field(init=False)
     layer_numbers: tuple[int, ...] = field(init=False)
     taps: tuple[Tap, ...] = field(init=False)

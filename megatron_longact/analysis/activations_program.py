@@ -14,6 +14,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron_longact.analysis.activations_megatron import MegatronSource
 from megatron_longact.analysis.activations_models import Checkpoint
 from megatron_longact.checkpoint_model import load_model, parse_args
+from megatron_longact.rl.data.vocabulary import check_tokenizer, embeddings_of
 
 
 def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) -> Iterator[MegatronSource]:
@@ -22,6 +23,7 @@ def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) ->
     flags: Megatron's, without --load and --ckpt-step. A source is of use until the next one is asked for.
     """
     args = _arguments(checkpoints[0], flags)
+    check_tokenizer(args, get_tokenizer())
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = load_model(args, groups)
@@ -35,6 +37,7 @@ def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) ->
             encode=_encode,
             positions=int(args.max_position_embeddings),
             dp_group=groups.dp,
+            embeddings=embeddings_of(args),
         )
 
 

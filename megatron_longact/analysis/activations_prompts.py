@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,17 +10,14 @@ from typing import Any
 
 from megatron_longact.evaluation import ruler
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
+from megatron_longact.rl.data.json_lines import check_text, parse_json
+from megatron_longact.rl.data.pieces import PieceEncoder
 
 DEFAULT_TASKS = ("niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1")
 DEFAULT_LENGTHS = (2048, 4096)
 _TEXT_FIELDS = ("text", "prompt", "input")
 
 Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    encode: Encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,31 +56,32 @@ class PromptOptions:
         if length is not None and length > positions:
             raise ValueError(f"--lengths asks for {length} tokens, but the model has {positions} positions")
         seed = self.seed if seed is None else seed
+        pieces = PieceEncoder(encode)
         if self.file is not None:
-            return _of_file(self.file, length, encode=encode, count=self.num_samples, seed=seed, positions=positions)
+            return _of_file(self.file, length, pieces=pieces, count=self.num_samples, seed=seed, positions=positions)
         assert length is not None
         samples = ruler.generate(
             task,
             num_samples=self.num_samples,
             max_seq_length=length,
-            tokenizer=_Encoder(encode),
+            tokenizer=pieces,
             seed=seed,
             tokens_to_generate=0,
             model_template=self.model_template,
             **self.sources,  # type: ignore[arg-type]
         )
-        return [list(encode(sample["input"] + sample["answer_prefix"])) for sample in samples]
+        return [pieces.prompt(sample["input"] + sample["answer_prefix"]) for sample in samples]
 
 
 def _of_file(
-    path: Path, length: int | None, *, encode: Encode, count: int, seed: int, positions: int
+    path: Path, length: int | None, *, pieces: PieceEncoder, count: int, seed: int, positions: int
 ) -> list[list[int]]:
     """`count` prompts drawn by the seed: rows of a JSON-lines file, cut to the length; or windows of a text."""
     rng = random.Random(seed)
     if path.suffix == ".jsonl":
-        rows = [_tokens(row, number, path, encode) for number, row in _rows(path)]
+        rows = [_tokens(row, number, path, pieces) for number, row in _rows(path)]
     else:
-        rows = _windows(_read(path), length, encode=encode, count=count, rng=rng)
+        rows = _windows(_read(path), length, pieces=pieces, count=count, rng=rng)
     fitting = [row[:length] if length else row for row in rows if len(row) >= (length or 1)]
     if not fitting:
         longest = max(map(len, rows), default=0)
@@ -96,37 +93,44 @@ def _of_file(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read --prompts {path}: {error}") from error
 
 
 def _rows(path: Path) -> list[tuple[int, Any]]:
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines() would also split at U+2028 in a string
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
+                row = parse_json(line)
+                for value in row.values() if isinstance(row, dict) else ():
+                    check_text(value if isinstance(value, str) else "")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            rows.append((number, row))
     return rows
 
 
-def _tokens(row: Any, number: int, path: Path, encode: Encode) -> list[int]:
+def _tokens(row: Any, number: int, path: Path, pieces: PieceEncoder) -> list[int]:
     """A row's "tokens", or its "text", "prompt" or "input" (with RULER's "answer_prefix" behind it)."""
     if isinstance(row, dict):
         if isinstance(row.get("tokens"), list):
-            return [int(token) for token in row["tokens"]]
+            if not all(type(token) is int and token >= 0 for token in row["tokens"]):
+                raise ValueError(f"{path}, line {number}: 'tokens' must be token ids, whole numbers from 0 on")
+            return list(row["tokens"])
         for name in _TEXT_FIELDS:
             if isinstance(row.get(name), str):
-                return encode(row[name] + (row.get("answer_prefix") or ""))
+                prefix = row.get("answer_prefix")
+                return pieces.prompt(row[name] + (prefix if isinstance(prefix, str) else ""))
     raise ValueError(f"{path}, line {number} has neither tokens nor a text in {', '.join(_TEXT_FIELDS)}")
 
 
-def _windows(text: str, length: int | None, *, encode: Encode, count: int, rng: random.Random) -> list[list[int]]:
-    """Windows of a text that begin at a multiple of their length; the whole text without a length."""
-    tokens = encode(text)
-    if length is None or len(tokens) <= length:
-        return [tokens]
-    starts = range(0, len(tokens) - length + 1, length)
-    return [tokens[start : start + length] for start in rng.sample(starts, min(count, len(starts)))]
+def _windows(text: str, length: int | None, *, pieces: PieceEncoder, count: int, rng: random.Random) -> list[list[int]]:
+    """Windows of a text, one behind the other, each with the tokenizer's prefix; the whole text without a length."""
+    tokens, prefix = pieces.piece(text), pieces.prefix
+    if length is None or len(prefix) + len(tokens) <= length:
+        return [pieces.begun(tokens)]
+    own = max(length - len(prefix), 1)
+    starts = range(0, len(tokens) - own + 1, own)
+    return [prefix + tokens[start : start + own] for start in rng.sample(starts, min(count, len(starts)))]

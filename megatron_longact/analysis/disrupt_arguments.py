@@ -13,6 +13,7 @@ from megatron_longact.evaluation.arguments import EvaluationConfig
 from megatron_longact.evaluation.ruler import TASKS
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
 from megatron_longact.rl.data.tasks import NEEDLE_TASKS
+from megatron_longact.rl.data.vocabulary import add_stop_args
 
 FROM_CHECKPOINT = "checkpoint"
 _FILES = ("essays", "words", "squad", "hotpotqa")
@@ -105,7 +106,8 @@ def _add_channel_args(parser: ArgumentParser) -> None:
 
 
 def _add_question_args(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group(title="what is asked").add_argument
+    group = parser.add_argument_group(title="what is asked")
+    add = group.add_argument
     add("--benchmark", choices=["needle", "ruler"], default="needle", help="Default: needle, the RL program's tasks.")
     add("--tasks", nargs="+", metavar="TASK", help="Of the benchmark. Default: all.")
     add("--lengths", nargs="+", type=int, metavar="TOKENS", help="Context lengths. Default: 64 128 256.")
@@ -120,6 +122,7 @@ def _add_question_args(parser: ArgumentParser) -> None:
     add("--text-tokens", type=int, default=128, help="Tokens of a window of it. Default: 128.")
     add("--text-windows", type=int, default=32, help="Windows, one behind the other; 0: no perplexity. Default: 32.")
     add("--show", type=int, default=2, help="Prompts of each length to show side by side. Default: 2.")
+    add_stop_args(group)
 
 
 def config_from_args(args: Namespace) -> DisruptConfig:

@@ -39,6 +39,7 @@ from megatron_longact.checkpoint_model import check_layout, load_model, parse_ar
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.qkv_layers import QKVModel
+from megatron_longact.rl.data.vocabulary import vocabulary_from_args
 from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
 from megatron_longact.rl.rollouts.sampling import Sampling
 from megatron_longact.rl.rollouts.static_engine import Prompt, StaticRolloutEngine
@@ -77,6 +78,9 @@ class Disruption:
         self.args, self.config, self.folder = args, config, folder
         self.terminal = terminal if args.rank == 0 else None
         self.tokenizer = get_tokenizer()
+        self.vocabulary = vocabulary_from_args(args, self.tokenizer)
+        if self.terminal is not None:
+            print(self.vocabulary.remark, file=self.terminal)
         positions = args.max_position_embeddings
         self.samples = scored_samples(config, self.tokenizer, positions=positions)
         self.measured = measured_samples(config, self.tokenizer, positions=positions)
@@ -86,8 +90,9 @@ class Disruption:
         self.qkv = QKVModel.find(self.model)
         self.engine = StaticRolloutEngine(
             unwrap_model(self.model[0]),
-            eod=self.tokenizer.eod,
-            vocab_size=self.tokenizer.vocab_size,
+            eod=self.vocabulary.eod,
+            stop_ids=self.vocabulary.stop_ids[1:],
+            vocab_size=self.vocabulary.size,
             max_batch_size=args.inference_max_requests,
             dp_group=self.pgs.dp,
         )
@@ -173,7 +178,7 @@ class Disruption:
     def _perplexity(self) -> float | None:
         if not self.windows:
             return None
-        return perplexity(self.model, self.windows, vocab_size=self.tokenizer.vocab_size, pgs=self.pgs)
+        return perplexity(self.model, self.windows, vocab_size=self.vocabulary.size, pgs=self.pgs)
 
     def _report(self, runs: list[Run], chosen: dict[str, QK], statistics: RowStatistics) -> None:
         if self.terminal is None:

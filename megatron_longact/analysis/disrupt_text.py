@@ -14,23 +14,28 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_longact.rl.batches.micro_batches import MicroBatch
+from megatron_longact.rl.data.pieces import PieceEncoder
 from megatron_longact.rl.data.tasks import Tokenizer, sentences_of
 from megatron_longact.rl.log_probs import ResponseScorer, score_responses
 
 
 def text_windows(path: Path | None, tokenizer: Tokenizer, *, length: int, count: int) -> list[list[int]]:
-    """The first `count` windows of `length` tokens of a file, or of the built-in prose; ValueError for fewer."""
+    """The first `count` windows of `length` tokens of a file, or of the built-in prose; ValueError for fewer.
+
+    Each begins with what the tokenizer begins a text with (`<s>`), if anything.
+    """
     try:
         text = path.read_text("utf-8") if path else " ".join(sentences_of("heldout"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read --text {path}: {error}") from error
-    ids = tokenizer.tokenize(text)
-    if len(ids) < length * count:
+    pieces = PieceEncoder(tokenizer.tokenize)
+    ids, own = pieces.piece(text), length - len(pieces.prefix)
+    if len(ids) < own * count or own < 1:
         raise ValueError(
             f"{path or 'the built-in prose'} has {len(ids)} tokens, fewer than {count} windows of {length}; lower "
             "--text-windows or --text-tokens"
         )
-    return [list(ids[i * length : (i + 1) * length]) for i in range(count)]
+    return [pieces.prefix + ids[i * own : (i + 1) * own] for i in range(count)]
 
 
 def perplexity(

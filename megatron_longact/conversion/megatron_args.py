@@ -15,8 +15,9 @@ _NOT_TAKEN_BY_MEGATRON = (
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
     "window_size",
+    "hf_vocab_size",
 )
-"""What decides which model is built, and `--use-checkpoint-args` of megatron-core 0.19 leaves as the flags have it."""
+"""What says which model it is, and `--use-checkpoint-args` of megatron-core 0.19 leaves as the flags have it."""
 
 
 _PLAIN_FLAGS = """
@@ -76,6 +77,7 @@ def model_args(model: HFModel) -> dict[str, Any]:
 def common_state(model: HFModel) -> dict[str, Any]:
     """What a checkpoint holds beside its tensors; plain values, which Megatron loads without unpickling code."""
     saved_by = {
+        "hf_vocab_size": model.vocab_size,  # an argument of ours: embeddings without Megatron's padding
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "world_size": 1,

@@ -11,6 +11,7 @@ from megatron_longact.evaluation import longbench_v2
 from megatron_longact.evaluation.longbench_v2 import Style
 from megatron_longact.evaluation.ruler import TASKS
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
+from megatron_longact.rl.data.vocabulary import add_stop_args
 
 Benchmark = Literal["ruler", "longbench-v2"]
 STYLES: dict[str, Style] = {
@@ -47,7 +48,8 @@ class EvaluationConfig:
 
 def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
-    add = parser.add_argument_group(title="evaluation").add_argument
+    group = parser.add_argument_group(title="evaluation")
+    add = group.add_argument
     add("--benchmark", required=True, choices=["ruler", "longbench-v2"])
     add("--output", type=Path, default=Path("runs/evaluation"), help="Folder for results. Default: runs/evaluation.")
     add(
@@ -86,6 +88,7 @@ def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:
         help="LongBench v2: tokens of a prompt; longer ones lose their middle. Default: 120000, or what the model has.",
     )
     add("--sampling-temperature", type=float, help="0 is greedy. Default: the benchmark's (RULER 0, LongBench v2 0.1).")
+    add_stop_args(group)
     return parser
 
 

@@ -8,6 +8,8 @@ A row is a dict, an Id says which sample it answers. RULER rows have `index` and
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from megatron_longact.evaluation.longbench_v2 import extract_answer
 from megatron_longact.evaluation.ruler.tasks import TASKS
+from megatron_longact.rl.data.json_lines import parse_json
 
 Row = dict[str, Any]
 Id = tuple[Any, ...]
@@ -45,15 +48,15 @@ def read_rows(path: Path) -> list[Row]:
 def _parse(text: str, path: Path) -> list[Any]:
     if text.lstrip().startswith("["):
         try:
-            return list(json.loads(text))
-        except json.JSONDecodeError as error:
+            return list(parse_json(text))
+        except ValueError as error:
             raise ValueError(f"{path} is no JSON list: {error}") from error
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                rows.append(parse_json(line))
+            except ValueError as error:
                 raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
     return rows
 
@@ -69,8 +72,7 @@ def ruler_rows(rows: Sequence[Row], *, what: str) -> dict[Id, Row]:
     """
     placed = [{**row, "task": _task_of(row), "max_seq_length": _length_of(row)} for row in rows]
     for row in placed:
-        if "index" not in row:
-            row["index"] = _field(row, "id")
+        row["index"] = _index_of(row)
     files = {row["_file"]: [other for other in placed if other["_file"] == row["_file"]] for row in placed}
     for rows_of_file in files.values():
         if all(_has_place_for_index(row) for row in rows_of_file):
@@ -81,29 +83,60 @@ def ruler_rows(rows: Sequence[Row], *, what: str) -> dict[Id, Row]:
 
 def longbench_rows(rows: Sequence[Row], *, what: str) -> dict[Id, Row]:
     """LongBench v2 rows by `_id`; ValueError for a row without one and for a doubled one."""
-    return _by_id([{**row, "_id": row["_id"] if "_id" in row else _field(row, "id")} for row in rows], ("_id",), what)
+    named = [{**row, "_id": _field(row, "_id", "id")} for row in rows]
+    for row in named:
+        if not isinstance(row["_id"], str | int) or isinstance(row["_id"], bool):
+            raise _odd(row, "_id", "a string or a whole number")
+    return _by_id(named, ("_id",), what)
 
 
 def _task_of(row: Row) -> str:
     path = Path(row["_file"])
-    candidates = [row.get("task"), (row.get("others") or {}).get("task"), path.stem, path.parent.name]
-    found = [name for name in candidates if name in TASKS]
+    candidates = [row.get("task"), _others(row).get("task"), path.stem, path.parent.name]
+    found = [name for name in candidates if isinstance(name, str) and name in TASKS]
     if not found:
         raise ValueError(f"a row of {path} has no 'task', and neither the file nor its folder is named after one")
     return str(found[0])
 
 
 def _length_of(row: Row) -> int:
-    given = row.get("max_seq_length", (row.get("others") or {}).get("max_seq_length"))
+    given = row.get("max_seq_length", _others(row).get("max_seq_length"))
     numbers = [part for part in Path(row["_file"]).parts if part.isdecimal()]
-    return int(given if given is not None else numbers[-1] if numbers else 0)
+    if given is None:
+        return int(numbers[-1] if numbers else 0)
+    length = _whole(given)
+    if length is None:
+        raise _odd(row, "max_seq_length", "a whole number", given)
+    return length
+
+
+def _index_of(row: Row) -> int | str:
+    """Whole numbers as such, however they are written; other ids of a text as they are."""
+    given = row["index"] if "index" in row else _field(row, "id")
+    index = _whole(given)
+    if index is None and not isinstance(given, str):
+        raise _odd(row, "index", "a whole number or a string", given)
+    return given if index is None else index
+
+
+def _others(row: Row) -> dict[str, Any]:
+    others = row.get("others")
+    return others if isinstance(others, dict) else {}
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also one that is written 3.0 or "3"."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\s*\d{1,18}\s*", value) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and math.isfinite(value) and value == int(value) else None
 
 
 def _has_place_for_index(row: Row) -> bool:
-    outputs, text = row.get("outputs"), row.get("input")
-    if not row["task"].startswith("niah") or not outputs or not isinstance(text, str):
+    text = row.get("input")
+    if not row["task"].startswith("niah") or not row.get("outputs") or not isinstance(text, str):
         return False
-    return row["index"] == text.find(outputs[0])
+    return bool(row["index"] == text.find(ruler_references(row)[0]))
 
 
 def _by_id(rows: Sequence[Row], names: Sequence[str], what: str) -> dict[Id, Row]:
@@ -144,22 +177,58 @@ def check_consecutive(ids: Iterable[Id]) -> None:
 
 
 def ruler_prediction(row: Row) -> str:
-    """The text that answers a RULER sample."""
-    return str(_field(row, "pred", "prediction"))
+    """The text that answers a RULER sample; null is none, which is empty."""
+    name = "pred" if "pred" in row else "prediction"
+    return _text(row, name, _field(row, "pred", "prediction")) or ""
 
 
-def ruler_references(row: Row) -> list[Any]:
-    """A RULER sample's right answers (`outputs`, or the single `output` of the official scripts' other form)."""
-    return list(row["outputs"]) if "outputs" in row else [_field(row, "output")]
+def ruler_references(row: Row) -> list[str]:
+    """A RULER sample's right answers (`outputs`, or the single `output` of the official scripts' other form).
+
+    A single one may stand there without its list, and numbers are taken as they are written.
+    """
+    given = row["outputs"] if "outputs" in row else _field(row, "output")
+    answers = given if isinstance(given, list) else [given]
+    texts = [_text(row, "outputs", answer) for answer in answers]
+    if not texts or any(text is None for text in texts):
+        raise _odd(row, "outputs", "a list of right answers", given)
+    return [text for text in texts if text is not None]
 
 
 def longbench_answer(row: Row) -> str | None:
     """The letter that answers a LongBench v2 item, from the response if the row has it; None if there is none."""
     for name in ("response", "prediction"):
-        if isinstance(row.get(name), str):
-            return extract_answer(row[name].strip())
-    pred = _field(row, "pred")
-    return pred if pred in (None, *"ABCD") else extract_answer(str(pred))
+        if row.get(name) is not None:
+            return extract_answer((_text(row, name, row[name]) or "").strip())
+    if "pred" not in row and ("response" in row or "prediction" in row):
+        return None
+    pred = (_text(row, "pred", _field(row, "pred")) or "").strip()
+    letter = re.fullmatch(r"\(?([A-D])[).]*", pred)
+    return letter[1] if letter else extract_answer(pred)
+
+
+def longbench_reference(row: Row) -> str:
+    """The right letter of a LongBench v2 item."""
+    letter = row["answer"]
+    if letter not in tuple("ABCD"):
+        raise _odd(row, "answer", "A, B, C or D")
+    return str(letter)
+
+
+def _text(row: Row, name: str, value: Any) -> str | None:
+    """A text that stands there as such, as a number, or as the only one of a list; None for null."""
+    if isinstance(value, list) and len(value) == 1:
+        [value] = value
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _odd(row, name, "a text", value)
+    return str(value)
+
+
+def _odd(row: Row, name: str, wanted: str, value: Any = None) -> ValueError:
+    shown, id = json.dumps(row.get(name) if value is None else value), row.get("_id", row.get("index"))
+    return ValueError(f"row {id!r} of {row['_file']} has {shown[:80]} as its {name!r}; it must be {wanted}")
 
 
 def _field(row: Row, *names: str) -> Any:

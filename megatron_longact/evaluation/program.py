@@ -21,6 +21,7 @@ from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.predictions import Id, Row, check_complete
 from megatron_longact.evaluation.samples import groups_of
 from megatron_longact.evaluation.scoring import report, rows_by_id
+from megatron_longact.rl.data.vocabulary import vocabulary_from_args
 from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
 from megatron_longact.rl.rollouts.engines import rollout_engine
 
@@ -56,7 +57,10 @@ class Evaluation:
     def __init__(self, args: Namespace, config: EvaluationConfig, *, iteration: str, terminal: TextIO) -> None:
         self.args, self.config, self.terminal = args, config, terminal
         self.first = args.rank == 0
-        self.settings = _settings(args, config, iteration)
+        vocabulary = vocabulary_from_args(args, get_tokenizer())
+        if self.first:
+            print(vocabulary.remark, file=terminal)
+        self.settings = _settings(args, config, iteration) | {"stop_token_ids": list(vocabulary.stop_ids)}
         self.groups = groups_of(config, _Encoder(), positions=args.max_position_embeddings)
 
     def run(self) -> None:

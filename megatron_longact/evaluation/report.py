@@ -10,6 +10,7 @@ from megatron_longact.evaluation.predictions import (
     Id,
     Row,
     longbench_answer,
+    longbench_reference,
     ruler_prediction,
     ruler_references,
 )
@@ -45,9 +46,9 @@ def ruler_results(rows: Mapping[Id, Row]) -> Results:
 def _sources(rows: Any) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for row in rows:
-        others = row.get("others") or {}
+        others = row.get("others")
         for name in ("haystack", "words", "questions"):
-            if name in others:
+            if isinstance(others, dict) and name in others:
                 found.setdefault(name, set()).add(str(others[name]))
     return {name: sorted(values) for name, values in found.items()}
 
@@ -76,7 +77,7 @@ def longbench_results(rows: Mapping[Id, Row]) -> Results:
         if missing:
             raise ValueError(f"the row of {row['_id']} has no {missing[0]!r}; give the benchmark's file with --data")
         pred = longbench_answer(row)
-        judged.append({**row, "pred": pred, "judge": pred == row["answer"]})
+        judged.append({**row, "pred": pred, "judge": pred == longbench_reference(row)})
     return {
         "benchmark": "longbench-v2",
         "scores": longbench_v2.aggregate(judged),

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig
-from megatron_longact.evaluation.predictions import Id, Row, longbench_rows, read_rows
+from megatron_longact.evaluation.predictions import Id, Row, longbench_reference, longbench_rows, read_rows
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
+from megatron_longact.rl.data.pieces import PieceEncoder
 
 RULER_SAMPLES = 500
 LONGBENCH_GROUP = 64
@@ -21,7 +22,7 @@ class Encoder(Protocol):
     """A tokenizer as the benchmarks want it."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Ids of a text, with the special tokens that the tokenizer puts around it, if any."""
         ...
 
 
@@ -54,12 +55,13 @@ def groups_of(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -
 
     Raises ValueError for what does not fit into the model, and for a file that is not the benchmark's.
     """
+    pieces = PieceEncoder(tokenizer.encode)
     if config.benchmark == "ruler":
-        return list(_ruler_groups(config, tokenizer, positions=positions))
-    return _longbench_groups(config, tokenizer, positions=positions)
+        return list(_ruler_groups(config, pieces, positions=positions))
+    return _longbench_groups(config, pieces, positions=positions)
 
 
-def _ruler_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> Iterator[Group]:
+def _ruler_groups(config: EvaluationConfig, pieces: PieceEncoder, *, positions: int) -> Iterator[Group]:
     if max(config.lengths) > positions:
         raise ValueError(f"--lengths asks for {max(config.lengths)} tokens, but the model has {positions} positions")
     count = config.num_samples or RULER_SAMPLES
@@ -68,16 +70,16 @@ def _ruler_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions: in
             yield Group(
                 f"{task} at {length}",
                 tuple((length, task, i) for i in range(count)),
-                lambda task=task, length=length: _ruler_samples(config, tokenizer, task, length, count),  # type: ignore[misc]
+                lambda task=task, length=length: _ruler_samples(config, pieces, task, length, count),  # type: ignore[misc]
             )
 
 
-def _ruler_samples(config: EvaluationConfig, tokenizer: Encoder, task: str, length: int, count: int) -> list[Sample]:
+def _ruler_samples(config: EvaluationConfig, pieces: PieceEncoder, task: str, length: int, count: int) -> list[Sample]:
     made = ruler.generate(
         task,
         num_samples=count,
         max_seq_length=length,
-        tokenizer=tokenizer,
+        tokenizer=pieces,
         seed=config.sample_seed,
         tokens_to_generate=config.tokens_to_generate,
         model_template=config.model_template,
@@ -86,11 +88,11 @@ def _ruler_samples(config: EvaluationConfig, tokenizer: Encoder, task: str, leng
         squad=config.squad,
         hotpotqa=config.hotpotqa,
     )
-    return [_ruler_sample(config, tokenizer, task, length, sample) for sample in made]
+    return [_ruler_sample(config, pieces, task, length, sample) for sample in made]
 
 
 def _ruler_sample(
-    config: EvaluationConfig, tokenizer: Encoder, task: str, length: int, sample: Mapping[str, Any]
+    config: EvaluationConfig, pieces: PieceEncoder, task: str, length: int, sample: Mapping[str, Any]
 ) -> Sample:
     prompt = sample["input"] + sample["answer_prefix"]
 
@@ -101,20 +103,20 @@ def _ruler_sample(
 
     return Sample(
         (length, task, sample["index"]),
-        array("i", tokenizer.encode(prompt)),
+        array("i", pieces.prompt(prompt)),
         config.tokens_to_generate or ruler.TASKS[task].tokens_to_generate,
         answered,
     )
 
 
-def _longbench_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> list[Group]:
+def _longbench_groups(config: EvaluationConfig, pieces: PieceEncoder, *, positions: int) -> list[Group]:
     if config.data is None:
         raise ValueError("--benchmark longbench-v2 needs its file: --data data.json")
     rows = longbench_rows(read_rows(config.data), what="items of --data").values()
     items = list(rows)[: config.num_samples]
     if not items:
         raise ValueError(f"{config.data} holds no items")
-    prompts = _LongBenchPrompts(config, tokenizer, positions=positions)
+    prompts = _LongBenchPrompts(config, pieces, positions=positions)
     for item in items:
         prompts.check(item)
     return [prompts.group(items[i : i + LONGBENCH_GROUP]) for i in range(0, len(items), LONGBENCH_GROUP)]
@@ -123,10 +125,10 @@ def _longbench_groups(config: EvaluationConfig, tokenizer: Encoder, *, positions
 class _LongBenchPrompts:
     """Turns items into samples: built, cut in the middle, and put into the model's template."""
 
-    def __init__(self, config: EvaluationConfig, tokenizer: Encoder, *, positions: int) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: EvaluationConfig, pieces: PieceEncoder, *, positions: int) -> None:
+        self.config, self.pieces = config, pieces
         before, after = config.model_template.split(TASK_TEMPLATE)
-        self.before, self.after = (tokenizer.encode(text) if text else [] for text in (before, after))
+        self.before, self.after = (pieces.piece(text) if text else [] for text in (before, after))
         cot = config.style == "0shot_cot"
         self.answer_tokens = longbench_v2.TOKENS_TO_GENERATE_COT if cot else longbench_v2.TOKENS_TO_GENERATE
         room = positions - self.answer_tokens - len(self.before) - len(self.after)
@@ -146,6 +148,7 @@ class _LongBenchPrompts:
         missing = [name for name in ("answer", "difficulty", "length") if name not in item]
         if missing:
             raise ValueError(f"item {item['_id']!r} of {self.config.data} has no {missing[0]!r}")
+        longbench_reference(item)
         longbench_v2.build_prompt(item, style=self.config.style, num_chunks=self.config.num_chunks)
 
     def group(self, items: Sequence[Row]) -> Group:
@@ -168,7 +171,9 @@ class _LongBenchPrompts:
         return self._sample(item, prompt, longbench_v2.TOKENS_TO_GENERATE, {"response_cot": reasoning})
 
     def _sample(self, item: Row, prompt: str, tokens_to_generate: int, extra: Row) -> Sample:
-        ids = longbench_v2.truncate(self.tokenizer.encode(prompt), self.max_length)
+        ids = longbench_v2.truncate(self.pieces.prompt(prompt), self.max_length)
+        ids = ids[len(self.pieces.prefix) :] if self.pieces.begins(ids) else ids
+        whole = self.pieces.begun([*self.before, *ids, *self.after])
 
         def answered(response: str) -> Row:
             response = response.strip()
@@ -178,4 +183,4 @@ class _LongBenchPrompts:
             judged = {"response": response, "pred": pred, "judge": pred == item["answer"]}
             return kept | context | extra | judged
 
-        return Sample((item["_id"],), array("i", [*self.before, *ids, *self.after]), tokens_to_generate, answered)
+        return Sample((item["_id"],), array("i", whole), tokens_to_generate, answered)

@@ -13,7 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.global_vars import get_tensorboard_writer, get_tokenizer
+from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
 from megatron_longact.checkpointing import check_load
@@ -23,6 +23,7 @@ from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import build_environment
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.environment import Environment, NeedleEnvironment
+from megatron_longact.rl.data.vocabulary import vocabulary_from_args
 from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import RLLoop
 from megatron_longact.rl.objectives.objective import Objective
@@ -45,9 +46,10 @@ SEQUENCE_MULTIPLE = 16
 def environment_of(config: RLConfig, *, say: Callable[[str], None]) -> Environment:
     """The tasks of a run, with Megatron's tokenizer; raises ValueError, in one line, for what cannot be.
 
-    say: is given a line for each data set that was read.
+    say: is given a line on what ends a response, and one for each data set that was read.
     """
     tokenizer = get_tokenizer()
+    say(vocabulary_from_args(get_args(), tokenizer).remark)
 
     def needles(curriculum: Curriculum) -> NeedleEnvironment:
         return NeedleEnvironment(
@@ -94,16 +96,17 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     state = LoopState()
     trainer = _trainer(args, state)
     pgs = trainer.pg_collection
+    vocabulary = vocabulary_from_args(args, get_tokenizer())
     judge = Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD)
     scorer = ResponseScorer(
         temperature=config.sampling.temperature,
-        vocab_size=get_tokenizer().vocab_size,
+        vocab_size=vocabulary.size,
         tp_group=pgs.tp,
         chunk_size=config.logits_chunk_size,
     )
     layout = BatchLayout(
         config,
-        pad_token=get_tokenizer().eod,
+        pad_token=vocabulary.eod,
         multiple_of=SEQUENCE_MULTIPLE,
         dp_rank=pgs.dp.rank(),
         dp_size=pgs.dp.size(),

@@ -6,19 +6,22 @@ Megatron's `--chat-template` takes the template itself; here the name of its fil
 from __future__ import annotations
 
 import math
+import os
+import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.rl.data.chat import PromptEncoder, check_end_of_text, read_chat_template
+from megatron_longact.rl.data.chat import PromptEncoder, read_chat_template
 from megatron_longact.rl.data.curriculum import USAGE, Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, Source
 from megatron_longact.rl.data.mixture import Mixture
 from megatron_longact.rl.data.rewards import REWARDS, find_reward
+from megatron_longact.rl.data.vocabulary import add_stop_args
 from megatron_longact.rl.rollouts.pass_at_k import PassAtK
 
 NEEDLE = "needle"
@@ -39,6 +42,8 @@ class DataConfig:
     curriculum: Curriculum = field(default_factory=Curriculum)
     chat_template: str | None = None
     pass_at: PassAtK = field(default_factory=PassAtK)
+    remarks: tuple[str, ...] = ()
+    """What a user should know of how the flags were read, a line each."""
 
     @property
     def trains_on_needles(self) -> bool:
@@ -98,6 +103,7 @@ def add_data_args(parser: ArgumentParser) -> ArgumentParser:
         metavar="STEP:LENGTH",
         help=f"Longest prompt, in tokens, that training draws from a rollout step on: {USAGE}. Default: any length.",
     )
+    add_stop_args(group)
     _add_evaluation_args(parser)
     return parser
 
@@ -125,6 +131,7 @@ def data_config_from_args(args: Namespace) -> DataConfig:
     """What the flags say; reads no data set yet. Raises ValueError, in one line, for what cannot be."""
     config = DataConfig(
         train=tuple(_weighted(item) for item in args.train_data),
+        remarks=tuple(_ambiguities(args.train_data, args.heldout_data)),
         heldout=tuple(args.heldout_data),
         heldout_length_edges=tuple(args.heldout_length_edges),
         default_reward=args.default_reward,
@@ -157,9 +164,10 @@ def build_environment(
     max_prompt_length: tokens that fit beside a response; say: is given one line for each data set. Without data flags
     it is the needle environment and nothing else. Raises ValueError as `Dataset`, `Curriculum` and the parts do.
     """
+    for remark in data.remarks:
+        say(remark)
     if not data.train and not data.heldout:
         return needles(data.curriculum)
-    check_end_of_text(tokenizer)
     encoder = PromptEncoder(tokenizer, chat_template=data.chat_template)
 
     def source(name: str, curriculum: Curriculum) -> Source:
@@ -190,12 +198,25 @@ def build_environment(
 
 
 def _weighted(item: str) -> tuple[str, float]:
-    """`PATH[:WEIGHT]`; what stands behind the last colon is a weight if it is a number."""
+    """`PATH[:WEIGHT]`: a name that exists is a path as it stands; else a number behind the last colon is a weight."""
     path, colon, weight = item.rpartition(":")
+    if not colon or os.path.exists(item):
+        return item, 1.0
     try:
-        return (path, float(weight)) if colon else (item, 1.0)
+        return path, float(weight)
     except ValueError:
         return item, 1.0
+
+
+def _ambiguities(train: Sequence[str], heldout: Sequence[str]) -> Iterator[str]:
+    """What was done about names that could have meant something else, a line each."""
+    for item in train:
+        path, _, weight = item.rpartition(":")
+        if re.fullmatch(r"[\d.]+", weight) and os.path.exists(item) and (path == NEEDLE or os.path.exists(path)):
+            yield f"--train-data {item} is the file of this name; {path} with this weight would be {path}:+{weight}"
+    names = {_weighted(item)[0] for item in train} | set(heldout)
+    if NEEDLE in names and os.path.exists(NEEDLE):
+        yield f"{NEEDLE} stands for the needle tasks; the file of this name would be ./{NEEDLE}"
 
 
 def _check_data_sets(config: DataConfig) -> None:

@@ -7,16 +7,21 @@ and encodes what comes out as plain text, so control pieces such as `</s>` canno
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_longact.rl.data.pieces import PieceEncoder
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation; each message has a `role` and a `content`."""
 
 _HUGGING_FACE = ("huggingface", "megatron")
 """Megatron's names of the tokenizer libraries that wrap one of `transformers`."""
+
+_ANSWER = "the-answer-of-the-assistant"
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,18 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._template = chat_template or _own_template(tokenizer)
+        self._pieces = PieceEncoder(tokenizer.tokenize)
+        self._template = chat_template or own_template(tokenizer)
 
     def encode(self, prompt: str | Messages) -> EncodedPrompt:
         """Text and tokens; a message list ends where the assistant's turn begins.
 
-        Strings are tokenized as the tokenizer does it, with its special tokens if it adds any
+        Strings begin with the special tokens that the tokenizer begins a text with, if any, once
         (`--tokenizer-hf-no-include-special-tokens`: without). Raises ValueError for a message list without a
         template, and for one that the template refuses.
         """
         if isinstance(prompt, str):
-            return EncodedPrompt(prompt, tuple(self._tokenizer.tokenize(prompt)))
+            return EncodedPrompt(prompt, tuple(self._pieces.prompt(prompt)))
         if self._template is None:
             raise ValueError(
                 "the prompt is a list of messages, but the tokenizer has no chat template; give --chat-template FILE"
@@ -69,8 +75,8 @@ class PromptEncoder:
 
 
 def read_chat_template(value: str | None) -> str | None:
-    """Megatron's `--chat-template`: the template itself, which has a brace in it, or the name of its file."""
-    if value is None or "{" in value:
+    """Megatron's `--chat-template`: the name of a file, or the template itself, which has a brace in it."""
+    if value is None or ("{" in value and not os.path.isfile(value)):
         return value
     try:
         return Path(value).read_text(encoding="utf-8")
@@ -80,13 +86,25 @@ def read_chat_template(value: str | None) -> str | None:
         ) from error
 
 
-def check_end_of_text(tokenizer: Any) -> None:
-    """Raise ValueError if the tokenizer has no end-of-text token: no response could end by itself."""
-    eod = tokenizer.eod
-    if eod is None or eod < 0:
-        raise ValueError("the tokenizer has no end-of-text (eos) token, so no response could end by itself")
-
-
-def _own_template(tokenizer: Any) -> str | None:
+def own_template(tokenizer: Any) -> str | None:
+    """The chat template that a tokenizer brings along."""
     template = getattr(tokenizer, "chat_template", None)
     return template.get("default") if isinstance(template, dict) else template
+
+
+def turn_end(tokenizer: Any, template: str | None) -> int | None:
+    """The special token that a template ends the assistant's turn with; None if it is no such token, or not known.
+
+    Known is it of Hugging Face tokenizers: a SentencePiece model does not say which of its pieces are special.
+    """
+    if template is None or tokenizer.library not in _HUGGING_FACE:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except Exception:  # a template is a program of the user's; one that refuses this says nothing
+        return None
+    _, answer, behind = text.rpartition(_ANSWER)
+    added: dict[str, int] = tokenizer._tokenizer.tokenizer.get_added_vocab()
+    ends = [token for token in added if answer and behind.lstrip().startswith(token)]
+    return added[max(ends, key=len)] if ends else None

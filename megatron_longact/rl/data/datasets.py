@@ -10,7 +10,6 @@ gigabytes in each rank. A line that is asked for is read and tokenized again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_longact.rl.data.chat import Messages, PromptEncoder
+from megatron_longact.rl.data.json_lines import check_text, parse_json
 from megatron_longact.rl.data.rewards import REWARDS, find_reward
 
 FIELDS = ("prompt", "reference", "reward")
@@ -159,11 +159,10 @@ class Dataset:
 def _fields(content: bytes, *, default_reward: str | None) -> dict[str, Any]:
     """The fields of a line, with types checked; ValueError says what is wrong with it."""
     try:
-        fields = json.loads(content.decode("utf-8").rstrip())
+        text = content.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    fields = parse_json(text)
     if not isinstance(fields, dict):
         raise ValueError(f"a line must be a JSON object with {', '.join(FIELDS)}, not {_kind(fields)}")
     if default_reward is not None:
@@ -181,7 +180,7 @@ def _fields(content: bytes, *, default_reward: str | None) -> dict[str, Any]:
 def _check_prompt(prompt: str | Messages | Any) -> None:
     if not isinstance(prompt, str | list):
         raise ValueError(f"'prompt' must be a string or a list of messages, not {_kind(prompt)}")
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    if not prompt or (isinstance(prompt, str) and not check_text(prompt).strip()):
         raise ValueError("the prompt is empty")
     if isinstance(prompt, list):
         for i, message in enumerate(prompt):
@@ -192,6 +191,7 @@ def _check_prompt(prompt: str | Messages | Any) -> None:
             for name in ("role", "content"):
                 if not isinstance(message.get(name), str):
                     raise ValueError(f"message {i} of the prompt must have a string as its {name!r}")
+                check_text(message[name])
 
 
 def _kind(value: Any) -> str:

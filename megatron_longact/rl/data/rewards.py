@@ -16,31 +16,28 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from decimal import Decimal
 from functools import cache
 from numbers import Real
 from types import ModuleType
 from typing import Any
 
 from megatron_longact.rl.data import tasks
+from megatron_longact.rl.data.latex import last_boxed, numbers_in_prose, numbers_of, plain_text, with_fractions
 
 RewardFunction = Callable[[str, str, Any], float]
-
-NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?",
-)
-"""A number in prose, with or without thousands separators."""
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-9
 """How near a number must come to the reference: what six significant digits need."""
 
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_BOXED_CHOICE = re.compile(r"\W*([A-Z])(?:[).:,]|\W*$)")
 _CHOICES = (
-    re.compile(r"\\boxed\{\W*([A-Z])\W*\}"),
     re.compile(r"(?i:\banswer)\W*(?i:is|option|choice)?\W*(?i:option|choice)?\W*([A-Z])\b(?!')"),
     re.compile(r"\(([A-Z])\)"),
     re.compile(r"^\W*([A-Z])(?:[).:,]|\W*$)"),
 )
-"""Where the letter of an answer stands, best first; of several matches the last one counts."""
+"""Where the letter of an answer stands without a box, best first; of several matches the last one counts."""
 
 
 def exact_match(prompt: str, response: str, reference: Any) -> float:
@@ -63,17 +60,23 @@ def contains_any(prompt: str, response: str, reference: Any) -> float:
 
 
 def numeric(prompt: str, response: str, reference: Any) -> float:
-    r"""1 if the response's answer is the reference: the number in its last \boxed{}, else its last number."""
+    r"""1 if the response's answer is the reference: the number in its last \boxed{}, else its last number.
+
+    LaTeX is read (`latex`). A box that is not closed, or has no number that can be read, is an answer that is wrong.
+    """
     wanted = _reference_number(reference)
-    boxed = [found for content in _BOXED.findall(response) for found in _numbers(content)]
-    given = boxed or _numbers(response)
+    boxed = last_boxed(response)
+    given = numbers_in_prose(with_fractions(response)) if boxed is None else numbers_of(boxed)
     return float(bool(given) and math.isclose(given[-1], wanted, rel_tol=RELATIVE, abs_tol=ABSOLUTE))
 
 
 def multiple_choice(prompt: str, response: str, reference: Any) -> float:
-    """1 if the response chooses the reference's letter: "The answer is (B)", "... (B)", "B." or "B"."""
+    r"""1 if the response chooses the reference's letter: \boxed{B}, "The answer is (B)", "... (B)", "B." or "B"."""
     if not (isinstance(reference, str) and re.fullmatch(r"[A-Za-z]", reference.strip())):
         raise ValueError(f"the reference is {_shown(reference)}; multiple choice needs one letter")
+    boxed = _BOXED_CHOICE.match(last_boxed(response) or "")
+    if boxed:
+        return float(boxed[1] == reference.strip().upper())
     for pattern in _CHOICES:
         found = pattern.findall(response)
         if found:
@@ -123,10 +126,18 @@ def find_reward(name: str) -> RewardFunction:
 
 
 def finite_reward(value: Any, *, name: str) -> float:
-    """`value` as a float; ValueError if it is no number, or not a finite one."""
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"the reward {name!r} returned {_shown(value)}, which is not a finite number")
-    return float(value)
+    """`value` as a float; ValueError if it is not one finite number.
+
+    A number is whatever is one by itself, arrays and tensors of one element included (they have an `item()`).
+    """
+    number = value
+    if not isinstance(value, Real) and callable(getattr(value, "item", None)):
+        with suppress(Exception):  # of several elements, or of something else's own
+            number = value.item()
+    with suppress(OverflowError, ValueError):  # an integer that is too large for a float, a signalling NaN
+        if isinstance(number, Real | Decimal) and math.isfinite(number):
+            return float(number)
+    raise ValueError(f"the reward {name!r} returned {_shown(value)}, which is not a finite number")
 
 
 def _imported(module: str, *, reward: str) -> ModuleType:
@@ -135,7 +146,7 @@ def _imported(module: str, *, reward: str) -> ModuleType:
         sys.path.append(here)  # the launcher puts the program's folder where Python has the current one
     try:
         return importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"reward {reward!r}: the module {module!r} cannot be imported from the current folder or PYTHONPATH "
             f"({type(error).__name__}: {error})"
@@ -162,16 +173,13 @@ def _found(response: str, reference: Any) -> list[bool]:
     return [wanted.lower() in response.lower() for wanted in _strings(reference)]
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(found.replace(",", "")) for found in NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))]
-
-
 def _reference_number(reference: Any) -> float:
-    numbers = _numbers(reference) if isinstance(reference, str) else [reference]
+    numbers = numbers_of(plain_text(reference)) if isinstance(reference, str) else [reference]
     good = len(numbers) == 1 and isinstance(numbers[0], int | float) and not isinstance(numbers[0], bool)
-    if not good or not math.isfinite(numbers[0]):
-        raise ValueError(f"the reference is {_shown(reference)}; it must be a finite number, or a string with one")
-    return float(numbers[0])
+    with suppress(OverflowError):  # an integer that is too large for a float
+        if good and math.isfinite(numbers[0]):
+            return float(numbers[0])
+    raise ValueError(f"the reference is {_shown(reference)}; it must be a finite number, or a string with one")
 
 
 def _words(text: str) -> list[str]:

@@ -25,6 +25,8 @@ from functools import cache
 from pydoc_data.topics import topics as PYDOC_TOPICS
 from typing import Literal, Protocol
 
+from megatron_longact.rl.data.pieces import PieceEncoder
+
 Split = Literal["train", "heldout"]
 
 HELDOUT_TOPICS = ("debugger", "execmodel", "formatstrings", "import", "strings", "typesmapping")
@@ -58,7 +60,7 @@ class Tokenizer(Protocol):
     """The part of a Megatron tokenizer that the tasks need."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
+        """Ids of a text, with the special tokens that the tokenizer puts around it, if any."""
         ...
 
     def detokenize(self, ids: list[int]) -> str:
@@ -105,7 +107,7 @@ NEEDLE_TASKS: dict[str, NeedleTask] = {
 class Sample:
     """One prompt and what a right answer holds.
 
-    prompt_ids: the prompt's tokens; `length` of them, exactly.
+    prompt_ids: the prompt's tokens; `length` of them, exactly, with the `<s>` of a tokenizer that begins texts with it.
     prompt: the text that these ids stand for.
     references: the values asked for, in the order of the question and then of the text.
     depths: where each needle begins, as a share of the haystack, in the order of the text.
@@ -156,12 +158,13 @@ class NeedleGenerator:
         if not lengths or not tasks:
             raise ValueError(f"give at least one task and one length, not {tasks} and {lengths}")
         self.tokenizer = tokenizer
+        self.pieces = PieceEncoder(tokenizer.tokenize)
         self.tasks = tuple(_as_task(task) for task in tasks)
         self.lengths = tuple(lengths)
         self.split = split
         self.seed = seed
         self.same_length = same_length
-        self._sentences = [tokenizer.tokenize(" " + text) for text in sentences_of(split)]
+        self._sentences = [self._tokens(text) for text in sentences_of(split)]
 
     def sample(
         self,
@@ -190,7 +193,7 @@ class NeedleGenerator:
         references = tuple(n.value for key in queries for n in needles if n.key == key)
         plural = len(references) > 1
         question = [_QUESTIONS[plural], _ANSWER_PREFIXES[plural]]
-        head = self.tokenizer.tokenize(_INSTRUCTION)
+        head = self.pieces.prompt(_INSTRUCTION)
         tail = [i for t in question for i in self._tokens(t.format(keys=_and_list(queries), first=queries[0]))]
         needle_ids = [self._tokens(NEEDLE.format(key=n.key, value=n.value)) for n in needles]
         room = length - len(head) - len(tail) - sum(map(len, needle_ids))
@@ -212,7 +215,7 @@ class NeedleGenerator:
         )
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.tokenize(" " + text)
+        return self.pieces.piece(" " + text)
 
     def _cut_haystack(self, room: int, *, rng: random.Random) -> list[list[int]]:
         """Consecutive sentences from a drawn place on, the last one cut: `room` tokens in all."""

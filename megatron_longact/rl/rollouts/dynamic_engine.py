@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_longact.rl.rollouts.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
-from megatron_longact.rl.rollouts.static_engine import Prompt, Rollouts, end_at_eod, from_all_replicas, generation_mode
+from megatron_longact.rl.rollouts.static_engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
 
 ROWS_AT_ONCE = 64
 """Requests whose distribution is written out together: bounds sampling's memory to so many fp64 [V]."""
@@ -84,10 +84,9 @@ def inference_config_from_args(args: Namespace, model: nn.Module) -> InferenceCo
 class DynamicRolloutEngine:
     """Rollouts by `DynamicInferenceEngine`, at the model's own TP and PP size, sequence parallel or not.
 
-    model: the unwrapped GPTModel; config: see `inference_config_from_args`; eod: the token that ends a response;
-    vocab_size: entries of the tokenizer, the model's padded ones are never sampled; dp_group: ranks that share the
-    prompts among them; mp_group: the tensor and pipeline parallel ranks that are one replica. Raises ValueError for
-    what cannot work.
+    model: the unwrapped GPTModel; config: see `inference_config_from_args`; eod, stop_ids, vocab_size: as those of
+    `StaticRolloutEngine`; dp_group: ranks that share the prompts among them; mp_group: the tensor and pipeline parallel
+    ranks that are one replica. Raises ValueError for what cannot work.
     """
 
     def __init__(
@@ -99,11 +98,13 @@ class DynamicRolloutEngine:
         vocab_size: int,
         dp_group: ProcessGroup,
         mp_group: ProcessGroup,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         model_config: Any = model.config
         _check(config, model_config)
         self.model = model
         self.eod = eod
+        self.ends = Ends(eod, stop_ids)
         self.vocab_size = vocab_size
         self.dp_group = dp_group
         self.mp_group = mp_group
@@ -132,7 +133,7 @@ class DynamicRolloutEngine:
             self._check_blocks(engine.context, prompts, sampling)
             if own:
                 tokens[own], log_probs[own] = self._run(engine, [prompts[row] for row in own], sampling)
-        return end_at_eod(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group), eod=self.eod)
+        return self.ends.cut(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group))
 
     @contextmanager
     def _awake(self) -> Iterator[DynamicInferenceEngine]:
@@ -154,7 +155,7 @@ class DynamicRolloutEngine:
         self, engine: DynamicInferenceEngine, prompts: Sequence[Prompt], sampling: Sampling
     ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probs [m, R] on the CPU; what lies behind a response's end is undefined."""
-        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, mp_group=self.mp_group)
+        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, ends=self.ends, mp_group=self.mp_group)
         engine.controller.sample_with(draws)
         params = SamplingParams(num_tokens_to_generate=sampling.max_response_length, termination_id=self.eod)
         for i, prompt in enumerate(prompts):
@@ -245,11 +246,12 @@ class _Draws(SamplingKernels):
     """Draws the tokens of requests 0 to m − 1 and keeps them, with their log-probs, by request and position."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int, mp_group: ProcessGroup
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int, ends: Ends, mp_group: ProcessGroup
     ) -> None:
         count, device = sampling.max_response_length, torch.cuda.current_device()
         self._sampling = sampling
         self._vocab_size = vocab_size
+        self._ends = ends
         self._mp_group = mp_group
         self._prompt_lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
         self._tokens = torch.zeros(len(prompts), count, dtype=torch.int64, device=device)
@@ -260,7 +262,10 @@ class _Draws(SamplingKernels):
     def sample_kernel(
         self, logits: Tensor, n: int, context: DynamicInferenceContext, *, output: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """The next token [n] of each active request, from logits [≥ n, padded V], also written to `output`."""
+        """The next token [n] of each active request, from logits [≥ n, padded V], also written to `output`.
+
+        The engine, which knows one end, is given that one for each.
+        """
         logits = logits[:n]  # one row a request: the engine is told to make no others
         requests = context.request_ids[context.paused_request_count : context.total_request_count].long()
         positions = context.get_active_sequence_lengths() - self._prompt_lengths[requests]
@@ -271,7 +276,8 @@ class _Draws(SamplingKernels):
             torch.distributed.broadcast(tokens, group=self._mp_group, group_src=0)
         self._tokens[requests[whole], positions[whole]] = tokens[whole]
         self._log_probs[requests[whole], positions[whole]] = log_probs[whole]
-        return tokens if output is None else output.copy_(tokens)
+        seen = self._ends.as_eod(tokens)
+        return seen if output is None else output.copy_(seen)
 
     def log_probs_kernel(self, *args: Any, **kwargs: Any) -> Tensor:
         """Never asked for: the requests want no log-probs of the engine."""

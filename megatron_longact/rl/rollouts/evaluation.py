@@ -79,7 +79,7 @@ class Judge:
         response = self.detokenize(rollouts.tokens[i, :length].tolist())
         try:
             score = self.environment.score(task, response)
-            finite_reward(score.reward, name=task.name)
+            score = Score(finite_reward(score.reward, name=task.name), bool(score.correct))
         except Exception as error:
             sample = task.source or f"reference {task.reference!r}"
             raise RuntimeError(

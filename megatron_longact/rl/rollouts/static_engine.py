@@ -13,6 +13,7 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
 - one generator and the first request's sampling parameters serve the whole batch, log-probs are
   those of the untempered logits in the logits' dtype, and the end-of-text token is cut off:
   `_Controller` samples, keeps fp32 log-probs and counts that token;
+- it stops at one token: of the tokens that end a response it is told that each is that one;
 - a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once.
 """
 
@@ -63,7 +64,7 @@ class Rollouts:
     """Responses in the order of their prompts, on the CPU, identical on all ranks.
 
     tokens: int64 [n, R], the end-of-text token where nothing was sampled; lengths: int64 [n], the
-    end-of-text token included; log_probs: fp32 [n, R] of the distribution that was sampled, 0 where
+    token that ends a response included; log_probs: fp32 [n, R] of the distribution that was sampled, 0 where
     nothing was; finished: bool [n], whether the response ended by itself.
     """
 
@@ -84,9 +85,9 @@ class RolloutEngine(Protocol):
 class StaticRolloutEngine:
     """Rollouts by `StaticInferenceEngine` with a KV cache, at the model's own TP and PP size.
 
-    model: the unwrapped GPTModel; eod: the token that ends a response; vocab_size: entries of the
-    tokenizer, the model's padded ones are never sampled; max_batch_size: responses made at once by
-    one model replica; dp_group: ranks that share the prompts among them.
+    model: the unwrapped GPTModel; eod: the token that ends a response, and fills what lies behind an end;
+    stop_ids: others that end one; vocab_size: ids from it on, the model's padded ones, are never sampled;
+    max_batch_size: responses made at once by one model replica; dp_group: ranks that share the prompts among them.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class StaticRolloutEngine:
         vocab_size: int,
         max_batch_size: int,
         dp_group: ProcessGroup,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         self.model = model
         self.eod = eod
+        self.ends = Ends(eod, stop_ids)
         self.vocab_size = vocab_size
         self.max_batch_size = max_batch_size
         self.dp_group = dp_group
@@ -116,7 +119,7 @@ class StaticRolloutEngine:
                 tokens[rows, :made] = torch.stack(draws.tokens, dim=1).cpu()
                 log_probs[rows, :made] = torch.stack(draws.log_probs, dim=1).cpu()
                 tokens[rows, made:] = self.eod
-        return end_at_eod(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group), eod=self.eod)
+        return self.ends.cut(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group))
 
     def _own_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Rows of this replica's prompts, batch by batch: one length each, equal prompts adjacent.
@@ -133,7 +136,7 @@ class StaticRolloutEngine:
 
     def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> _Draws:
         prompt_length = len(prompts[0].tokens)
-        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size)
+        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, ends=self.ends)
         context = StaticInferenceContext(
             max_batch_size=len(prompts),
             max_sequence_length=prompt_length + sampling.max_response_length,
@@ -196,8 +199,9 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
 class _Draws:
     """What one batch samples: the random numbers that it uses, tokens and log-probs [b] a step."""
 
-    def __init__(self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int, ends: Ends) -> None:
         self.sampling = sampling
+        self.ends = ends
         self.vocab_size = vocab_size
         self.tokens: list[Tensor] = []
         self.log_probs: list[Tensor] = []
@@ -217,7 +221,7 @@ class _Draws:
         )
 
     def next(self, logits: Tensor) -> Tensor:
-        """The next token [b] of each row, from logits [b, padded V]."""
+        """The next token [b] of each row, from logits [b, padded V], as the engine is to see it."""
         log_probs = sampled_log_probs(logits[:, : self.vocab_size], sampling=self.sampling)
         if self.sampling.greedy:
             tokens = log_probs.argmax(-1)
@@ -226,7 +230,7 @@ class _Draws:
             tokens = draw(log_probs, uniforms)
         self.tokens.append(tokens)
         self.log_probs.append(log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
-        return tokens
+        return self.ends.as_eod(tokens)
 
 
 class _Controller(TextGenerationController):
@@ -290,17 +294,34 @@ def _common_copies(prompts: Sequence[Prompt]) -> int:
     return counts.pop() if len(counts) == 1 else 1
 
 
-def end_at_eod(tokens: Tensor, log_probs: Tensor, *, eod: int) -> Rollouts:
-    """Cut each response after its first end-of-text token; tokens and log_probs are [n, R]."""
-    is_eod = tokens == eod
-    finished = is_eod.any(-1)
-    before = is_eod.long().cumsum(-1) - is_eod.long() == 0
-    return Rollouts(
-        tokens=tokens.masked_fill(~before, eod),
-        lengths=before.sum(-1),
-        log_probs=log_probs.masked_fill(~before, 0.0),
-        finished=finished,
-    )
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that end a response: `eod`, which also fills what lies behind, and others."""
+
+    eod: int
+    others: Sequence[int] = ()
+
+    def found_in(self, tokens: Tensor) -> Tensor:
+        """Where an end stands: bool, in the shape of the tokens."""
+        found = tokens == self.eod
+        for other in self.others:
+            found |= tokens == other
+        return found
+
+    def as_eod(self, tokens: Tensor) -> Tensor:
+        """The tokens with eod in place of each end: Megatron's engines know one."""
+        return tokens.masked_fill(self.found_in(tokens), self.eod) if self.others else tokens
+
+    def cut(self, tokens: Tensor, log_probs: Tensor) -> Rollouts:
+        """Cut each response after its first end; tokens and log_probs are [n, R]."""
+        ends = self.found_in(tokens)
+        kept = ends.long().cumsum(-1) - ends.long() == 0
+        return Rollouts(
+            tokens=tokens.masked_fill(~kept, self.eod),
+            lengths=kept.sum(-1),
+            log_probs=log_probs.masked_fill(~kept, 0.0),
+            finished=ends.any(-1),
+        )
 
 
 def _generator_states() -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Prompts out of pieces, with tokenizers that put `<s>` before a text, `</s>` behind it, both or neither."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_longact.analysis.activations_prompts import PromptOptions
+from megatron_longact.evaluation import longbench_v2
+from megatron_longact.evaluation.arguments import add_evaluation_args, config_from_args
+from megatron_longact.evaluation.samples import groups_of
+from megatron_longact.rl.data.chat import PromptEncoder
+from megatron_longact.rl.data.pieces import PieceEncoder
+from megatron_longact.rl.data.tasks import NEEDLE_TASKS, NeedleGenerator
+from tests.tokenizers import AddsTokens, DemoTokenizer
+
+BOS = AddsTokens.bos
+PLAIN = DemoTokenizer()
+KINDS: dict[str, Callable[[], DemoTokenizer]] = {
+    "<s>": AddsTokens,
+    "<s> and </s>": lambda: AddsTokens(end=True),
+    "nothing": DemoTokenizer,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_piece_has_nothing_added_and_a_prompt_begins_once(kind: str) -> None:
+    pieces = PieceEncoder(KINDS[kind]().tokenize)
+    begin = [] if kind == "nothing" else [BOS]
+    assert pieces.prefix == begin
+    assert pieces.piece("two words") == PLAIN.tokenize("two words")
+    assert pieces.piece("") == []
+    assert pieces.prompt("two words") == pieces.encode("two words") == [*begin, *PLAIN.tokenize("two words")]
+    assert pieces.begun([]) == begin
+    assert pieces.begun([*begin, 7, 8]) == pieces.begun([7, 8]) == [*begin, 7, 8]
+
+
+def test_a_prompt_that_spells_the_beginning_begins_once() -> None:
+    pieces = PieceEncoder(AddsTokens().tokenize)
+    assert pieces.prompt("<s>two words") == pieces.prompt("two words")
+    encoder = PromptEncoder(AddsTokens(end=True))
+    assert encoder.encode("<s>two words").tokens == (BOS, *PLAIN.tokenize("two words"))
+
+
+@pytest.mark.parametrize("task", NEEDLE_TASKS)
+def test_needle_prompts_begin_once_and_keep_their_length(task: str) -> None:
+    plain = NeedleGenerator(PLAIN, tasks=[task], lengths=(255,), seed=1).sample(0, 0)
+    for end in (False, True):
+        sample = NeedleGenerator(AddsTokens(end=end), tasks=[task], lengths=(256,), seed=1).sample(0, 0)
+        assert sample.prompt_ids == (BOS, *plain.prompt_ids)
+        assert (sample.references, sample.depths) == (plain.references, plain.depths)
+
+
+TEMPLATES = {
+    "none": "{task_template}",
+    "chat": "<user>{task_template}</user>\\n",
+    "chat with <s>": "<s><user>{task_template}</user>\\n",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("end", [False, True])
+def test_prompts_of_benchmarks_begin_once(template: str, end: bool, tmp_path: Path) -> None:
+    item = {
+        "_id": "a",
+        "question": "Q?",
+        "answer": "A",
+        "difficulty": "easy",
+        "length": "short",
+        "context": "w x. " * 99,
+    }
+    item |= {f"choice_{letter}": letter for letter in "ABCD"}
+    (tmp_path / "data.json").write_text(json.dumps([item]))
+    longbench = ("--benchmark", "longbench-v2", "--data", str(tmp_path / "data.json"), "--max-length", "200")
+    ruler = ("--benchmark", "ruler", "--tasks", "niah_single_1", "--lengths", "512", "--num-samples", "1")
+    made = {}
+    for flags in (longbench, ruler):
+        given = (*flags, "--model-template", TEMPLATES[template])
+        config = config_from_args(add_evaluation_args(argparse.ArgumentParser()).parse_args(given))
+        [group] = groups_of(config, AddsTokens(end=end), positions=1024)
+        [sample] = group.make()
+        made[flags[1]] = tokens = list(sample.tokens)
+        assert [i for i, token in enumerate(tokens) if token == BOS] == [0]
+        assert AddsTokens.eod not in tokens
+    assert len(made["ruler"]) <= 512 - 128
+    cut = longbench_v2.truncate([BOS, *PLAIN.encode(longbench_v2.build_prompt(item))], 200)[1:]
+    before, after = TEMPLATES[template].replace("<s>", "").replace("\\n", "\n").split("{task_template}")
+    around = [PLAIN.encode(text) if text else [] for text in (before, after)]
+    assert made["longbench-v2"] == [BOS, *around[0], *cut, *around[1]]
+
+
+def test_observed_prompts_and_windows_begin_once(tmp_path: Path) -> None:
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text("one two three four five six seven. " * 20)
+    rows.write_text(json.dumps({"input": "one\u2028two", "answer_prefix": None}, ensure_ascii=False) + "\n")
+    encode = AddsTokens(end=True).encode
+
+    def prompts(file: Path | None, length: int | None) -> list[list[int]]:
+        options = PromptOptions(tasks=("niah_single_2",), lengths=(length,), num_samples=3, file=file)
+        return options.prompts(task="niah_single_2", length=length, encode=encode, positions=4096)
+
+    ids = PLAIN.encode(text.read_text())
+    windows = [[BOS, *ids[i : i + 15]] for i in range(0, len(ids) - 14, 15)]
+    drawn = random.Random(42)
+    drawn_windows = [windows[i] for i in drawn.sample(range(len(windows)), 3)]
+    assert prompts(text, 16) == drawn.sample(drawn_windows, 3)
+    assert prompts(text, None) == [[BOS, *ids]]
+    assert prompts(rows, None) == [[BOS, *PLAIN.encode("one\u2028two")]]  # a line for JSON, two for splitlines()
+    for prompt in prompts(None, 400):
+        assert [i for i, token in enumerate(prompt) if token == BOS] == [0]
+        assert len(prompt) <= 400
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"tokens": [1, "2"]}', "'tokens' must be token ids"),
+        ('{"tokens": [1, null]}', "'tokens' must be token ids"),
+        ('{"tokens": [1, -2]}', "'tokens' must be token ids"),
+        ('{"text": "\\ud800"}', "half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": null}', "has neither tokens nor a text"),
+    ],
+)
+def test_lines_that_are_no_prompts_are_named(line: str, said: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"text": "good"}}\n{line}\n')
+    options = PromptOptions(tasks=("x",), lengths=(None,), file=rows)
+    with pytest.raises(ValueError, match=said) as caught:
+        options.prompts(task="x", length=None, encode=PLAIN.tokenize, positions=64)
+    assert str(caught.value).startswith(f"{rows}, line 2")
