@@ -1,6 +1,6 @@
 """What LongAct costs: step time and memory with it over without it, interleaved in one process group.
 
-    torchrun --nproc-per-node 2 tools/benchmark_overhead.py --tensor-model-parallel-size 2 --output overhead.json
+    torchrun --standalone --nproc-per-node 2 tools/benchmark_overhead.py --tensor-model-parallel-size 2 --output x.json
 
 The arms take turns on one model: `dense`; `refresh`, a LongAct step that selects anew; `keep`, one that keeps its
 mask; and `naive`, the plain way to the same update: dense 0/1 masks multiplied into the gradients, and a copy

@@ -6,7 +6,7 @@ perplexity of text, beside the undisturbed model. Megatron's own flags of the mo
 
     source examples/demo/model_args.sh
     python tools/disrupt.py --load examples/demo/start_checkpoint "${MODEL_ARGS[@]}"
-    torchrun --nproc-per-node 2 tools/disrupt.py --load CHECKPOINTS --tensor-model-parallel-size 2 \
+    torchrun --standalone --nproc-per-node 2 tools/disrupt.py --load CHECKPOINTS --tensor-model-parallel-size 2 \
         --benchmark ruler --tasks niah_single_1 vt --lengths 4096 8192 ...
 
 Results are in --output (default: runs/disrupt): results.json, responses.jsonl, samples.md, disruption.png.

@@ -7,8 +7,8 @@ Score predictions that are there already, without Megatron:
 
 Let a Megatron checkpoint answer, with the flags of its model, then score (a killed evaluation goes on):
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --benchmark ruler --lengths 4096 8192 --load CHECKPOINTS \
-        --tensor-model-parallel-size 2 ...
+    torchrun --standalone --nproc-per-node 2 tools/evaluate.py --benchmark ruler --lengths 4096 8192 \
+        --load CHECKPOINTS --tensor-model-parallel-size 2 ...
 
 Results are in --output (default: runs/evaluation): results.json, scores.png and, with --load, predictions.jsonl.
 """

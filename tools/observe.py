@@ -6,7 +6,7 @@ A Hugging Face folder:
 
 A Megatron checkpoint, with Megatron's own flags, on as many ranks as its layout has:
 
-    torchrun --nproc-per-node 2 tools/observe.py --load CHECKPOINTS --tensor-model-parallel-size 2 ...
+    torchrun --standalone --nproc-per-node 2 tools/observe.py --load CHECKPOINTS --tensor-model-parallel-size 2 ...
 
 Prompts are RULER's, made on the spot, or those of --prompts FILE. The table, the pictures and the verdict are in
 --output (default: runs/observe): overview.png, heatmap-projection.png, heatmap-norm.png, rope.png, observation.json.

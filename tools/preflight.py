@@ -1,6 +1,6 @@
 """Are the machines of a job fit for it? GPUs, NVLink, all-reduce, Transformer Engine, disk, checkpoints, flags.
 
-    torchrun --nproc-per-node 8 tools/preflight.py --require-gpu --save runs/mine/checkpoints -- FLAGS OF THE RUN
+    torchrun --standalone --nproc-per-node 8 tools/preflight.py --require-gpu --save checkpoints -- FLAGS OF THE RUN
     srun ... bash examples/slurm/rank.sh python tools/preflight.py ...     what examples/slurm does before each start
 
 Prints one table: each check, the ranks, ok, failed or not here. Exit code 0; 1, with one line on stderr for each thing

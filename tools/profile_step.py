@@ -1,6 +1,6 @@
 """Where a step's time goes: a torch profile of a few steps with LongAct's ranges named, a trace and a table.
 
-    torchrun --nproc-per-node 1 tools/profile_step.py --hidden-size 512 --num-layers 4 --output trace.json
+    torchrun --standalone --nproc-per-node 1 tools/profile_step.py --hidden-size 512 --num-layers 4 --output trace.json
 
 The model and its flags are those of tools/benchmark_overhead.py. The trace opens in Perfetto or chrome://tracing. With
 a GPU the ranges are NVTX ranges too, and `device` is the time of the kernels that were launched inside one.

@@ -6,7 +6,7 @@ A Hugging Face folder, or several of one shape (checkpoints of a run):
 
 Iterations of a Megatron run, with Megatron's own flags, on as many ranks as its layout has:
 
-    torchrun --nproc-per-node 2 tools/stability.py --load CHECKPOINTS --ckpt-step 100 200 300 ...
+    torchrun --standalone --nproc-per-node 2 tools/stability.py --load CHECKPOINTS --ckpt-step 100 200 300 ...
 
 The masks that runs with LongAct made themselves, by checkpoint or file; alone, or beside a model:
 

@@ -54,7 +54,7 @@ OUTPUT_ARGS=(
     --log-interval 50
 )
 
-"$PYTHON" -m torch.distributed.run --nproc-per-node "$RANKS" -m megatron_longact.run --cpu \
+"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m megatron_longact.run --cpu \
     examples/demo/train_sft.py "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${OUTPUT_ARGS[@]}" </dev/null
 
 du -sh "$OUTPUT"
