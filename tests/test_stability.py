@@ -117,7 +117,7 @@ def test_masks_of_files_are_compared_alone(tmp_path: Path, capsys: Any) -> None:
     axis = results["axes"]["runs' own masks"]
     assert axis["names"] == ["early", "late"]
     assert axis["jaccard"][0] == [1.0, 0.5]
-    assert axis["by_layer"] == {"layers": [1, 2], "q": [0.5, 0.5], "k": [0.5, 0.5]}
+    assert axis["by_layer"] == {"layers": [0, 1], "layers_counted_from": 0, "q": [0.5, 0.5], "k": [0.5, 0.5]}
     assert "would not do" in capsys.readouterr().out
     assert {path.name for path in output.glob("*.png")} == {"matrices.png", "curves.png"}
 
@@ -134,7 +134,7 @@ def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
         writer.finish()
     choices, layers = read_choices([tmp_path / "run" / "checkpoints"])
     assert [choice.name for choice in choices] == ["run 40"]
-    assert layers == (1, 2)
+    assert layers == (0, 1)
     assert torch.equal(choices[0].masks.k, masks["k"])
 
 
