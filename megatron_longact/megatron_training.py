@@ -8,6 +8,7 @@
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
 | the same, with `--perform-rl-step` | names the tokens that count: all but padding |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
+| `training.train_step` | counts what one line says at the end: `run_summary` |
 | `training.training_log` | writes LongAct's scalars to TensorBoard, and those of the GPUs |
 """
 
@@ -31,6 +32,7 @@ from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
 from megatron_longact.longact import LongAct
 from megatron_longact.refusals import check_settings, check_tap
+from megatron_longact.run_summary import said_at_the_end
 
 
 @contextmanager
@@ -45,6 +47,7 @@ def attached() -> Iterator[None]:
     with ExitStack() as seams:
         seams.callback(_detach_all, instances)
         seams.callback(telemetry.stop)
+        seams.enter_context(said_at_the_end(instances))
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
         seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
         seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))

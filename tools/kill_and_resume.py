@@ -28,6 +28,8 @@ from typing import Any
 import psutil
 from compare_checkpoints import compare, differences
 
+from megatron_longact.quiet import quiet_libraries
+
 MARK = "LONGACT_KILL_AND_RESUME"
 TIMES = ("time", "_s")
 """Metrics whose names hold one of these are wall times, which differ."""
@@ -244,4 +246,5 @@ def judge(killed: Run, reference: Run, kills: list[Kill]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     raise SystemExit(main())
