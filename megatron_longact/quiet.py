@@ -38,7 +38,7 @@ def quiet_libraries() -> None:
 def quiet_program() -> Iterator[None]:
     """While this is open, a Megatron program does not list its arguments, nor log how it sets itself up.
 
-    A program that sends its output into a file has them there; `--logging-level` decides what is logged.
+    A program that sends its output into a file has the list there; `--logging-level` decides what is logged.
     """
     if verbose():
         yield
@@ -49,6 +49,8 @@ def quiet_program() -> Iterator[None]:
     level, listing, taking = logger.level, arguments._print_args, checkpointing.load_args_from_checkpoint
     arguments._print_args = _left_out(listing, terminal)
     checkpointing.load_args_from_checkpoint = _left_out(taking, terminal)
+    if "megatron_longact.cpu" in sys.modules:  # there the CPU's generator is the GPU's, and each step warns of it
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     if not any(argument.startswith("--logging-level") for argument in sys.argv):
         logger.setLevel(logging.WARNING)
     try:

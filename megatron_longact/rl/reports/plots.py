@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -111,11 +111,12 @@ def _draw_layers(panels: Sequence[Axes], cells: Mapping[int, Sequence[Tensor]], 
     layers = list(cells)
     values = torch.stack([values.float().amax(0) for values, _ in cells.values()])  # [layers, channels]
     share = torch.stack([chosen.float().mean(0) for _, chosen in cells.values()])
-    for axes, drawn, look, title in (
-        (panels[0], values, {"cmap": FROZEN, "norm": norm}, "largest of the heads"),
-        (panels[1], share, {"cmap": "Oranges", "vmin": 0, "vmax": 1}, "share of the heads that chose it"),
-    ):
-        axes.imshow(drawn.numpy(), aspect="auto", interpolation="nearest", **look)
+    shown: tuple[tuple[Axes, Tensor, Colormap, Normalize, str], ...] = (
+        (panels[0], values, FROZEN, norm, "largest of the heads"),
+        (panels[1], share, matplotlib.colormaps["Oranges"], Normalize(0, 1), "share of heads that chose it"),
+    )
+    for axes, drawn, colours, scale, title in shown:
+        axes.imshow(drawn.numpy(), cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
         axes.set_title(f"all layers · {part}", fontsize=10.5, fontweight="bold", loc="left")
         axes.set_title(title, fontsize=9, loc="right", color=FAINT_INK)
         places = range(0, len(layers), ceil(len(layers) / 8))
@@ -148,7 +149,9 @@ def _draw_panel(axes: Axes, values: Tensor, chosen: Tensor, norm: LogNorm) -> No
     for colours, hidden in ((FROZEN, chosen), (CHOSEN, ~chosen)):
         cells = np.ma.masked_array(values.numpy(), mask=hidden.numpy())
         axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", label=colours.name)
-    points = axes.get_window_extent().height / axes.get_figure(root=True).dpi * 72
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    points = axes.get_position().height * figure.get_figheight() * 72
     for edge in range(1, num_heads):
         axes.axhline(edge - 0.5, color="white", linewidth=min(1.2, points / num_heads / 8))
     axes.set_yticks(range(0, num_heads, ceil(num_heads / min(8, points / 12))))
