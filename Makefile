@@ -36,7 +36,7 @@ format: setup ## format the code and mend what ruff can mend
 	@$(PYTHON_BIN) -m ruff check --fix-only .
 	@$(PYTHON_BIN) -m ruff format .
 
-docs: setup ## write docs/flags.md again from LongActConfig
+docs: setup ## write docs/flags.md and docs/program-flags.md again from the code
 	@$(PYTHON_BIN) tools/generate_flags_doc.py
 
 setup: ## make .venv from constraints.txt, if it is not there

@@ -9,6 +9,7 @@
 | the same, with `--perform-rl-step` | names the tokens that count: all but padding |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
 | `training.load_checkpoint` | derives weights in FP8 from the masters once more when weights alone are loaded again |
+| `training.train_step` | counts what one line says at the end: `run_summary` |
 | `training.training_log` | writes LongAct's scalars to TensorBoard, and those of the GPUs |
 """
 
@@ -33,6 +34,7 @@ from megatron_longact.conversion.megatron_args import completing, with_rope_scal
 from megatron_longact.longact import LongAct
 from megatron_longact.optimizer_shards import derive_quantized_weights
 from megatron_longact.refusals import check_settings, check_tap
+from megatron_longact.run_summary import said_at_the_end
 
 
 @contextmanager
@@ -47,6 +49,7 @@ def attached() -> Iterator[None]:
     with ExitStack() as seams:
         seams.callback(_detach_all, instances)
         seams.callback(telemetry.stop)
+        seams.enter_context(said_at_the_end(instances))
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
         seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
         seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))

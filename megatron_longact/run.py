@@ -1,7 +1,7 @@
 """The launcher: run any program built on `megatron.training`, unchanged, with LongAct's flags.
 
-    torchrun ... -m megatron_longact.run [--cpu] SCRIPT ARGS...
-    torchrun ... -m megatron_longact.run [--cpu] -m MODULE ARGS...
+    torchrun ... -m megatron_longact.run [--cpu] [--verbose] SCRIPT ARGS...
+    torchrun ... -m megatron_longact.run [--cpu] [--verbose] -m MODULE ARGS...
 
 It does to a Megatron program what `coverage run` does to any program: the program runs as
 `__main__`, with its own arguments and import path, while `megatron_training.attached()` holds
@@ -10,6 +10,9 @@ runs that is the program, so the launcher is not in their way.
 
 `--cpu` turns the CPU mode on (`megatron_longact.cpu`) and adds the flags it needs to the program's;
 without a visible GPU that happens by itself, and one line says so.
+
+`--verbose` shows what is otherwise left out: the list of Megatron's arguments, its log of its own setting up, and the
+warnings of other libraries (`megatron_longact.quiet`).
 
 How a run ends: with the program's own exit status; with 2 where the program cannot be started; with
 1 and one line, from one rank, where LongAct refuses what the user asked for (a `ValueError` that the
@@ -28,10 +31,10 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from megatron_longact import apex
+from megatron_longact import apex, quiet
 from megatron_longact.tool_command import is_refusal
 
-USAGE = "usage: python -m megatron_longact.run [--cpu] {SCRIPT | -m MODULE} ARGS..."
+USAGE = "usage: python -m megatron_longact.run [--cpu] [--verbose] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
 _OLDEST_MEGATRON = (0, 19)
 _FRAMES_OF_LAUNCHER = (__file__, "<frozen runpy>", runpy.__file__)
@@ -71,6 +74,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         program, cpu = _parse(argv)
+        quiet.quiet_libraries()
         gpu = _gpu_is_visible()
         program.set_path()
         _check_megatron()
@@ -90,12 +94,14 @@ def _parse(argv: list[str]) -> tuple[_Program, bool]:
     for i, argument in enumerate(argv):
         if argument == "--cpu":
             cpu = True
+        elif argument == "--verbose":
+            os.environ[quiet.VERBOSE] = "1"
         elif argument == "-m":
             if i + 1 == len(argv):
                 raise _UsageError(f"-m needs the name of a module; {USAGE}")
             return _Program(argv[i + 1], True, argv[i + 2 :]), cpu
         elif argument.startswith("-"):
-            raise _UsageError(f"{argument} comes before SCRIPT, where only --cpu may; {USAGE}")
+            raise _UsageError(f"{argument} comes before SCRIPT, where only --cpu and --verbose may; {USAGE}")
         else:
             _check_readable(argument)
             return _Program(argument, False, argv[i + 1 :]), cpu
@@ -151,7 +157,7 @@ def _run(program: _Program) -> int:
     try:
         from megatron_longact import megatron_training
 
-        with megatron_training.attached():
+        with megatron_training.attached(), quiet.quiet_program():
             program.run()
     except Exception as error:
         if is_refusal(error) and not os.environ.get("LONGACT_TRACEBACK"):

@@ -298,10 +298,11 @@ def check_telemetry_args(args: Namespace) -> None:
 def start(
     *, interval_s: float = 0.5, source: Source | None = None, environment: Mapping[str, str] | None = None
 ) -> Telemetry:
-    """Begin to sample this process's GPU, once: what runs already goes on.
+    """Begin to sample this process's GPU, once: what runs already goes on, with its own source and interval.
 
     source: where readings come from; None: NVML. Where that has nothing to read one line says why, on the first
-    rank of a node, and no thread is started.
+    rank of a node, and no thread is started; the `Telemetry` that is returned then has no scalars.
+    environment: whose CUDA_VISIBLE_DEVICES counts; None: this process's.
     """
     global _running
     if _running is None:

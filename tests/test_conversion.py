@@ -160,7 +160,11 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("family", "change", "named"),
     [
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window is 16"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 16, "layer_types": None, "max_window_layers": 1},
+            "sliding_window is 16",
+        ),
         ("mistral", {"sliding_window": 32}, "sliding_window is 32"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("llama3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, '"yarn"'),
@@ -189,6 +193,33 @@ def test_what_is_not_mapped_is_refused_by_name_and_value(family: str, change: di
         model_from_config(config | change)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_window_layers": 1},
+        {"max_window_layers": 2},
+        {},
+        {"layer_types": ["full_attention"] * 2, "max_window_layers": 0},
+        {"partial_rotary_factor": 1.0, "mlp_only_layers": [2], "use_sliding_window": False},
+    ],
+    ids=str,
+)
+def test_a_feature_that_no_layer_uses_is_no_reason_to_refuse(family: str, change: dict[str, Any]) -> None:
+    """A window that no layer of transformers' model has."""
+    config = json.loads(config_of(family).to_json_string(use_diff=False)) | {"layer_types": None}
+    config |= {"use_sliding_window": True, "sliding_window": 16} | change
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**{name: value for name, value in config.items() if value is not None})
+        )
+    if any(layer.self_attn.sliding_window for layer in theirs.model.layers):
+        with pytest.raises(ValueError, match="sliding_window is 16"):
+            model_from_config(config)
+    else:
+        model_from_config(config)
 
 
 @pytest.fixture
@@ -229,6 +260,88 @@ def test_missing_shard(hf: Path) -> None:
     message = refused(hf)
     assert shard.name in message
     assert first in message
+
+
+def other_single_file(hf: Path) -> dict[str, torch.Tensor]:
+    """Write a model.safetensors beside the shards, with other values; returns them."""
+    tensors = {name: value + 1 for name, value in tensors_of(hf).items()}
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("shards", ["all", "some", "none"])
+def test_a_single_file_beside_an_index_is_taken_as_transformers_does(hf: Path, shards: str) -> None:
+    wanted = other_single_file(hf)
+    for number, file in enumerate(sorted(hf.glob("model-*.safetensors"))):
+        if shards == "none" or (shards == "some" and number % 2):
+            file.unlink()
+    (hf / "pytorch_model.bin").write_bytes(b"a pickle")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf).state_dict()
+    assert_bitwise(dict(theirs), wanted)
+    said = to_megatron.convert(hf, hf.parent / "megatron").splitlines()
+    to_hf.convert(hf.parent / "megatron", hf, hf.parent / "back")
+    assert_bitwise(tensors_of(hf.parent / "back"), wanted)
+    assert said[-2].endswith(
+        "has model.safetensors and model.safetensors.index.json: model.safetensors was taken, as transformers does"
+    )
+    assert said[-1].startswith(f"left aside in {hf}: ")
+    assert "pytorch_model.bin" in said[-1] or "more" in said[-1]
+
+
+def index_of(hf: Path, change: Any) -> None:
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_an_index_that_cannot_be_followed_is_refused(hf: Path) -> None:
+    index = (hf / "model.safetensors.index.json").read_text()
+    shard = shard_of(hf, NAME).name
+    index_of(hf, lambda names: names.update({NAME: "../other.safetensors"}))
+    assert f"says that {NAME} is in ../other.safetensors, which is outside" in refused(hf)
+    (hf / "model.safetensors.index.json").unlink()
+    assert "model-00001-of-" in (message := refused(hf))
+    assert "but only model.safetensors.index.json says what belongs to the model" in message
+    (hf / "model.safetensors.index.json").write_text(index)
+    rewrite(
+        next(file for file in sorted(hf.glob("*.safetensors")) if file.name != shard),
+        lambda t: t.update({NAME: torch.ones(48, 32)}),
+    )
+    assert f"{NAME} is in " in refused(hf)
+
+
+def test_shards_in_a_folder_of_their_own(hf: Path) -> None:
+    wanted = tensors_of(hf)
+    (hf / "weights").mkdir()
+    for file in hf.glob("model-*.safetensors"):
+        file.rename(hf / "weights" / file.name)
+    index_of(hf, lambda names: names.update({name: f"weights/{file}" for name, file in names.items()}))
+    assert_bitwise(tensors_of(there_and_back(hf, hf.parent)), wanted)
+
+
+def test_files_beside_the_weights_come_along_or_are_named(hf: Path) -> None:
+    kept = (
+        "tokenizer.model.v3",
+        "qwen.tiktoken",
+        "preprocessor_config.json",
+        "LICENSE",
+        "modeling_mine.py",
+        "vocab.bpe",
+    )
+    left = ("README.md", "consolidated.safetensors", "trainer_state.json", "optimizer.pt")
+    for name in kept + left:
+        (hf / name).write_text(name)
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tool.jinja").write_text("t")
+    said = to_megatron.convert(hf, hf.parent / "megatron").splitlines()[-1]
+    assert said == f"left aside in {hf}: README.md, consolidated.safetensors, optimizer.pt, trainer_state.json"
+    to_hf.convert(hf.parent / "megatron", hf.parent / "megatron" / "hf", hf.parent / "back")
+    for name in (*kept, "additional_chat_templates/tool.jinja"):
+        assert (hf.parent / "back" / name).read_bytes() == (hf / name).read_bytes()
+    assert not any((hf.parent / "back" / name).exists() for name in left)
+    (hf / "adapter_config.json").write_text("{}")
+    shutil.rmtree(hf.parent / "megatron")
+    assert "merge it into the model first" in refused(hf)
 
 
 def test_truncated_file(hf: Path) -> None:

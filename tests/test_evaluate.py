@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
+from megatron_longact.evaluation.plots import ruler_figure
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.samples import groups_of
 from tests.launch import ROOT, demo_model_args
@@ -355,6 +357,31 @@ def test_ruler_lengths_must_fit_into_the_model():
     assert groups_of(config(*flags, "--keep-inputs"), Letters(), positions=4096)[0].make()[0].answered("x")["input"]
     with pytest.raises(ValueError, match="--lengths asks for 4096 tokens, but the model has 4095 positions"):
         groups_of(config(*flags), Letters(), positions=4095)
+
+
+def test_tasks_that_do_not_fit_are_named_before_a_model_is_loaded_with_those_that_do() -> None:
+    flags = ("--benchmark", "ruler", "--num-samples", "3", "--tokens-to-generate", "4")
+    tasks = ("--tasks", "niah_single_1", "vt", "cwe", "niah_multikey_3")
+    with pytest.raises(ValueError, match=r"^--lengths 1200: vt \(needs \d+\), cwe ") as refused:
+        groups_of(config(*flags, *tasks, "--lengths", "1200", "9000"), Letters(), positions=9000)
+    least = {task: int(tokens) for task, tokens in re.findall(r"(\w+) \(needs (\d+)\)", str(refused.value))}
+    fit = str(refused.value).split("these fit: --tasks ")[1].split()
+    assert [task for task in tasks[1:] if task in least or task in fit] == list(tasks[1:])
+    for task, length in least.items():  # each number is the truth
+        settings = {"num_samples": 3, "tokens_to_generate": 4, "tokenizer": Letters()}
+        assert len(ruler.generate(task, max_seq_length=length, **settings)) == 3
+        with pytest.raises(ValueError, match="does not fit"):
+            ruler.generate(task, max_seq_length=length - 1, **settings)
+    with pytest.raises(ValueError, match="give longer --lengths"):
+        groups_of(config(*flags, "--tasks", "vt", "--lengths", "64"), Letters(), positions=4096)
+
+
+def test_equal_scores_are_drawn_apart_and_no_tick_is_above_100_percent() -> None:
+    scores = {"4096": dict.fromkeys(ruler.TASKS, 100.0)}
+    curves = ruler_figure({"benchmark": "ruler", "scores": scores, "averages": {"4096": 100.0}}).axes[0]
+    places = [tuple(line.get_xdata()) for line in curves.lines]
+    assert len(set(places)) == len(places) == 5
+    assert max(curves.get_yticks()) == 100
 
 
 def test_a_log_goes_on_only_with_the_same_settings(tmp_path):

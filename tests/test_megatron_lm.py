@@ -66,19 +66,23 @@ FLAGS = [
 LONGACT = ["--longact", "--longact-refresh-interval", str(STEPS), "--longact-ema", "0.5"]
 
 
+def python_path(megatron_lm: str) -> str:
+    """PYTHONPATH of a program of ours on a checkout of Megatron-LM: behind our folder, for it has a package `tests`."""
+    return ":".join([str(ROOT), megatron_lm, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def train(folder: Path, iterations: int, *flags: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Run train_rl.py until an iteration; it saves into the folder, and goes on from what lies there."""
     folder.mkdir(exist_ok=True)
     environment = folder / "environment.yaml"
     environment.write_text(f"- {{agent_type: {AGENT}, agent_args: {{}}, weight: 1.0}}\n")
-    paths = [MEGATRON_LM, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     program = ["-m", "megatron_longact.run", "--cpu", str(ROOT / "tests/programs/train_rl_ready_made.py")]
     given = ["--langrl-env-config", str(environment), "--tensorboard-dir", str(folder / "tensorboard")]
     given += ["--save", str(folder), "--load", str(folder), "--exit-interval", str(iterations)]
     done = run_command(
         on_ranks(ranks, *program, *demo_model_args(), *FLAGS, *LONGACT, *given, *flags),
         timeout=300,
-        environment={**QUIET, "PYTHONPATH": ":".join(paths), "FORWARDS": str(folder / "forwards")},
+        environment={**QUIET, "PYTHONPATH": python_path(MEGATRON_LM), "FORWARDS": str(folder / "forwards")},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -120,6 +124,22 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Two rollout batches, four optimizer steps, TP 2; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("straight")
     return folder, train(folder, 4, "--tensor-model-parallel-size", "2").stdout
+
+
+def test_tests_of_a_checkout_do_not_hide_ours(tmp_path: Path) -> None:
+    """A whole clone has packages `tests` and `megatron`: of these the first is ours, the second its own."""
+    for package in ("tests", "megatron", "megatron/rl"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    shown = "import importlib.util as u; print(*(u.find_spec(m).origin for m in "
+    shown += "('tests.programs.ready_made_agent', 'megatron.rl')), sep='\\n')"
+    done = run_command(
+        [sys.executable, "-P", "-c", shown], timeout=60, environment={"PYTHONPATH": python_path(str(tmp_path))}
+    )
+    assert done.stdout.split("\n")[:2] == [
+        str(ROOT / "tests/programs/ready_made_agent.py"),
+        str(tmp_path / "megatron/rl/__init__.py"),
+    ], done.stderr
 
 
 def test_megatron_lies_beside_the_script(tmp_path: Path) -> None:

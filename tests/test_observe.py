@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_longact.analysis import activations_hf
-from megatron_longact.analysis.activations import Measurement, measure, pooled
+from megatron_longact.analysis.activations import Measurement, measure, pooled, run_name
 from megatron_longact.analysis.activations_prompts import PromptOptions
 from megatron_longact.analysis.observe_outliers import Rope, rope_profile, spreads
 from megatron_longact.conversion import to_megatron
@@ -91,6 +91,19 @@ def plain_statistics(folder: Path) -> dict[tuple[str, str], list[tuple[torch.Ten
     return found
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("Qwen3-8B", "Qwen3-8B"),
+        ("SmolLM2/hf", "SmolLM2"),
+        ("demo/checkpoints", "demo"),
+        ("hub/models--Qwen--Qwen3-8B/snapshots/0123abc", "Qwen3-8B"),
+    ],
+)
+def test_a_model_is_called_by_its_own_name(tmp_path: Path, folder: str, name: str) -> None:
+    assert run_name(tmp_path / folder) == name
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_statistics_of_a_folder_are_those_of_its_weights(models: Path, family: str) -> None:
     measured = measure(activations_hf.open_folder(models / family), PROMPTS)
@@ -100,7 +113,7 @@ def test_statistics_of_a_folder_are_those_of_its_weights(models: Path, family: s
     assert measured.scores.keys() == wanted.keys()
     assert len(wanted) == (6 if family == "qwen3" else 3)
     for key, layers in wanted.items():
-        for number, (q, k) in enumerate(layers, 1):
+        for number, (q, k) in enumerate(layers):
             ours = measured.channel_values(*key)[number]  # type: ignore[arg-type]
             torch.testing.assert_close(ours["q"], q, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(ours["k"], k, rtol=1e-4, atol=1e-6)
@@ -178,7 +191,7 @@ def test_what_cannot_be_measured_is_refused(models: Path) -> None:
         measure(source, [[1, source.embeddings], [2]])
     with torch.no_grad():
         source.attentions[1].k_proj.weight[3] = torch.nan  # type: ignore[index, union-attr]
-    with pytest.raises(ValueError, match=r"of K in layer 2 \(projection\) holds NaN"):
+    with pytest.raises(ValueError, match=r"of K in layer 1 \(projection\) holds NaN"):
         measure(source, PROMPTS)
 
 
@@ -213,7 +226,7 @@ def run_tool(*arguments: str | Path) -> int:
 
 @pytest.fixture(scope="module")
 def with_outlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with its tokenizer; K channel 5 of head 1 in layer 2 is forty times as large as it was."""
+    """A folder with its tokenizer; K channel 5 of head 1 in layer 1 is forty times as large as it was."""
     import transformers
 
     folder = tmp_path_factory.mktemp("outlier") / "planted"
@@ -238,13 +251,13 @@ def test_a_planted_outlier_is_found_and_drawn(with_outlier: Path, tmp_path: Path
     assert run_tool("--hf-dir", with_outlier, "--prompts", text, "--lengths", "64", "256", "--output", output) == 0
     results = json.loads((output / "observation.json").read_text())
     first = results["lengths"]["256"]["taps"]["projection"]["mean-abs"][0]
-    assert (first["layer"], first["part"], first["head"], first["channel"]) == (2, "k", 1, 5)
+    assert (first["layer"], first["part"], first["head"], first["channel"]) == (1, "k", 1, 5)
     assert first["outlier_ratio"] > 15
     assert first["wavelength"] == pytest.approx(2 * torch.pi * 10000 ** (5 / 8), rel=1e-4)
     assert results["lengths"]["64"]["tokens"] == 4 * 64
     shown = capsys.readouterr().out
     assert "planted has outliers" in shown
-    assert "layer 2 K (head 1, channel 5" in shown
+    assert "layer 1 K (head 1, channel 5" in shown
     names = {path.name for path in output.glob("*.png")}
     assert names == {"overview.png", "heatmap-projection.png", "heatmap-norm.png", "rope.png"}
 

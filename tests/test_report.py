@@ -144,6 +144,32 @@ def test_chosen_and_frozen_channels_differ_in_colour_at_both_ends_of_the_scale()
         assert blue > red
 
 
+def test_saliency_of_a_deep_model_holds_all_layers_on_one_page() -> None:
+    saliency, masks = channel_values(64)
+    figure = saliency_figure(saliency, masks, heads={"q": 4, "k": 2}, kv_channels=CHANNELS)
+    assert figure.get_figheight() <= 14
+    drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert {axes.get_title(loc="left") for axes in drawn if "all" not in axes.get_title(loc="left")} == {
+        f"layer {n} · {part}" for n in (1, 33, 64) for part in "QK"
+    }
+    values, share = (axes.images[0].get_array() for axes in drawn if axes.get_title(loc="left") == "all layers · Q")
+    of = [torch.stack([each[n]["q"].view(4, CHANNELS).float() for n in range(1, 65)]) for each in (saliency, masks)]
+    np.testing.assert_array_equal(values, of[0].amax(1))
+    np.testing.assert_array_equal(share, of[1].mean(1))
+    wide = {n: {"q": torch.rand(64 * CHANNELS), "k": torch.rand(8 * CHANNELS)} for n in range(8)}
+    figure = saliency_figure(wide, wide, heads={"q": 64, "k": 8}, kv_channels=CHANNELS)
+    assert figure.get_figheight() <= 14
+
+
+def test_a_run_shows_its_layers_from_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`LongAct.saliency` counts them from 1, as Megatron does."""
+    shown: list[str] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: shown.extend(panels(self)))
+    sizes = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": CHANNELS}
+    plot_saliency(*channel_values(), **sizes, path=tmp_path / "saliency.png")
+    assert shown == [f"layer {n} · {part}" for n in (0, 1, 2) for part in "QK"]
+
+
 def test_saliency_with_unusable_values(tmp_path: Path) -> None:
     saliency, masks = channel_values()
     saliency[1]["q"][:3] = torch.tensor([float("nan"), 0.0, float("inf")])
@@ -153,6 +179,17 @@ def test_saliency_with_unusable_values(tmp_path: Path) -> None:
     nothing = {1: {part: torch.zeros(heads * CHANNELS) for part, heads in HEADS.items()}}
     with pytest.raises(ValueError, match="no saliency to draw"):
         plot_saliency(nothing, masks, **sizes, path=tmp_path / "none.png")
+
+
+def test_curves_that_are_equal_are_all_seen_and_no_tick_is_above_100_percent() -> None:
+    rows = [{"iteration": i, "reward_mean": 1.0, "accuracy": 1.0} for i in range(1, 4)]
+    full = {"accuracy": 1.0, "accuracy_by_length": {"64": 1.0, "128": 1.0, "512": 1.0}}
+    figure = reward_figure(rows, [{"iteration": i, **full} for i in (0, 3)])
+    for axes in figure.axes:
+        widths = [line.get_linewidth() for line in axes.lines]
+        assert len(widths) > 1
+        assert widths == sorted(set(widths), reverse=True)  # drawn in this order: the widest lies behind
+    assert max(figure.axes[1].get_yticks()) == 1.0
 
 
 def test_reward_panels(tmp_path: Path) -> None:

@@ -70,7 +70,30 @@ def test_longact_attaches_to_an_unchanged_program(without_longact: subprocess.Co
     wanted_first, wanted_second = losses(without_longact.stdout)
     assert first == wanted_first
     assert second != wanted_second
-    assert "ratio=0.25" in result.stdout
+    said = [line for line in result.stdout.splitlines() if line.startswith("LongAct")]
+    assert "ratio=0.25" in next(line for line in said if "starts fresh" in line)
+    found = re.fullmatch(
+        r"LongAct ends at update 2: in 2 steps (\d+) of (\d+) Q/K rows were updated at some step, (\d+) were frozen in "
+        r"all; LongAct took (\d+\.\d)% of the steps' time",
+        said[-1],
+    )
+    assert found is not None, said
+    updated, rows, frozen = map(int, found.groups()[:3])
+    assert rows == 2 * (32 + 16) == updated + frozen  # two layers, four heads and two groups of eight channels
+    assert 0.25 * rows <= updated <= 0.5 * rows  # a quarter in each of two steps
+
+
+def test_what_is_only_preparation_is_left_out_unless_asked_for(
+    without_longact: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = without_longact.stdout + without_longact.stderr
+    assert "iteration        2/" in shown
+    assert "consumed_train_samples" not in shown  # of 800 lines of arguments
+    assert "UserWarning" not in shown
+    assert len(shown.splitlines()) < 80, shown
+    monkeypatch.setenv(run.quiet.VERBOSE, "")
+    run._parse(["--verbose", "--cpu", __file__])
+    assert run.quiet.verbose()
 
 
 def test_refusal_is_one_line_from_one_rank() -> None:

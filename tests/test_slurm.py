@@ -20,6 +20,7 @@ from tests.launch import ROOT
 
 SLURM = ROOT / "examples/slurm"
 RANK_LINE = re.compile(r"(\S+) rank (\d+): (.*?) (python .*)")
+OTHER_RANK = re.compile(r"(\S+) rank (\d+): as rank 0, but (.*)")
 
 
 def bash(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,11 +30,17 @@ def bash(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def dry_run(script: str, *flags: str, **environment: str) -> list[dict[str, Any]]:
-    """The ranks' lines: node, rank, its environment, its command."""
+    """The ranks' lines: node, rank, its environment, its command; of most only what differs from rank 0 is shown."""
     done = bash(f"examples/slurm/{script}.sh", *flags, DRY_RUN="1", **environment)
     assert done.returncode == 0, done.stderr
     lines = []
     for line in done.stdout.splitlines():
+        if short := OTHER_RANK.fullmatch(line):
+            node, rank, settings = short.groups()
+            values = dict(word.split("=", 1) for word in shlex.split(settings))
+            first = next(line for line in reversed(lines) if line["rank"] == 0)
+            lines.append({**first, "node": node, "rank": int(rank), "environment": first["environment"] | values})
+            continue
         found = RANK_LINE.fullmatch(line)
         if found is None:
             assert line.startswith("srun: srun "), line
@@ -74,6 +81,8 @@ def test_a_dry_run_prints_the_command_of_every_rank(script: str, program: str, n
             assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
             assert line["command"] == own[0]["command"]
     assert len(lines) == 2 * world
+    shown = bash(f"examples/slurm/{script}.sh", DRY_RUN="1", PROGRAM=program).stdout
+    assert shown.count(" python ") == 2  # the rest is said once
     assert of("megatron_longact.run", lines)[0]["command"][-2:] == ["--train-iters", "7"]
 
 
@@ -93,7 +102,7 @@ def test_a_dry_run_of_the_ablation_has_a_task_a_run() -> None:
 def test_an_objective_is_the_recipe_with_its_flags(objective: str) -> None:
     done = bash(f"examples/slurm/objectives/{objective}.sh", DRY_RUN="1", DENSE="1", SEED="3", RUN_DIR="runs/x")
     assert done.returncode == 0, done.stderr
-    command = shlex.split(done.stdout.splitlines()[-1])
+    command = shlex.split([line for line in done.stdout.splitlines() if " python " in line][-1])
     assert command[command.index("--policy-loss") + 1] == objective.replace("_", "-")
     assert command[command.index("--seed") + 1] == "3"
     assert "--longact" not in command

@@ -14,11 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_longact.analysis.activations import Measurement
+from megatron_longact.analysis.stability import Survey, _of_runs
 from megatron_longact.analysis.stability_masks import read_choices
 from megatron_longact.analysis.stability_overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
+from megatron_longact.config import LongActConfig
 from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.safetensors_files import SafetensorsWriter
 from megatron_longact.conversion.torch_dist import COMMON, TorchDistWriter
+from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.selection import QK, select_salient_channels
 from tests import launch
 from tests.test_observe import ROOT, load_tool
@@ -117,9 +121,21 @@ def test_masks_of_files_are_compared_alone(tmp_path: Path, capsys: Any) -> None:
     axis = results["axes"]["runs' own masks"]
     assert axis["names"] == ["early", "late"]
     assert axis["jaccard"][0] == [1.0, 0.5]
-    assert axis["by_layer"] == {"layers": [1, 2], "q": [0.5, 0.5], "k": [0.5, 0.5]}
+    assert axis["by_layer"] == {"layers": [0, 1], "layers_counted_from": 0, "q": [0.5, 0.5], "k": [0.5, 0.5]}
     assert "would not do" in capsys.readouterr().out
     assert {path.name for path in output.glob("*.png")} == {"matrices.png", "curves.png"}
+
+
+def test_one_mask_is_compared_with_what_the_model_chooses(tmp_path: Path) -> None:
+    layout = QKVLayout(num_attention_heads=2, num_query_groups=1, kv_channels=4)
+    scores = QK(torch.arange(8.0)[None], torch.arange(4.0)[None])
+    measured = Measurement(1, (0,), {("projection", "mean-abs"): scores})
+    survey = Survey(LongActConfig(ratio=0.5), layout, (0,), checkpoints={"model 7": measured})
+    parts = {"q": mask(4, 5, 6, 3)[0][:8], "k": mask(2, 3)[0][:4]}
+    file = write_masks(tmp_path / "one.safetensors", {f"model.layers.0.self_attn.{p}_proj": parts[p] for p in "qk"})
+    [found] = _of_runs([file], survey.own())
+    assert found.names == ("model 7", "one")
+    assert found.layers.tolist() == [[3 / 5], [1.0]]  # 4, 5, 6 of 3 to 7; both of K
 
 
 def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
@@ -134,7 +150,7 @@ def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
         writer.finish()
     choices, layers = read_choices([tmp_path / "run" / "checkpoints"])
     assert [choice.name for choice in choices] == ["run 40"]
-    assert layers == (1, 2)
+    assert layers == (0, 1)
     assert torch.equal(choices[0].masks.k, masks["k"])
 
 
@@ -148,7 +164,7 @@ def run_tool(*arguments: str | Path) -> int:
     [
         ([], "either --hf-dir DIR or --load DIR"),
         (["--masks", "nothing"], "nothing holds no Megatron checkpoint"),
-        (["--masks", "FILE"], "there is nothing to compare"),
+        (["--masks", "FILE"], "--masks holds one mask, one: give another one, or a model"),
         (["--hf-dir", "nowhere", "--num-seeds", "0"], "--num-seeds is 0"),
         (["--hf-dir", "nowhere", "--ratio", "1.5"], "--ratio is 1.5; it must be a share"),
         (["--load", "nowhere"], "--load nowhere holds no Megatron checkpoint"),

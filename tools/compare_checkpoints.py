@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from megatron_longact.quiet import quiet_libraries
 
 NOT_COMPARED = ("rng_state", "rerun_state_machine", "common_state", "gbuf_idx")
 
@@ -39,6 +40,8 @@ def read_tensors(iteration: Path) -> dict[str, torch.Tensor]:
 
 def read_scheduler(iteration: Path) -> dict[str, Any]:
     """The scheduler's state, which carries LongAct's and the RL program's."""
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
     with warnings.catch_warnings(action="ignore"):  # that no process group is there is as it should be
         state: dict[str, Any] = load_common_state_dict(iteration)["opt_param_scheduler"]
     return state
@@ -90,4 +93,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     raise SystemExit(main())

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_longact.quiet import quiet_libraries
 from megatron_longact.tool_command import become_megatron_program, end_in_one_line
 
 
@@ -42,4 +43,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_longact.quiet import quiet_libraries
 from megatron_longact.tool_command import become_megatron_program, end_in_one_line
 
 
@@ -55,4 +56,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

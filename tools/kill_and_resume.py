@@ -30,6 +30,8 @@ from typing import Any
 import psutil
 from compare_checkpoints import compare, differences
 
+from megatron_longact.quiet import quiet_libraries
+
 MARK = "LONGACT_KILL_AND_RESUME"
 AIMS = ("any moment", "a save")
 SHELL_FOUND_NO_PROGRAM = (126, 127)
@@ -261,4 +263,5 @@ def judge(killed: Run, reference: Run, kills: list[Kill]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     raise SystemExit(main())

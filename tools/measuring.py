@@ -8,6 +8,10 @@ from itertools import pairwise
 
 import torch
 
+from megatron_longact.quiet import quiet_libraries
+
+quiet_libraries()  # before a benchmark imports Megatron
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 

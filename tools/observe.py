@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from megatron_longact.analysis import activations_models
+from megatron_longact.quiet import quiet_libraries
 from megatron_longact.tool_command import end_in_one_line
 
 
@@ -45,4 +46,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

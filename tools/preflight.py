@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_longact.preflight import disk, gpus, models, network, software
 from megatron_longact.preflight.checks import Finding, examine, failures, table
+from megatron_longact.quiet import quiet_libraries
 
 
 def local_findings(args: argparse.Namespace, *, rank: int, local_rank: int, world_size: int) -> list[Finding]:
@@ -69,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--save", type=Path, help="the folder of checkpoints: its space, and how fast it is written")

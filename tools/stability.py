@@ -23,6 +23,7 @@ from typing import get_args
 
 from megatron_longact.analysis import activations_models
 from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
+from megatron_longact.quiet import quiet_libraries
 from megatron_longact.tool_command import end_in_one_line
 
 
@@ -65,4 +66,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main(sys.argv[1:]))

@@ -115,16 +115,27 @@ run_step() {                           # srun flags, --, the command of a rank; 
     return "$code"
 }
 
-dry_run() {                            # the command of each rank, as rank.sh would run it
-    local n l
+dry_run() {                            # the command of rank 0, as rank.sh would run it, and what others have instead
+    local n l i line first=() words=() others
     printf 'srun:'
     printf ' %q' "${step[@]:0:${#step[@]}-$#}"
     echo " COMMAND"
     for ((n = 0; n < NODES; n++)); do
         for ((l = 0; l < RANKS_PER_NODE; l++)); do
-            SLURM_PROCID=$((n * RANKS_PER_NODE + l)) SLURM_LOCALID=$l SLURM_NODEID=$n \
+            line=$(SLURM_PROCID=$((n * RANKS_PER_NODE + l)) SLURM_LOCALID=$l SLURM_NODEID=$n \
                 SLURM_NTASKS=$((NODES * RANKS_PER_NODE)) SLURMD_NODENAME=${NODE_NAMES[n]} \
-                bash examples/slurm/rank.sh "$@"
+                bash examples/slurm/rank.sh "$@")
+            read -ra words <<<"$line"
+            if ((${#first[@]} == 0)); then
+                first=("${words[@]}")
+                echo "$line"
+                continue
+            fi
+            others=""
+            for ((i = 3; i < ${#words[@]}; i++)); do
+                [[ ${words[i]} == "${first[i]}" ]] || others+=" ${words[i]}"
+            done
+            echo "${NODE_NAMES[n]} rank $((n * RANKS_PER_NODE + l)): as rank 0, but$others"
         done
     done
 }

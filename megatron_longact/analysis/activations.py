@@ -22,7 +22,7 @@ from megatron_longact.selection import QK
 TAPS: tuple[Tap, ...] = get_args(Tap)
 
 ChannelValues = dict[int, dict[str, Tensor]]
-"""By 1-based layer number, then "q" [np * hn] and "k" [ng * hn]."""
+"""By layer number, from 0 as in Hugging Face's names, then "q" [np * hn] and "k" [ng * hn]."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Measurement:
 
     tokens: int
     layer_numbers: tuple[int, ...]
+    """From 0, as in Hugging Face's names; Megatron's own begin at 1."""
     scores: Mapping[tuple[Tap, Statistic], QK]
 
     @property
@@ -130,7 +131,15 @@ def rope_pair(channel: int, pairs: int, *, interleaved: bool) -> int | None:
     return channel // 2 if interleaved else channel % pairs
 
 
+_NO_NAMES = ("checkpoints", "hf", "model")
+
+
 def run_name(path: Path) -> str:
-    """What to call a folder of checkpoints in a table: its name, or its parent's if it is called "checkpoints"."""
+    """What to call a folder of checkpoints or a model: its name, or its parent's where many a folder has that name.
+
+    A snapshot in Hugging Face's cache, .../models--OWNER--NAME/snapshots/HASH, is called NAME.
+    """
     folder = path.resolve()
-    return folder.parent.name if folder.name == "checkpoints" else folder.name
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.parent.name if folder.name in _NO_NAMES else folder.name

@@ -159,7 +159,7 @@ def _layout(attentions: Sequence[nn.Module], config: Any, folder: Path) -> QKVLa
 
 
 def _number(attention: nn.Module, place: int) -> int:
-    return int(getattr(attention, "layer_idx", place)) + 1
+    return int(getattr(attention, "layer_idx", place))
 
 
 def _inv_freq(model: nn.Module, hn: int) -> Tensor | None:

@@ -46,7 +46,8 @@ class MegatronSource:
     def __post_init__(self) -> None:
         config = get_model_config(self.chunks[0])
         self._qkv = QKVModel.find(self.chunks)
-        self.layout, self.layer_numbers = self._qkv.layout, tuple(self._qkv.layer_numbers)
+        self.layout = self._qkv.layout
+        self.layer_numbers = tuple(number - 1 for number in self._qkv.layer_numbers)  # Megatron's begin at 1
         self.taps = ("projection", "norm") if config.qk_layernorm else ("projection",)
         self.inv_freq = _inv_freq(self.chunks[0])
         self.rope_interleaved = bool(config.rotary_interleaved)

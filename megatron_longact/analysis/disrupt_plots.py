@@ -69,6 +69,7 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Results], *, title: str) -> None:
         places = [i + 0.05 * (number - (len(runs) - 1) / 2) for i in range(len(lengths))]
         axes.errorbar(places, values, errors, color=colour, marker=marker, markersize=5, capsize=2, label=label)
     axes.set_ylim(-3, 103)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_xlim(-0.4, len(lengths) - 0.6)
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_xlabel("context length, tokens", fontsize=10)

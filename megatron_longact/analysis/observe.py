@@ -155,6 +155,7 @@ def as_json(observation: Observation, options: PromptOptions) -> dict[str, Any]:
         "statistic": observation.statistic,
         "ratio": observation.ratio,
         "layout": asdict(observation.layout),
+        "layers_counted_from": 0,
         "prompts": {"tasks": options.tasks, "num_samples": options.num_samples, "seed": options.seed},
         "lengths": lengths,
         "rope": None if observation.rope is None else _rope_json(observation, observation.rope),

@@ -108,7 +108,15 @@ def rope_profile(scores: Tensor, *, layout: QKVLayout, rope: Rope) -> Tensor:
 
 def spread_table(rows: Sequence[Spread], *, ratio: float, after_norm: Mapping[tuple[int, str], Spread]) -> str:
     """The rows in words and numbers; after_norm: by layer and part, those of the tap behind q/k-layernorm."""
-    header = ["layer", "max/median", f"top {ratio:.0%} carry", f"{OUTLIER:g}x or more", "head", "channel", "wavelength"]
+    header = [
+        "layer, from 0",
+        "max/median",
+        f"top {ratio:.0%} carry",
+        f"{OUTLIER:g}x or more",
+        "head",
+        "channel",
+        "wavelength",
+    ]
     header += ["after qk-norm"] * bool(after_norm)
     lines = []
     for row in rows:

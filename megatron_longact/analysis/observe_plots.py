@@ -71,7 +71,9 @@ def _draw_sorted(axes: Axes, observation: Observation, part: str) -> None:
     for colour, layer in zip(_layer_colours(len(values)), values, strict=True):
         sorted_ = over_median(values[layer][part]).sort(descending=True).values.numpy()
         share = (np.arange(len(sorted_)) + 0.5) / len(sorted_)
-        axes.plot(share, sorted_, color=colour, linewidth=1.6, label=f"layer {layer}")
+        axes.plot(
+            share, sorted_, color=colour, linewidth=1.6 if len(values) <= MOST_LAYERS else 0.8, label=f"layer {layer}"
+        )
     axes.axvspan(0, observation.ratio, color="#000000", alpha=0.06, linewidth=0)
     axes.text(observation.ratio / 2, 0.02, f"top {observation.ratio:.0%}", fontsize=9, color=FAINT_INK, ha="center",
               transform=axes.get_xaxis_transform())  # fmt: skip
@@ -113,7 +115,7 @@ def _layer_legend(first: Axes, last: Axes, layers: list[int]) -> None:
     assert figure is not None
     colours = matplotlib.colors.ListedColormap(_layer_colours(256))
     bar = figure.colorbar(ScalarMappable(Normalize(layers[0], layers[-1]), colours), ax=last)
-    bar.set_label("layer", fontsize=10)
+    bar.set_label("layer, from 0", fontsize=10)
     bar.ax.tick_params(labelsize=9, colors=INK)
 
 
@@ -124,7 +126,7 @@ def _draw_by_layer(axes: Axes, observation: Observation) -> None:
             line = sorted((row.layer, row.outlier_ratio) for row in rows if row.part == part)
             _draw_line(axes, line, part, tap)
     axes.set_xticks(_ticks(list(observation.longest.layer_numbers)))
-    axes.set_xlabel("layer", fontsize=10)
+    axes.set_xlabel("layer, from 0", fontsize=10)
     _times_median(axes)
     style(axes, "largest channel by layer")
     axes.legend(fontsize=9, frameon=False)
@@ -136,7 +138,7 @@ def _draw_line(axes: Axes, line: Sequence[tuple[float, float]], part: str, tap: 
         [x for x, _ in line],
         [y for _, y in line],
         color=COLOURS[part],
-        marker=MARKERS[part],
+        marker=MARKERS[part] if len(line) <= 2 * MOST_LAYERS else "",
         markersize=5,
         linewidth=1.6,
         linestyle="-" if before else ":",
@@ -210,7 +212,7 @@ def rope_figure(observation: Observation) -> Figure:
             places = np.unique(np.linspace(0, len(wavelengths) - 1, 6).round().astype(int))
             axes.set_xticks(places, [_short(wavelengths[place]) for place in places])
             axes.set_xlabel("RoPE wavelength, tokens", fontsize=10)
-            axes.set_ylabel("layer", fontsize=10)
+            axes.set_ylabel("layer, from 0", fontsize=10)
     bar = figure.colorbar(ScalarMappable(norm, "Blues"), ax=panels, aspect=30)
     bar.set_label("largest channel, times the layer's median", fontsize=10)
     bar.ax.tick_params(labelsize=9, colors=INK)

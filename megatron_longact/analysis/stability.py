@@ -51,6 +51,10 @@ class Survey:
             found[DEFINITIONS] = self._definitions(list(self.lengths.values())[-1])
         return [overlap(axis, of, self.layer_numbers) for axis, of in found.items() if len(of) > 1]
 
+    def own(self) -> list[Choice]:
+        """What each model chooses at the longest length."""
+        return [self._choose(name, each) for name, each in self.checkpoints.items()]
+
     def _choose(self, name: str, measured: Measurement, config: LongActConfig | None = None) -> Choice:
         config = config or self.config
         if (config.tap, config.statistic) not in measured.scores:
@@ -91,9 +95,20 @@ def run(
             survey = measured(session, options, config, num_seeds=num_seeds)
             overlaps, terminal, first = survey.overlaps(), session.terminal, session.first
             if first:
-                finish(overlaps, masks, options, config, output=output, terminal=terminal)
+                overlaps = overlaps + _of_runs(masks, survey.own())
+                finish(overlaps, options, config, output=output, terminal=terminal)
         return
-    finish(overlaps, masks, options, config, output=output, terminal=terminal)
+    finish(_of_runs(masks, []), options, config, output=output, terminal=terminal)
+
+
+def _of_runs(masks: list[Path], own: list[Choice]) -> list[Overlap]:
+    """The masks of runs against each other; own: what is taken to stand beside a single one."""
+    if not masks:
+        return []
+    choices, layers = read_choices(masks)
+    if len(choices) == 1 and not own:
+        raise ValueError(f"--masks holds one mask, {choices[0].name}: give another one, or a model, to compare it with")
+    return [overlap(RUNS, choices if len(choices) > 1 else [*own[:1], *choices], layers)]
 
 
 def measured(session: Session, options: PromptOptions, config: LongActConfig, *, num_seeds: int) -> Survey:
@@ -151,18 +166,13 @@ def _unused(name: str, used: dict[str, Measurement]) -> str:
 
 def finish(
     overlaps: list[Overlap],
-    masks: list[Path],
     options: PromptOptions,
     config: LongActConfig,
     *,
     output: Path,
     terminal: TextIO,
 ) -> None:
-    """Add the masks of runs, then write and print everything."""
-    if masks:
-        choices, layers = read_choices(masks)
-        if len(choices) > 1:
-            overlaps = [*overlaps, overlap(RUNS, choices, layers)]
+    """Write and print everything."""
     if not overlaps:
         raise ValueError("there is nothing to compare: give several tasks, lengths, seeds, checkpoints or masks")
     words = conclusion(overlaps)

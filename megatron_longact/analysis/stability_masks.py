@@ -18,7 +18,7 @@ _NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qk])_proj")
 
 
 def read_choices(paths: list[Path]) -> tuple[list[Choice], tuple[int, ...]]:
-    """The masks in all paths, and the layers they are of.
+    """The masks in all paths, and the layers they are of, from 0.
 
     A path is a mask file, a checkpoint folder, of which every iteration with a mask is taken, or one iteration's
     folder. Raises `ValueError` for a path without a mask, and if the layers are not the same.
@@ -37,7 +37,7 @@ def _of_file(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
     if not layers or missing:
         raise ValueError(f"--masks {path} holds no mask for {missing[0] if missing else 'any layer'}")
     parts = (torch.stack([tensors[str(layer), part].read().bool() for layer in layers]) for part in "qk")
-    yield Choice(path.stem, QK(*parts)), tuple(layer + 1 for layer in layers)
+    yield Choice(path.stem, QK(*parts)), tuple(layers)
 
 
 def _of_folder(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
@@ -50,6 +50,6 @@ def _of_folder(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
             none = False
             masks = QK(*(state["masks"][part].bool() for part in ("q", "k")))
             number = folder.name.removeprefix("iter_").lstrip("0") or "0"
-            yield Choice(f"{run} {number}", masks), tuple(state["layer_numbers"])
+            yield Choice(f"{run} {number}", masks), tuple(number - 1 for number in state["layer_numbers"])
     if none:
         raise ValueError(f"--masks {path}: none of its checkpoints holds a mask of LongAct")

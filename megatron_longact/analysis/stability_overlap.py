@@ -85,6 +85,7 @@ class Overlap:
             "worst": {"jaccard": self.worst[0], "pair": self.worst[1]},
             "by_layer": {
                 "layers": self.layer_numbers,
+                "layers_counted_from": 0,
                 "q": self.layers[0].tolist(),
                 "k": self.layers[1].tolist(),
             },

@@ -18,6 +18,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MOST_NUMBERS = 9
 """Choices of an axis up to which every cell of its matrix has its number."""
+MOST_MARKERS = 16
+"""Points of a curve up to which each has its marker."""
 ALONG = {"context lengths": "context length", "checkpoints": "checkpoint", "runs' own masks": "checkpoint"}
 """Axes with an order: what it is called."""
 
@@ -77,10 +79,11 @@ def curves_figure(overlaps: Sequence[Overlap]) -> Figure:
     panels = figure.subplots(rows, 2, squeeze=False)
     for part, (axes, name) in enumerate(zip(panels[0], ("Q", "K"), strict=True)):
         for i, each in enumerate(overlaps):
-            _draw_curve(axes, list(each.layer_numbers), each.layers[part].tolist(), i, each.axis)
+            behind = len(overlaps) - 1 - i  # equal curves lie one around the other
+            _draw_curve(axes, list(each.layer_numbers), each.layers[part].tolist(), i, each.axis, behind=behind)
         layers = overlaps[0].layer_numbers
         axes.set_xticks(layers[:: -(-len(layers) // 9)])
-        axes.set_xlabel("layer", fontsize=10)
+        axes.set_xlabel("layer, from 0", fontsize=10)
         _finish_curve(axes, f"{name} rows, mean of all pairs", overlaps[0].mean_chance)
     figure.legend(
         *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False
@@ -100,9 +103,9 @@ def curves_figure(overlaps: Sequence[Overlap]) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, xs: list[int], ys: list[float], place: int, label: str) -> None:
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-    axes.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.6, label=label)
+def _draw_curve(axes: Axes, xs: list[int], ys: list[float], place: int, label: str, *, behind: int = 0) -> None:
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)] if len(xs) <= MOST_MARKERS else ""
+    axes.plot(xs, ys, color=colour, marker=marker, markersize=5 + behind, linewidth=1.6 + behind, label=label)
 
 
 def _finish_curve(axes: Axes, title: str, chance: float) -> None:

@@ -34,12 +34,14 @@ class Family:
     """The window where config.json does not say; None: none."""
     window_is_optional: bool = True
     """Whether the window is in use only with `use_sliding_window`."""
+    window_by_layer: bool = False
+    """Whether only some layers have it: those that `layer_types` names, or from `max_window_layers` on."""
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True, head_dim=128),
+    "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True, head_dim=128, window_by_layer=True),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_layernorm=True, experts=True),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, window_by_layer=True),
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM", sliding_window=4096, window_is_optional=False),
 }
@@ -58,6 +60,7 @@ _MAPPED = """
     moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok num_hidden_layers
     num_key_value_heads num_local_experts rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
     tie_word_embeddings use_sliding_window vocab_size decoder_sparse_step
+    mlp_only_layers partial_rotary_factor
 """
 _KNOWN = frozenset((_DESCRIPTIVE + _MAPPED).split())
 
@@ -184,6 +187,10 @@ class _Reader:
                 self.refuse(name, config[name], f"{family.architecture} is converted without experts")
         if config.get("decoder_sparse_step", 1) != 1:
             self.refuse("decoder_sparse_step", config["decoder_sparse_step"], "1, experts in every layer, would work")
+        if config.get("partial_rotary_factor") not in (None, 1):
+            self.refuse("partial_rotary_factor", config["partial_rotary_factor"], "1 would work")
+        if any(layer in range(self.size("num_hidden_layers")) for layer in config.get("mlp_only_layers") or []):
+            self.refuse("mlp_only_layers", config["mlp_only_layers"], "[], experts in every layer, would work")
         if any(kind != "full_attention" for kind in config.get("layer_types") or []):
             self.refuse("layer_types", sorted(set(config["layer_types"])), "full_attention would work")
         self._refuse_window(family)
@@ -191,9 +198,16 @@ class _Reader:
     def _refuse_window(self, family: Family) -> None:
         if family.window_is_optional and not self.config.get("use_sliding_window", False):
             return
+        if family.window_by_layer and self._has_no_window_layer():
+            return
         window = self.config.get("sliding_window", family.sliding_window)
         if window is not None and window < self.size("max_position_embeddings"):
             self.refuse("sliding_window", window, "null, attention over everything, would work")
+
+    def _has_no_window_layer(self) -> bool:
+        """Whether no layer has the window that config.json names; with `layer_types` these were looked at already."""
+        first = self.number("max_window_layers", 28)  # transformers' own default
+        return bool(self.config.get("layer_types")) or first >= self.size("num_hidden_layers")
 
     def size(self, name: str, default: int | None = None) -> int:
         value = self.config.get(name)

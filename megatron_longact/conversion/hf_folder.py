@@ -15,16 +15,19 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _NOT_WEIGHTS = "rotary_emb.inv_freq"
 """Old exports store this table beside the weights; models compute it themselves."""
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*",
+ADAPTER = "adapter_config.json"
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab", ".py")
+"""Kinds of files that belong to a model beside its weights."""
+_COMPANION_NAMES = ("tokenizer*", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
+_OF_THESE_WEIGHTS = (
+    "config.json",
+    "*.index.json",
+    "adapter_*",
+    "trainer_state.json",
+    "*_results.json",
+    "requirements.txt",
 )
+"""Not companions, whatever their kind."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,35 @@ class HFFolder:
 
     @classmethod
     def open(cls, path: Path) -> "HFFolder":
-        """Read all headers.
+        """Read all headers of the files that `transformers` would load: model.safetensors before an index.
 
         Raises `ValueError` with one line, and a tensor's name where one is concerned, for a folder without
-        safetensors, a missing or truncated file, and an index that says something else than its files.
+        safetensors, a missing or truncated file, an adapter, and an index that says something else than its files.
         """
-        if (path / INDEX).is_file():
-            return cls(path, _indexed(path))
+        if (path / ADAPTER).is_file():
+            raise ValueError(
+                f"{path} has an adapter ({ADAPTER}), which is not converted: merge it into the model first"
+            )
         if (path / SINGLE).is_file():
             return cls(path, read_header(path / SINGLE)[0])
+        if (path / INDEX).is_file():
+            return cls(path, _indexed(path))
         if not path.is_dir():
             raise ValueError(f"{path} is no folder")
-        pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
-        hint = f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors first" if pickles else ""
-        raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}{hint}")
+        raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}{_hint(path)}")
+
+    def left_aside(self) -> list[str]:
+        """What a conversion makes no use of, in lines to show: weights beside those that were read, other files."""
+        lines = []
+        if (self.path / SINGLE).is_file() and (self.path / INDEX).is_file():
+            lines.append(f"{self.path} has {SINGLE} and {INDEX}: {SINGLE} was taken, as transformers does")
+        used = {stored.path.relative_to(self.path).parts[0] for stored in self.tensors.values()}
+        used |= {file.relative_to(self.path).parts[0] for file in companions(self.path)} | {"config.json", INDEX}
+        others = sorted(file.name for file in self.path.iterdir() if file.name not in used and file.name[0] != ".")
+        if others:
+            shown = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")
+            lines.append(f"left aside in {self.path}: {shown}")
+        return lines
 
     def check(self, entries: Iterable[Entry], *, tied: bool) -> None:
         """Raise `ValueError` with the name of a tensor that is missing, too many, or of another shape or dtype."""
@@ -102,33 +120,49 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
+def _hint(path: Path) -> str:
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    if shards:
+        return f"; {shards[0]} is there, but only {INDEX} says what belongs to the model: get it too"
+    pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+    return f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors first" if pickles else ""
+
+
 def _indexed(path: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads((path / INDEX).read_text())["weight_map"]
         by_file: dict[str, list[str]] = {}
         for name, file in weight_map.items():
-            by_file.setdefault(Path(file).name, []).append(name)
+            by_file.setdefault(str(Path(file)), []).append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {path / INDEX}: {error}") from error
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, names in sorted(by_file.items()):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(f"{path / INDEX} says that {names[0]} is in {file}, which is outside of the folder")
         if not (path / file).is_file():
             raise ValueError(f"{path / file} is missing; {INDEX} says that it holds {names[0]}")
         header, _ = read_header(path / file)
         for name in names:
             if name not in header:
                 raise ValueError(f"{path / file} has no {name}, though {INDEX} says so")
+        for name in tensors.keys() & header.keys():
+            raise ValueError(f"{name} is in {tensors[name].path} and in {path / file}: which one is the model's?")
         tensors.update(header)
     return tensors
 
 
 def companions(path: Path) -> list[Path]:
-    """The files beside the weights that a copy of the model needs: tokenizer, generation settings."""
-    found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken"))
+    """The files beside the weights that a copy of the model needs: tokenizer, generation settings, code, licence."""
+    named = {file for pattern in _COMPANION_NAMES for file in path.glob(pattern)}
+    found = named | {file for file in path.iterdir() if file.suffix in _COMPANIONS and file.name[0] != "."}
+    others = {file for pattern in _OF_THESE_WEIGHTS for file in path.glob(pattern)}
+    return sorted(file for file in found - others if file.is_file())
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy config.json and everything of `companions`."""
     for file in (source / "config.json", *companions(source)):
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)

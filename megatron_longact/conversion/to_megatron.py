@@ -107,6 +107,7 @@ def convert(hf_dir: Path, save: Path) -> str:
             "careful: without our launcher megatron.training 0.19 builds with a RoPE scaling factor of 8, whatever "
             "--rope-scaling-factor says; see docs/checkpoints.md"
         )
+    lines += conversion.folder.left_aside()
     return "\n".join(lines)
 
 

@@ -40,14 +40,16 @@ def ruler_figure(results: Results) -> Figure:
 
 def _draw_curves(axes: Axes, results: Results, lengths: list[str]) -> None:
     places = range(len(lengths))
-    for category, (colour, marker) in CATEGORIES.items():
+    for number, (category, (colour, marker)) in enumerate(CATEGORIES.items()):
         means = [_category_mean(results["scores"][length], category) for length in lengths]
-        known = [(place, mean) for place, mean in zip(places, means, strict=True) if mean is not None]
+        aside = 0.07 * (number - (len(CATEGORIES) - 1) / 2)  # equal curves stay apart
+        known = [(place + aside, mean) for place, mean in zip(places, means, strict=True) if mean is not None]
         if known:
             axes.plot(*zip(*known, strict=True), color=colour, marker=marker, markersize=5, label=category)
     averages = [results["averages"][length] for length in lengths]
-    axes.plot(places, averages, color=INK, marker="o", markersize=5, linewidth=2.5, label="all tasks")
+    axes.plot(places, averages, color=INK, marker="o", markersize=5, linewidth=2.5, label="all tasks", zorder=1)
     axes.set_ylim(-3, 103)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_xlim(-0.4, len(lengths) - 0.6)
     axes.set_xticks(places, [_name(length) for length in lengths])
     axes.set_xlabel("context length, tokens", fontsize=10)
@@ -106,6 +108,7 @@ def longbench_figure(results: Results) -> Figure:
     names = [f"{bucket}\n{results['samples'][bucket]} items" for bucket in BUCKETS]
     axes.set_xticks(range(len(BUCKETS)), names)
     axes.set_ylim(0, 105)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_xlim(-0.6, len(BUCKETS) + 0.2)
     axes.set_ylabel("right, percent", fontsize=10)
     axes.set_title("LongBench v2 by difficulty and by length", fontsize=10.5, fontweight="bold", loc="left")

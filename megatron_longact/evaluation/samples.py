@@ -65,6 +65,7 @@ def _ruler_groups(config: EvaluationConfig, pieces: PieceEncoder, *, positions: 
     if max(config.lengths) > positions:
         raise ValueError(f"--lengths asks for {max(config.lengths)} tokens, but the model has {positions} positions")
     count = config.num_samples or RULER_SAMPLES
+    _check_ruler_tasks(config, pieces, count)
     for length in config.lengths:
         for task in config.tasks:
             yield Group(
@@ -74,19 +75,39 @@ def _ruler_groups(config: EvaluationConfig, pieces: PieceEncoder, *, positions: 
             )
 
 
+def _check_ruler_tasks(config: EvaluationConfig, pieces: PieceEncoder, count: int) -> None:
+    """ValueError for tasks that the shortest of the lengths cannot hold, with the tasks that it can."""
+    length = min(config.lengths)
+    least = {
+        task: ruler.least_length(task, num_samples=count, max_seq_length=length, **_ruler_settings(config, pieces))
+        for task in config.tasks
+    }
+    needed = ", ".join(f"{task} (needs {tokens})" for task, tokens in least.items() if tokens > length)
+    if needed:
+        fit = " ".join(task for task, tokens in least.items() if tokens <= length)
+        rest = f"these fit: --tasks {fit}" if fit else "give longer --lengths"
+        raise ValueError(f"--lengths {length}: {needed} do not fit into {length} tokens with this tokenizer; {rest}")
+
+
+def _ruler_settings(config: EvaluationConfig, pieces: PieceEncoder) -> dict[str, Any]:
+    return {
+        "tokenizer": pieces,
+        "seed": config.sample_seed,
+        "tokens_to_generate": config.tokens_to_generate,
+        "model_template": config.model_template,
+        "essays": config.essays,
+        "words": config.words,
+        "squad": config.squad,
+        "hotpotqa": config.hotpotqa,
+    }
+
+
 def _ruler_samples(config: EvaluationConfig, pieces: PieceEncoder, task: str, length: int, count: int) -> list[Sample]:
     made = ruler.generate(
         task,
         num_samples=count,
         max_seq_length=length,
-        tokenizer=pieces,
-        seed=config.sample_seed,
-        tokens_to_generate=config.tokens_to_generate,
-        model_template=config.model_template,
-        essays=config.essays,
-        words=config.words,
-        squad=config.squad,
-        hotpotqa=config.hotpotqa,
+        **_ruler_settings(config, pieces),
     )
     return [_ruler_sample(config, pieces, task, length, sample) for sample in made]
 

@@ -6,8 +6,8 @@
 What is as in the official scripts (NVIDIA/RULER, `scripts/`), and what is not, stands at `generate`.
 """
 
-from megatron_longact.evaluation.ruler.generation import generate
+from megatron_longact.evaluation.ruler.generation import generate, least_length
 from megatron_longact.evaluation.ruler.scoring import count_nulls, postprocess, score
 from megatron_longact.evaluation.ruler.tasks import TASKS, Task
 
-__all__ = ["TASKS", "Task", "count_nulls", "generate", "postprocess", "score"]
+__all__ = ["TASKS", "Task", "count_nulls", "generate", "least_length", "postprocess", "score"]

@@ -75,22 +75,68 @@ def generate(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    request = _request(
+        task,
+        tokenizer=tokenizer,
+        seed=seed,
+        tokens_to_generate=tokens_to_generate,
+        model_template=model_template,
+        model_template_tokens=model_template_tokens,
+        files={"essays": essays, "words": words, "squad": squad, "hotpotqa": hotpotqa},
+    )
+    return request.samples(num_samples, max_seq_length)
+
+
+def least_length(
+    task: str,
+    *,
+    num_samples: int,
+    max_seq_length: int,
+    tokenizer: Tokenizer,
+    seed: int = 42,
+    tokens_to_generate: int | None = None,
+    model_template: str = TASK_TEMPLATE,
+    **files: str | Path | None,
+) -> int:
+    """`max_seq_length` if `generate` can make the samples, or the least length at which it can; makes no haystack.
+
+    Raises ValueError for more samples than there are questions, and as `generate` for files and template.
+    """
+    request = _request(
+        task,
+        tokenizer=tokenizer,
+        seed=seed,
+        tokens_to_generate=tokens_to_generate,
+        model_template=model_template,
+        model_template_tokens=0,
+        files=files,
+    )
+    request.check_count(num_samples, max_seq_length)
+    return request.least_length(num_samples, max_seq_length)
+
+
+def _request(
+    task: str,
+    *,
+    tokenizer: Tokenizer,
+    seed: int,
+    tokens_to_generate: int | None,
+    model_template: str,
+    model_template_tokens: int,
+    files: Mapping[str, str | Path | None],
+) -> _Request:
     if TASK_TEMPLATE not in model_template:
         raise ValueError(f"the model template {model_template!r} has no {TASK_TEMPLATE} in it")
     settings = task_named(task)
-    request = _Request(
+    return _Request(
         task=settings,
         tokenizer=tokenizer,
         seed=seed,
         answer_tokens=settings.tokens_to_generate if tokens_to_generate is None else tokens_to_generate,
         template=model_template.replace(TASK_TEMPLATE, settings.template),
         template_tokens=model_template_tokens,
-        files={
-            name: None if path is None else Path(path)
-            for name, path in {"essays": essays, "words": words, "squad": squad, "hotpotqa": hotpotqa}.items()
-        },
+        files={name: None if path is None else Path(path) for name, path in files.items()},
     )
-    return request.samples(num_samples, max_seq_length)
 
 
 @dataclass(frozen=True)
@@ -105,11 +151,15 @@ class _Request:
     template_tokens: int
     files: Mapping[str, Path | None]
 
-    def samples(self, count: int, max_seq_length: int) -> list[dict[str, Any]]:
+    def check_count(self, count: int, max_seq_length: int) -> Maker:
         maker = self._maker(max_seq_length)
         if isinstance(maker, QuestionMaker) and count > len(maker.questions.questions):
             questions = maker.questions
             raise ValueError(f"{count} samples asked for, but {questions.source} are {len(questions.questions)}")
+        return maker
+
+    def samples(self, count: int, max_seq_length: int) -> list[dict[str, Any]]:
+        maker = self.check_count(count, max_seq_length)
         limit = max_seq_length - self.template_tokens
         size = largest_fitting(
             lambda size: self._length(maker.make(PROBE, size)),
@@ -119,7 +169,7 @@ class _Request:
         )
         drafts = [self._fit(maker, i, size, limit) for i in range(count)] if size is not None else [None]
         if None in drafts:
-            least = self._least_length(count, max_seq_length)
+            least = self.least_length(count, max_seq_length)
             raise ValueError(
                 f"RULER's {self.task.name} does not fit into {max_seq_length} tokens; with this tokenizer "
                 f"{'this sample needs' if count == 1 else f'these {count} samples need'} at least {least}"
@@ -139,7 +189,7 @@ class _Request:
     def _length(self, draft: Draft) -> int:
         return len(self.tokenizer.encode(draft.input + draft.answer_prefix)) + self.answer_tokens
 
-    def _least_length(self, count: int, max_seq_length: int) -> int:
+    def least_length(self, count: int, max_seq_length: int) -> int:
         """The least `max_seq_length` at which `count` samples fit; how a sample is made may depend on it."""
         length = max_seq_length
         while True:

@@ -1,0 +1,112 @@
+"""What LongAct came to in a launched program: one line when it ends."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from megatron.training import training
+from torch import Tensor
+
+from megatron_longact.longact import LongAct
+from megatron_longact.selection import QK
+
+logger = logging.getLogger("megatron_longact")
+
+
+class RunSummary:
+    """Counts, while a program runs, which rows were updated, and whose time the optimizer steps are.
+
+    On the device, and without waiting for it: the union of the masks is looked at when a mask is another one.
+    """
+
+    def __init__(self, longact: LongAct) -> None:
+        self._longact, self._steps, self._step_s, self._longact_s = longact, 0, 0.0, 0.0
+        self._updates = longact.state.updates
+        self._seen: QK | None = None
+        self._ever: QK | None = None
+        self._dense = False
+        clock = longact._clock
+        self._read = clock.read
+        clock.read = self._count_time  # type: ignore[method-assign]
+
+    def _count_time(self) -> float:
+        seconds = self._read()
+        self._longact_s += seconds
+        return seconds
+
+    def after_step(self, seconds: float) -> None:
+        """Take in an optimizer step that took so long."""
+        state, before = self._longact.state, self._updates
+        self._steps += 1
+        self._step_s += seconds
+        self._updates = state.updates
+        if state.updates == before:  # skipped
+            return
+        if state.masks is None:
+            self._dense |= state.updates <= self._longact.config.warmup_steps  # else no row was updated
+        elif state.masks is not self._seen:
+            self._seen = state.masks
+            self._ever = state.masks if self._ever is None else _union(self._ever, state.masks)
+
+    def line(self) -> str | None:
+        """What it came to; None where there was no step. Waits for the device once."""
+        if not self._steps:
+            return None
+        self._longact._clock.read()
+        rows = updated = 0
+        if self._ever is not None:
+            rows = sum(part.numel() for part in self._ever)
+            updated = rows if self._dense else sum(int(part.sum()) for part in self._ever)
+        counted = f"{updated:,} of {rows:,} Q/K rows were updated at some step, {rows - updated:,} were frozen in all"
+        counted = counted if rows else "no mask was chosen"
+        share = f"LongAct took {self._longact_s / self._step_s:.1%} of the steps' time"
+        return f"LongAct ends at update {self._longact.state.updates}: in {self._steps} steps {counted}; {share}"
+
+
+def _union(a: QK, b: QK) -> QK:
+    parts: list[Tensor] = [old | new for old, new in zip(a, b, strict=True)]
+    return QK(*parts)
+
+
+@contextmanager
+def said_at_the_end(instances: Sequence[LongAct]) -> Iterator[None]:
+    """While this is open, steps of `megatron.training` are counted; on leaving, rank 0 logs a line for each LongAct."""
+    summaries: dict[int, RunSummary] = {}
+    original = training.train_step
+    training.train_step = _watched(original, instances, summaries)
+    try:
+        yield
+        _say(summaries)
+    except SystemExit:
+        _say(summaries)
+        raise
+    finally:
+        training.train_step = original
+
+
+def _watched(
+    original: Callable[..., Any], instances: Sequence[LongAct], summaries: dict[int, RunSummary]
+) -> Callable[..., Any]:
+    @wraps(original)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        for instance in instances:
+            if id(instance) not in summaries:
+                summaries[id(instance)] = RunSummary(instance)
+        begun = time.perf_counter()
+        result = original(*args, **kwargs)
+        for summary in summaries.values():
+            summary.after_step(time.perf_counter() - begun)
+        return result
+
+    return train_step
+
+
+def _say(summaries: dict[int, RunSummary]) -> None:
+    for summary in summaries.values():
+        line = summary.line()
+        if line and os.environ.get("RANK", "0") == "0":  # the program may have left its process group
+            logger.info(line)
