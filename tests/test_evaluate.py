@@ -444,10 +444,10 @@ def test_a_checkpoint_is_evaluated_and_a_killed_evaluation_goes_on(tmp_path):
     assert rows_of(tmp_path) == rows
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
-    other = evaluate(tmp_path, *RULER_FLAGS, "--sample-seed", "7")
+    other = evaluate(tmp_path, *RULER_FLAGS, "--sample-seed", "8")
     assert other.returncode == 1
     assert other.stderr.strip().split("\n")[-1].startswith("evaluate: ")
-    assert "holds an evaluation with another sample_seed (42, not 7)" in other.stderr
+    assert "holds an evaluation with another sample_seed (42, not 8)" in other.stderr
 
 
 @pytest.mark.timeout(200)

@@ -96,7 +96,10 @@ def least_length(
     seed: int = 42,
     tokens_to_generate: int | None = None,
     model_template: str = TASK_TEMPLATE,
-    **files: str | Path | None,
+    essays: str | Path | None = None,
+    words: str | Path | None = None,
+    squad: str | Path | None = None,
+    hotpotqa: str | Path | None = None,
 ) -> int:
     """`max_seq_length` if `generate` can make the samples, or the least length at which it can; makes no haystack.
 
@@ -109,7 +112,7 @@ def least_length(
         tokens_to_generate=tokens_to_generate,
         model_template=model_template,
         model_template_tokens=0,
-        files=files,
+        files={"essays": essays, "words": words, "squad": squad, "hotpotqa": hotpotqa},
     )
     request.check_count(num_samples, max_seq_length)
     return request.least_length(num_samples, max_seq_length)
