@@ -4,11 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from megatron_longact import run
+from megatron_longact import quiet, run
 from tests.launch import run as run_command
 from tests.ranks import run_program
 
@@ -91,9 +92,9 @@ def test_what_is_only_preparation_is_left_out_unless_asked_for(
     assert "consumed_train_samples" not in shown  # of 800 lines of arguments
     assert "UserWarning" not in shown
     assert len(shown.splitlines()) < 80, shown
-    monkeypatch.setenv(run.quiet.VERBOSE, "")
+    monkeypatch.setenv(quiet.VERBOSE, "")
     run._parse(["--verbose", "--cpu", __file__])
-    assert run.quiet.verbose()
+    assert quiet.verbose()
 
 
 def test_refusal_is_one_line_from_one_rank() -> None:
@@ -113,6 +114,23 @@ def test_failing_rank_speaks_first_and_ends_all() -> None:
     assert errors[0] == "RuntimeError: the last rank gives up"
     own_frames = re.findall(r'File "(.+?)"', result.stderr.split("the last rank gives up")[0])
     assert own_frames == [str(PROGRAMS / "one_rank_fails.py")]
+
+
+def test_warnings_of_other_libraries_are_left_out_and_ours_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(verbose: str, options: list[str]) -> list[str]:
+        monkeypatch.setenv(quiet.VERBOSE, verbose)
+        monkeypatch.setattr(sys, "warnoptions", options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.resetwarnings()
+            quiet.quiet_libraries()
+            for number, module in enumerate(("megatron.core.optimizer", "torch", "megatron_longact.run", "__main__")):
+                warnings.warn_explicit(module, UserWarning, "file", number, module=module)
+        return [str(each.message) for each in caught]
+
+    for name in ("PYTHONWARNINGS", "TORCH_LOGS"):
+        monkeypatch.setenv(name, "")  # what child processes are told is taken back
+    assert shown("", []) == ["megatron_longact.run", "__main__"]
+    assert len(shown("1", [])) == len(shown("", ["default"])) == 4
 
 
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
