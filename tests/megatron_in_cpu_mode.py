@@ -2,7 +2,10 @@
 
 import gc
 import importlib
+import inspect
 import logging
+from argparse import ArgumentParser
+from functools import cache
 
 from megatron_longact.cpu import enable_cpu_mode
 
@@ -16,5 +19,7 @@ for module in (
     "tests.runs",
 ):
     importlib.import_module(module)
+inspect.getsource = cache(inspect.getsource)  # Megatron makes flags of the source of 31 classes, twice in each program
+importlib.import_module("megatron.training.arguments").add_megatron_arguments(ArgumentParser())
 gc.collect()
 gc.freeze()  # what is imported stays: ranks collect after each call, and need not look at all of it each time

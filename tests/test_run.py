@@ -98,7 +98,8 @@ def test_what_is_only_preparation_is_left_out_unless_asked_for(
 
 
 def test_refusal_is_one_line_from_one_rank() -> None:
-    result = pretrain("--longact", "--longact-ratio", "7")
+    program = str(PROGRAMS / "pretrain_plain.py")
+    result = run_program(program, *TRAINING, *TP2, "--longact", "--longact-ratio", "7", world_size=2)
     assert result.returncode != 0
     ours = [text for text in result.stderr.splitlines() if text.startswith("megatron_longact:")]
     assert len(ours) == 1
