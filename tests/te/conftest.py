@@ -2,9 +2,9 @@
 
 But for `test_fake_gpu.py`, which needs no Transformer Engine and runs in `make test` too.
 
-In the tests' own process nothing is changed: `import transformer_engine.pytorch` works there, a `Float8Tensor` can be
-made of bytes, and "cuda" means CUDA, as fake tensors want it. What needs Megatron's CPU mode goes through
-`tests.ranks`, whose ranks have imported `tests.te.transformer_engine_on_cpu` here.
+In the tests' own process nothing is changed: `import transformer_engine.pytorch` works there, and "cuda" means CUDA, as
+fake tensors want it. What builds a module or a `Float8Tensor` asks for the current device, so it goes through
+`tests.ranks`, whose ranks are in CPU mode and have imported `tests.te.transformer_engine_on_cpu` here.
 """
 
 import importlib.util
