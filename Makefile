@@ -6,7 +6,7 @@
 PYTHON_BIN := .venv/bin/python
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint style types suite format docs clean
+.PHONY: help setup demo test test-gpu test-te lint style types suite format docs clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -22,6 +22,10 @@ suite: setup
 
 test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/gpu-results.md (PYTHON=python3: your own environment)
 	@$(or $(PYTHON),$(PYTHON_BIN)) -m pytest -m gpu tests/gpu tests/test_preflight.py tests/test_telemetry.py
+
+test-te: ## Transformer Engine's modules without a GPU, where scripts/setup_te.sh has made .venv-te
+	@if [ -e .venv-te/complete ]; then .venv-te/bin/python -m pytest -m te tests/te; \
+	else echo "test-te: NOT RUN, there is no Transformer Engine here: bash scripts/setup_te.sh makes .venv-te"; fi
 
 lint: style types ## ruff, formatting, mypy
 
@@ -43,5 +47,5 @@ setup: ## make .venv from constraints.txt, if it is not there
 	@bash scripts/setup.sh
 
 clean: ## remove .venv, caches and build folders (runs/ stays)
-	rm -rf .venv .cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-te .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

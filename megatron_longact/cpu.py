@@ -9,7 +9,8 @@ Environment
     CUDA_DEVICE_MAX_CONNECTIONS=1   Megatron's arguments ask for it as soon as TP > 1
     TORCHDYNAMO_DISABLE=1           `jit_fuser` is `torch.compile`: minutes, and a C++ compiler
     transformer_engine, apex        hidden from import: their kernels need a GPU, and Megatron takes
-                                    their norms and their Adam wherever it finds them
+                                    their norms and their Adam wherever it finds them. With
+                                    `transformer_engine=True` that one stays, for tests of its modules
 
 What is not shown
     "Transformer Engine and Apex are not installed", "No CUDA runtime is found"
@@ -26,7 +27,8 @@ Devices in torch
                                     such as "torch.cuda.BFloat16Tensor"
 
 torch.cuda
-    `is_available`                  True where Megatron asserts it (`megatron.training.initialize`),
+    `is_available`                  True where Megatron asserts it (`megatron.training.initialize`) and
+                                    where Transformer Engine does (`transformer_engine.pytorch.module.base`),
                                     False for everybody else
     `current_device`                the CPU, because it is passed on as `device=`
     `device_count`                  1: with 0 Megatron does not seed its random-number tracker
@@ -100,21 +102,24 @@ CPU_MODE_FLAGS: list[str] = [
 """Megatron flags that a CPU run needs, one element a flag."""
 
 _CPU = torch.device("cpu")
-_HIDDEN_MODULES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
-_ASSERTS_CUDA = ("megatron.training.initialize",)
+_TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_torch")
+_APEX = ("apex", "amp_C")
+_ASSERTS_CUDA = ("megatron.training.initialize", "transformer_engine.pytorch.module.base")
 _enabled = False
 
 
-def enable_cpu_mode() -> None:
+def enable_cpu_mode(*, transformer_engine: bool = False) -> None:
     """Make this process run Megatron on the CPU (see the module's docstring); a second call does nothing.
 
     Call it before the first import of `megatron`, which it imports itself. Lasts as long as the process.
+    transformer_engine: leave it to be found. Its modules can be built then; whoever runs them brings the kernels.
     """
     global _enabled
     if _enabled:
         return
     _enabled = True
     _set_environment()
+    _hide(_APEX if transformer_engine else (*_TRANSFORMER_ENGINE, *_APEX))
     _silence_what_is_meant()
     _redirect_factories()
     _redirect_tensor_methods()
@@ -140,7 +145,10 @@ def _set_environment() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True
-    for name in _HIDDEN_MODULES:
+
+
+def _hide(modules: tuple[str, ...]) -> None:
+    for name in modules:
         sys.modules[name] = None  # type: ignore[assignment]
 
 

@@ -139,9 +139,9 @@ def build_from_args(load: Path, flags: list[str], *, fused_norms: bool = False) 
     from megatron.training import argument_utils, arguments, checkpointing
 
     from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
-    from megatron_longact.cpu import CPU_MODE_FLAGS
+    from megatron_longact.cpu import missing_cpu_flags
 
-    argv = ["program", "--load", str(load), *_TRAINING.split(), *flags, *CPU_MODE_FLAGS]
+    argv = ["program", "--load", str(load), *_TRAINING.split(), *flags, *missing_cpu_flags(flags)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         complete = completing(checkpointing.load_args_from_checkpoint)
