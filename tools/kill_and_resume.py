@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -70,6 +71,9 @@ class Run:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self._command = [part.replace("{dir}", str(folder)) for part in command]
+        # torchrun lies beside the Python that runs this, which need not be on the PATH
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        self._environment = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "PATH": path}
         self._mark = {MARK: uuid.uuid4().hex}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -82,7 +86,7 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, **self._mark},
+                env={**self._environment, **self._mark},
             )
 
     def wait(self, seconds: float) -> int | None:
@@ -189,7 +193,8 @@ def table(kills: list[Kill]) -> str:
 def main() -> int:
     """Make both runs, print the kills, and say whether the two are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="its folders killed/ and reference/ are made anew")
+    parser.add_argument("--work-dir", type=Path, required=True, help="where the folders killed/ and reference/ go")
+    parser.add_argument("--overwrite", action="store_true", help="make these folders anew where they are there")
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and the victims")
     parser.add_argument("--horizon", type=float, default=35.0, help="a kill at any moment comes within these seconds")
@@ -201,6 +206,8 @@ def main() -> int:
     command = args.command or ["bash", "-c", DEMO]
     random.seed(args.seed)
     for name in ("killed", "reference"):
+        if (args.work_dir / name).exists() and not args.overwrite:
+            parser.error(f"{args.work_dir / name} is there already: give another --work-dir, or --overwrite")
         shutil.rmtree(args.work_dir / name, ignore_errors=True)
     killed, reference = Run(command, args.work_dir / "killed"), Run(command, args.work_dir / "reference")
     kills: list[Kill] = []
@@ -214,9 +221,10 @@ def main() -> int:
                 patience=args.patience,
             )
             if kill is None:
+                code = killed.wait(0)
                 raise SystemExit(
-                    f"the run ended after {len(kills)} kills: see {killed.folder}/output.log; if it just came to its "
-                    "end, give it more iterations"
+                    f"the run ended after {len(kills)} kills with exit code {code}: "
+                    + ("give it more iterations" if code == 0 else f"see {killed.folder}/output.log")
                 )
             kills.append(kill)
             print(json.dumps(asdict(kill)), flush=True)

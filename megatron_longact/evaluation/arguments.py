@@ -11,6 +11,7 @@ from megatron_longact.evaluation import longbench_v2
 from megatron_longact.evaluation.longbench_v2 import Style
 from megatron_longact.evaluation.ruler import TASKS
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
+from megatron_longact.tool_command import add_overwrite_arg
 
 Benchmark = Literal["ruler", "longbench-v2"]
 STYLES: dict[str, Style] = {
@@ -86,6 +87,7 @@ def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:
         help="LongBench v2: tokens of a prompt; longer ones lose their middle. Default: 120000, or what the model has.",
     )
     add("--sampling-temperature", type=float, help="0 is greedy. Default: the benchmark's (RULER 0, LongBench v2 0.1).")
+    add_overwrite_arg(parser)
     return parser
 
 
