@@ -15,7 +15,9 @@ flags only with `--perform-rl-step`, which belongs to its own loop, so they are 
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -29,9 +31,19 @@ from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, PolicyLossConfig
 from megatron_longact.rl.rollouts.sampling import Sampling
 
+CLIP = ("--grpo-clamp-eps-lower", "--grpo-clamp-eps-upper")
+DEFAULTS = {CLIP[0]: 0.2, CLIP[1]: 0.28, "--grpo-group-size": 8, "--grpo-iterations": 1}
+"""Of Megatron's flags, in place of its own: 0.01, 0.01, 2 and 2."""
+
+CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28), "clip-cov": (1.0, 1.0)}
+"""Of the policy losses that have others, as their papers do: docs/algorithms.md."""
+
+NEEDLE_RESPONSE, LONGEST_DEFAULT_RESPONSE = 16, 1024
+
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags that Megatron does not have; returns the parser."""
+    """Add the flags that Megatron does not have, and set the defaults of those that it has; returns the parser."""
+    parser.set_defaults(**{_name(flag): value for flag, value in DEFAULTS.items()})
     group = parser.add_argument_group(title="rl program")
     add = group.add_argument
     add(
@@ -54,10 +66,15 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
         help="Prompt lengths of the held-out needle tasks. Default: those of training.",
     )
     add(
+        "--overwrite",
+        action="store_true",
+        help="Start anew: remove what an earlier run left in --run-dir, and the checkpoints in --save.",
+    )
+    add(
         "--max-response-length",
         type=int,
-        default=16,
-        help="Tokens of a response at most, the end-of-text token included. Default: 16.",
+        help=f"Tokens of a response at most, the end-of-text token included. Default: {NEEDLE_RESPONSE} for the needle "
+        f"tasks alone; with data sets a quarter of --seq-length, at most {LONGEST_DEFAULT_RESPONSE}.",
     )
     add(
         "--kl-estimator",
@@ -168,6 +185,8 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     cannot do, and for Megatron's RL flags that would have no effect here.
     """
     _refuse_unsupported(args)
+    settle_defaults(args, sys.argv[1:])
+    _check_schedule(args)
     context_lengths = tuple(args.context_lengths)
     config = RLConfig(
         prompts_per_step=args.grpo_prompts_per_step,
@@ -220,6 +239,40 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_batches(config)
     _check_objective(config)
     return config
+
+
+def settle_defaults(args: Namespace, argv: Sequence[str]) -> None:
+    """Set what depends on other flags, and `args.rl_defaults`: the flags that were not given, with their values."""
+    given = {word.partition("=")[0] for word in argv}
+    chosen: dict[str, float] = dict(DEFAULTS)
+    for flag, value in zip(CLIP, CLIPS.get(args.policy_loss, ()), strict=False):
+        if flag not in given and getattr(args, _name(flag)) == DEFAULTS[flag]:
+            chosen[flag] = value
+            setattr(args, _name(flag), value)
+    if args.max_response_length is None:
+        quarter = max(1, min(args.seq_length // 4, LONGEST_DEFAULT_RESPONSE))
+        args.max_response_length = quarter if args.train_data or args.heldout_data else NEEDLE_RESPONSE
+        chosen["--max-response-length"] = args.max_response_length
+    if not getattr(args, "_is_global_batch_size_explicitly_specified", True):  # Megatron's: one micro-batch a replica
+        args.global_batch_size = args.grpo_prompts_per_step * args.grpo_group_size
+        chosen["--global-batch-size"] = args.global_batch_size
+    args.rl_defaults = [f"{flag} {value}" for flag, value in chosen.items() if flag not in given]
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _check_schedule(args: Namespace) -> None:
+    """Megatron asserts it, without a word on what was given."""
+    names = ("lr_decay_iters", "train_iters", "lr_warmup_iters")
+    decay, iterations, warmup = (getattr(args, name, None) for name in names)
+    last = decay or iterations
+    if warmup and last and warmup >= last:
+        raise ValueError(
+            f"--lr-warmup-iters is {warmup}, and the learning rate's schedule ends at iteration {last} "
+            "(--lr-decay-iters, else --train-iters): give a shorter warm-up"
+        )
 
 
 def _truncation(args: Namespace) -> float:
