@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args, settle_defaults
+from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
+from megatron_longact.rl.defaults import settle_defaults
 
 MEGATRON = {
     "grpo_prompts_per_step": 8,
@@ -101,8 +102,10 @@ def test_what_is_given_stays_also_where_it_is_a_default() -> None:
 
 
 def test_one_optimizer_step_a_rollout_batch_if_no_batch_size_is_given() -> None:
-    args = given(_is_global_batch_size_explicitly_specified=False, global_batch_size=4)
-    assert args.global_batch_size == 64
+    unsaid = {"_is_global_batch_size_explicitly_specified": False, "global_batch_size": 4, "micro_batch_size": 4}
+    assert given(**unsaid, data_parallel_size=2).global_batch_size == 64
+    with pytest.raises(ValueError, match=r"the 64 responses of a rollout batch do not divide into .* 4 x 3 replicas"):
+        given(**unsaid, data_parallel_size=3)
     assert given(_is_global_batch_size_explicitly_specified=True, global_batch_size=4).global_batch_size == 4
 
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from typing import get_args
 
 import torch
 
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import add_data_args, data_config_from_args
+from megatron_longact.rl.defaults import LONGEST_DEFAULT_RESPONSE, NEEDLE_RESPONSE, set_defaults, settle_defaults
 from megatron_longact.rl.objectives.aggregation import Aggregation
 from megatron_longact.rl.objectives.importance_weights import Level
 from megatron_longact.rl.objectives.kl import KLKind
@@ -31,19 +31,10 @@ from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, PolicyLossConfig
 from megatron_longact.rl.rollouts.sampling import Sampling
 
-CLIP = ("--grpo-clamp-eps-lower", "--grpo-clamp-eps-upper")
-DEFAULTS = {CLIP[0]: 0.2, CLIP[1]: 0.28, "--grpo-group-size": 8, "--grpo-iterations": 1}
-"""Of Megatron's flags, in place of its own: 0.01, 0.01, 2 and 2."""
-
-CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28), "clip-cov": (1.0, 1.0)}
-"""Of the policy losses that have others, as their papers do: docs/algorithms.md."""
-
-NEEDLE_RESPONSE, LONGEST_DEFAULT_RESPONSE = 16, 1024
-
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags that Megatron does not have, and set the defaults of those that it has; returns the parser."""
-    parser.set_defaults(**{_name(flag): value for flag, value in DEFAULTS.items()})
+    set_defaults(parser)
     group = parser.add_argument_group(title="rl program")
     add = group.add_argument
     add(
@@ -239,28 +230,6 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_batches(config)
     _check_objective(config)
     return config
-
-
-def settle_defaults(args: Namespace, argv: Sequence[str]) -> None:
-    """Set what depends on other flags, and `args.rl_defaults`: the flags that were not given, with their values."""
-    given = {word.partition("=")[0] for word in argv}
-    chosen: dict[str, float] = dict(DEFAULTS)
-    for flag, value in zip(CLIP, CLIPS.get(args.policy_loss, ()), strict=False):
-        if flag not in given and getattr(args, _name(flag)) == DEFAULTS[flag]:
-            chosen[flag] = value
-            setattr(args, _name(flag), value)
-    if args.max_response_length is None:
-        quarter = max(1, min(args.seq_length // 4, LONGEST_DEFAULT_RESPONSE))
-        args.max_response_length = quarter if args.train_data or args.heldout_data else NEEDLE_RESPONSE
-        chosen["--max-response-length"] = args.max_response_length
-    if not getattr(args, "_is_global_batch_size_explicitly_specified", True):  # Megatron's: one micro-batch a replica
-        args.global_batch_size = args.grpo_prompts_per_step * args.grpo_group_size
-        chosen["--global-batch-size"] = args.global_batch_size
-    args.rl_defaults = [f"{flag} {value}" for flag, value in chosen.items() if flag not in given]
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 def _check_schedule(args: Namespace) -> None:
