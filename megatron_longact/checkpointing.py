@@ -121,6 +121,8 @@ def check_schedule(args: Namespace) -> None:
     if _schedule(saved) == _schedule(args):
         return
     pairs = {name: (getattr(saved, name, None), getattr(args, name)) for name in _SCHEDULE}
+    if pairs["lr_decay_iters"] == (saved.train_iters, None):  # Megatron wrote it down, nobody gave it
+        del pairs["lr_decay_iters"]
     differ = [f"--{name.replace('_', '-')} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
     raise ValueError(
         f"--load {args.load} has another schedule of learning rate and weight decay ({', '.join(differ)}): give "

@@ -134,6 +134,9 @@ def test_another_schedule_is_refused_with_what_differs(monkeypatch: pytest.Monke
     monkeypatch.setattr("megatron_longact.checkpointing.saved_args", lambda *_: saved)
     with pytest.raises(ValueError, match=r"\(--train-iters 3 there, 9 here\): give --override-opt_param-scheduler"):
         check_schedule(now)
+    saved.lr_decay_iters = 3  # as Megatron writes down what was not given
+    with pytest.raises(ValueError, match=r"\(--train-iters 3 there, 9 here\)"):
+        check_schedule(now)
     now.override_opt_param_scheduler = True
     check_schedule(now)
     now.override_opt_param_scheduler, now.train_iters = False, 3
