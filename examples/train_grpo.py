@@ -5,8 +5,7 @@
 `examples/demo/run.sh` is a complete command. Without `--longact` every row of Q and K trains.
 """
 
-import argparse
-from pathlib import Path
+import sys
 
 
 def main() -> None:
@@ -16,12 +15,9 @@ def main() -> None:
 
     from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
     from megatron_longact.rl.program import environment_of, run
-    from megatron_longact.rl.reports.run_log import MEGATRON_LOG, output_in_file
+    from megatron_longact.rl.run_folder import megatron_output
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--run-dir", type=Path, default=Path("."))
-    run_dir = early.parse_known_args()[0].run_dir
-    with output_in_file(run_dir / MEGATRON_LOG) as terminal:
+    with megatron_output(sys.argv[1:]) as terminal:
         args = parse_and_validate_args(extra_args_provider=add_rl_args)
         config = rl_config_from_args(args)
 

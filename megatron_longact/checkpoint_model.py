@@ -13,6 +13,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from torch import nn
 
+from megatron_longact.checkpointing import check_converted
 from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
 
 _FLAGS = ("--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-size=1", "--seq-length=64")
@@ -25,6 +26,9 @@ def parse_args(add_args: Callable[[ArgumentParser], ArgumentParser] | None = Non
     A tokenizer that is given is taken, also where Megatron would take the one of the run that saved the checkpoint.
     add_args: adds the program's own flags.
     """
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--load")
+    check_converted(early.parse_known_args()[0])
     given = {argument.split("=", 1)[0] for argument in sys.argv}
     sys.argv += [flag for flag in _FLAGS if flag.split("=", 1)[0] not in given]
     if given & {"--tokenizer-type", "--tokenizer-model"}:

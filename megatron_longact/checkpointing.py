@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
+_SCHEDULE = (
+    *("train_iters", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters"),
+    *("lr_warmup_fraction", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+
 
 class Stateful(Protocol):
     """Something with a state: a plain dict, equal on all ranks."""
@@ -60,8 +65,77 @@ def check_load(args: Namespace) -> None:
     Works on rank 0 alone. Raises `ValueError` as `mend_tracker` and `check_model_shape` do.
     """
     if os.environ.get("RANK", "0") == "0":
+        check_converted(args)
         mend_tracker(getattr(args, "load", None))
         check_model_shape(args)
+
+
+def check_converted(args: Namespace) -> None:
+    """Raise `ValueError` for a Hugging Face folder where a checkpoint of Megatron belongs: it would start at random."""
+    for flag in ("load", "pretrained_checkpoint"):
+        folder = Path(getattr(args, flag, None) or "")
+        if (folder / "config.json").is_file() and not (folder / TRACKER).exists():
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {folder} is a Hugging Face folder: convert it first, with python "
+                f"tools/convert_hf_to_megatron.py --hf-dir {folder} --save OUT, and give OUT"
+            )
+
+
+def resume_note(args: Namespace) -> str | None:
+    """What to say of flags with which a second start does not go on from the first one's checkpoints."""
+    load, save = getattr(args, "load", None), getattr(args, "save", None)
+    if not load or not save or same_folder(load, save) or not holds_checkpoint(load):
+        return None
+    return (
+        f"--load {load} is not --save {save}: started again, this command would not go on with its own checkpoints; "
+        f"{right_pair(args)} does"
+    )
+
+
+def right_pair(args: Namespace) -> str:
+    """Flags with which a command goes on with its own checkpoints when it is started again."""
+    start = args.pretrained_checkpoint or (args.load if args.load and not same_folder(args.load, args.save) else None)
+    pair = f"--load {args.save} --save {args.save}"
+    return f"--pretrained-checkpoint {start} {pair}" if start else pair
+
+
+def holds_checkpoint(folder: str) -> bool:
+    """Whether Megatron finds a checkpoint there."""
+    return (Path(folder) / TRACKER).is_file()
+
+
+def same_folder(first: str | Path, second: str | Path) -> bool:
+    """Whether both name one folder."""
+    return Path(first).resolve() == Path(second).resolve()
+
+
+def check_schedule(args: Namespace) -> None:
+    """Raise `ValueError` where Megatron would refuse to go on from `--load` by an assertion: another schedule.
+
+    Megatron counts it in samples, so `--train-iters` and `--global-batch-size` are a part of it.
+    """
+    own = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    saved = None if own or args.finetune or args.no_load_optim else saved_args(args.load, args.ckpt_step)
+    if saved is None or not args.train_iters or getattr(saved, "train_iters", None) is None:
+        return
+    if _schedule(saved) == _schedule(args):
+        return
+    pairs = {name: (getattr(saved, name, None), getattr(args, name)) for name in _SCHEDULE}
+    if pairs["lr_decay_iters"] == (saved.train_iters, None):  # Megatron wrote it down, nobody gave it
+        del pairs["lr_decay_iters"]
+    differ = [f"--{name.replace('_', '-')} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
+    raise ValueError(
+        f"--load {args.load} has another schedule of learning rate and weight decay ({', '.join(differ)}): give "
+        "--override-opt_param-scheduler for that of these flags, or --use-checkpoint-opt_param-scheduler for its own"
+    )
+
+
+def _schedule(args: Namespace) -> tuple[Any, ...]:
+    size, decay = args.global_batch_size, args.lr_decay_iters or args.train_iters
+    warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay
+    rates = (args.lr, args.min_lr, args.lr_decay_style)
+    weight_decay = (args.start_weight_decay, args.end_weight_decay, args.weight_decay_incr_style)
+    return *rates, *weight_decay, warmup * size, decay * size, args.train_iters * size
 
 
 def mend_tracker(folder: str | None) -> None:
@@ -97,7 +171,7 @@ def check_model_shape(args: Namespace) -> None:
     if getattr(args, "use_checkpoint_args", False):
         return
     for flag in ("load", "pretrained_checkpoint"):
-        saved = _saved_args(getattr(args, flag, None), getattr(args, "ckpt_step", None))
+        saved = saved_args(getattr(args, flag, None), getattr(args, "ckpt_step", None))
         pairs = {name: (getattr(saved, name, None), getattr(args, name, None)) for name in _SHAPE}
         differ = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old and new and old != new]
         if differ:
@@ -108,7 +182,8 @@ def check_model_shape(args: Namespace) -> None:
             )
 
 
-def _saved_args(folder: str | None, ckpt_step: int | None) -> Namespace | None:
+def saved_args(folder: str | None, ckpt_step: int | None) -> Namespace | None:
+    """The arguments that a torch_dist checkpoint was saved with; None where there is none."""
     tracker = Path(folder or "", TRACKER)
     if folder is None or not tracker.is_file():
         return None

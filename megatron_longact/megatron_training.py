@@ -28,13 +28,15 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, get_
 
 from megatron_longact import telemetry
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
-from megatron_longact.checkpointing import carry_state, check_load
+from megatron_longact.checkpointing import carry_state, check_converted, check_load, resume_note
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
 from megatron_longact.longact import LongAct
 from megatron_longact.optimizer_shards import derive_quantized_weights
 from megatron_longact.refusals import check_settings, check_tap
 from megatron_longact.run_summary import said_at_the_end
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -101,10 +103,17 @@ def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
         **kwargs: Any,
     ) -> Namespace:
         def add_args(parser: ArgumentParser) -> ArgumentParser:
+            groups = list(parser._action_groups)
+            parser = telemetry.add_telemetry_args(add_longact_args(parser))
             parser = parser if extra_args_provider is None else extra_args_provider(parser)
-            return telemetry.add_telemetry_args(add_longact_args(parser))
+            _tidy_help(parser, megatrons=groups)
+            return parser
 
         args = original(add_args, *rest, **kwargs)
+        check_converted(args)
+        note = resume_note(args)
+        if note is not None and args.rank == 0:
+            logger.warning("%s", note)
         config = check_args(args)
         telemetry.check_telemetry_args(args)
         if config is not None:  # Megatron prints and saves the values that are in force
@@ -112,6 +121,22 @@ def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
         return args
 
     return parse_args
+
+
+def _tidy_help(parser: ArgumentParser, *, megatrons: list[Any]) -> None:
+    """Make `--help` readable: it ends in an error where a text has a bare %, and Megatron's flags are a thousand lines.
+
+    megatrons: the groups of flags that were there before ours; the first two are argparse's own.
+    """
+    parser.usage = parser.usage or "%(prog)s FLAGS, of which ours come first"
+    ours = [group for group in parser._action_groups if group not in megatrons]
+    parser._action_groups[2:] = ours + megatrons[2:]
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _attaching(original: Callable[..., Any], instances: list[LongAct], seams: ExitStack) -> Callable[..., Any]:

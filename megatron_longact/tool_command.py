@@ -4,7 +4,9 @@ import os
 import sys
 import time
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _STORES: list[Any] = []
@@ -24,6 +26,17 @@ def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
             time.sleep(2)  # torchrun ends all ranks when the first one ends
         return 1
     return 0
+
+
+def add_overwrite_arg(parser: ArgumentParser) -> None:
+    """Add `--overwrite`, for `check_new`."""
+    parser.add_argument("--overwrite", action="store_true", help="Replace the results that an earlier call left there.")
+
+
+def check_new(results: Path | None, *, overwrite: bool, flag: str = "--output") -> None:
+    """Raise `ValueError` if an earlier call has left its results there; flag: the one that names another place."""
+    if results is not None and not overwrite and results.exists():
+        raise ValueError(f"{results} is there already: give another {flag}, or --overwrite to replace it")
 
 
 def end_together() -> None:

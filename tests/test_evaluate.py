@@ -124,6 +124,30 @@ def test_files_of_the_official_scripts_are_read(tmp_path):
     assert results["scores"] == {"8192": {"niah_single_1": 100.0}, "16384": {"vt": 50.0}}
 
 
+def test_a_folder_of_ours_and_hidden_files_in_one_are_read_as_they_are_meant(tmp_path):
+    own = tmp_path / "own"
+    write(own / "predictions.jsonl", ruler_rows())
+    (own / "results.json").write_text('{\n  "scores": {}\n}\n')
+    (own / "settings.json").write_text("{\n}\n")
+    write(own / "8192/vt.jsonl", ruler_rows(length=8192))
+    write(own / "8192/.ipynb_checkpoints/vt-checkpoint.jsonl", ruler_rows(length=8192))
+    write(own / ".trash/vt.jsonl", ruler_rows())
+    results = score(tmp_path, "ruler", "--predictions", own)
+    assert results["samples"] == {"4096": {"vt": 4}, "8192": {"vt": 4}}
+
+
+def test_results_of_other_predictions_are_not_replaced_unasked(tmp_path, capsys):
+    first, second = (write(tmp_path / name, ruler_rows(count=n)) for name, n in (("a.jsonl", 2), ("b.jsonl", 4)))
+    score(tmp_path, "ruler", "--predictions", first)
+    before = (tmp_path / "out/results.json").read_bytes()
+    again = ["--benchmark", "ruler", "--output", str(tmp_path / "out"), "--predictions", str(second)]
+    assert TOOL.main(again) == 1
+    assert (tmp_path / "out/results.json").read_bytes() == before
+    assert "is there already: give another --output, or --overwrite to replace it" in capsys.readouterr().err
+    assert score(tmp_path, "ruler", "--predictions", first)["samples"] == {"4096": {"vt": 2}}
+    assert score(tmp_path, "ruler", "--predictions", second, "--overwrite")["samples"] == {"4096": {"vt": 4}}
+
+
 def without(rows: list[dict[str, Any]], *places: int) -> list[dict[str, Any]]:
     return [row for i, row in enumerate(rows) if i not in places]
 

@@ -51,6 +51,22 @@ def lines_of(table: str) -> dict[str, list[str]]:
     return {line[:28].strip(): line[28:].split() for line in table.splitlines()}
 
 
+def test_a_gain_of_nothing_is_no_rise() -> None:
+    assert replace(SUMMARY, after=SUMMARY.before).verdict() == "Held-out accuracy did not change in 60 iterations."
+    assert "rose by 15.0 points" in SUMMARY.verdict()
+
+
+def test_a_run_without_held_out_data_has_a_report(tmp_path: Path) -> None:
+    summary = replace(SUMMARY, before=None, after=None)
+    table = render_table(summary)
+    assert "nothing was measured" in table
+    assert "held-out accuracy" not in table
+    write_report(tmp_path / "report.md", summary, settings={}, pictures={})
+    assert "| held-out accuracy" not in (tmp_path / "report.md").read_text()
+    plot_reward([{"iteration": 1, "reward_mean": 0.5, "accuracy": 0.5}], [], path=tmp_path / "reward.png")
+    assert (tmp_path / "reward.png").stat().st_size > 500
+
+
 def test_table_has_each_length_in_order_and_all() -> None:
     table = render_table(SUMMARY)
     lines = lines_of(table)

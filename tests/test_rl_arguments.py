@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
+from megatron_longact.rl.defaults import settle_defaults
 
 MEGATRON = {
     "grpo_prompts_per_step": 8,
@@ -62,6 +63,54 @@ def test_flags_become_the_run() -> None:
     assert not rl_config_from_args(parse("--no-advantage-std")).normalize_advantages
 
 
+def given(*flags: str, **megatron: Any) -> Namespace:
+    """Flags through a parser that has Megatron's own defaults, as the program reads them."""
+    parser = ArgumentParser(allow_abbrev=False)
+    for flag, kind, default in MEGATRONS_OWN:
+        parser.add_argument(flag, type=kind, default=default)
+    argv = ["--run-dir", "runs/x", *flags]
+    args = add_rl_args(parser).parse_args(argv, Namespace(grpo_prompts_per_step=8, seq_length=8192, **megatron))
+    settle_defaults(args, argv)
+    return args
+
+
+MEGATRONS_OWN = [
+    ("--grpo-clamp-eps-lower", float, 0.01),
+    ("--grpo-clamp-eps-upper", float, 0.01),
+    ("--grpo-group-size", int, 2),
+    ("--grpo-iterations", int, 2),
+]
+
+
+def test_what_is_not_given_is_as_the_documents_say() -> None:
+    args = given()
+    assert (args.grpo_clamp_eps_lower, args.grpo_clamp_eps_upper) == (0.2, 0.28)
+    assert (args.grpo_group_size, args.grpo_iterations) == (8, 1)
+    assert args.max_response_length == 16  # of needle tasks, whose answers are numbers
+    said = " ".join(args.rl_defaults)
+    assert "--grpo-clamp-eps-upper 0.28 --grpo-group-size 8 --grpo-iterations 1 --max-response-length 16" in said
+    assert given("--train-data", "x.jsonl").max_response_length == 1024
+    assert given("--train-data", "x.jsonl", "--max-response-length", "16").max_response_length == 16
+
+
+def test_what_is_given_stays_also_where_it_is_a_default() -> None:
+    own = given("--grpo-clamp-eps-lower", "0.01", "--grpo-clamp-eps-upper=0.01", "--grpo-group-size", "2")
+    assert (own.grpo_clamp_eps_lower, own.grpo_clamp_eps_upper, own.grpo_group_size) == (0.01, 0.01, 2)
+    assert own.rl_defaults == ["--grpo-iterations 1", "--max-response-length 16"]
+    gspo = given("--policy-loss", "gspo")
+    assert (gspo.grpo_clamp_eps_lower, gspo.grpo_clamp_eps_upper) == (3e-4, 4e-4)
+    wide = given("--policy-loss", "gspo", "--grpo-clamp-eps-lower", "0.2")
+    assert (wide.grpo_clamp_eps_lower, wide.grpo_clamp_eps_upper) == (0.2, 4e-4)
+
+
+def test_one_optimizer_step_a_rollout_batch_if_no_batch_size_is_given() -> None:
+    unsaid = {"_is_global_batch_size_explicitly_specified": False, "global_batch_size": 4, "micro_batch_size": 4}
+    assert given(**unsaid, data_parallel_size=2).global_batch_size == 64
+    with pytest.raises(ValueError, match=r"the 64 responses of a rollout batch do not divide into .* 4 x 3 replicas"):
+        given(**unsaid, data_parallel_size=3)
+    assert given(_is_global_batch_size_explicitly_specified=True, global_batch_size=4).global_batch_size == 4
+
+
 def test_sampling_flags_become_the_run() -> None:
     plain = rl_config_from_args(parse())
     assert (plain.dynamic_sampling, plain.max_sampling_rounds, plain.importance_level) == (False, 1, None)
@@ -100,6 +149,7 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
         ((), {"global_batch_size": 24}, "do not divide"),
         ((), {"grpo_group_size": 1}, "grpo-group-size is 1"),
         ((), {"grpo_iterations": 0}, "grpo-iterations is 0"),
+        ((), {"train_iters": 4, "lr_warmup_iters": 4}, "--lr-warmup-iters is 4, and .* ends at iteration 4"),
         ((), {"rl_prompts_per_eval": 0}, "rl-prompts-per-eval is 0"),
         ((), {"grpo_kl_beta": -0.1}, "grpo-kl-beta is -0.1"),
         ((), {"grpo_clamp_eps_lower": -0.1}, "clip_low is -0.1"),

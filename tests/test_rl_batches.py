@@ -9,6 +9,7 @@ import torch
 from megatron_longact.rl.batches.micro_batches import BatchLayout, make_micro_batch
 from megatron_longact.rl.batches.plans import MicroBatchPlan, StepPlan, plan_steps
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
+from megatron_longact.rl.state import LoopState
 
 PAD = 99
 
@@ -160,3 +161,62 @@ def test_a_packed_micro_batch_holds_its_rows(batch: RolloutBatch) -> None:
         assert got.position_ids[0, begin : begin + len(sequence)].tolist() == list(range(len(sequence)))
         response = batch.responses[row, : batch.lengths[row]]
         assert torch.equal(got.tokens[0, got.positions[i][got.response_mask[i]] + 1], response)
+
+
+def layout_of(*, global_batch_size: int, micro_batch_size: int = 2, dp_size: int = 1, epochs: int = 1) -> BatchLayout:
+    config = Namespace(
+        seed=1,
+        epochs=epochs,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        pack_sequences=False,
+    )
+    return BatchLayout(config, pad_token=PAD, multiple_of=4, dp_rank=0, dp_size=dp_size, pp_size=1)
+
+
+def after_steps(batch: RolloutBatch, count: int, *, layout: BatchLayout) -> tuple[LoopState, list[int]]:
+    """The state after so many optimizer steps on a batch, and the rows that they trained on."""
+    steps = layout.plan(batch)[:count]
+    rows = [row for step in steps for row in step.rows]
+    state = LoopState(rollout_steps=1, updates_done=count, batch=batch)
+    state.use = replace(layout.new_use(), done=len(rows))
+    return state, rows
+
+
+@pytest.mark.parametrize(("begun_with", "steps", "now", "left"), [(8, 1, 4, [4, 4]), (4, 1, 8, [8, 4]), (4, 3, 8, [4])])
+def test_a_half_used_batch_is_finished_with_another_batch_size(
+    batch: RolloutBatch, begun_with: int, steps: int, now: int, left: list[int]
+) -> None:
+    saved, trained = after_steps(batch, steps, layout=layout_of(global_batch_size=begun_with))
+    state, layout = LoopState(), layout_of(global_batch_size=now)
+    state.load_state_dict(saved.state_dict())
+    state.take_up(layout)
+    assert state.batch is not None
+    rest = layout.plan(state.batch, state.use)
+    assert [len(step.rows) for step in rest] == left
+    assert sorted(trained + [row for step in rest for row in step.rows]) == list(range(16))
+
+
+def test_a_half_used_batch_keeps_its_order_and_its_epochs(batch: RolloutBatch) -> None:
+    begun = layout_of(global_batch_size=8, epochs=2)
+    state, _ = after_steps(batch, 1, layout=begun)
+    other = replace(begun, config=Namespace(**{**vars(begun.config), "seed": 9, "epochs": 1}))
+    assert other.plan(batch, state.use) == begun.plan(batch)[1:]
+
+
+def test_what_cannot_be_finished_is_refused_with_both_numbers(batch: RolloutBatch) -> None:
+    state, _ = after_steps(batch, 3, layout=layout_of(global_batch_size=4))
+    with pytest.raises(ValueError, match=r"4 responses are left .* --micro-batch-size 2 x 4 replicas"):
+        state.take_up(layout_of(global_batch_size=8, dp_size=4))
+
+
+def test_a_checkpoint_of_before_goes_on_or_is_refused(batch: RolloutBatch) -> None:
+    saved, _ = after_steps(batch, 3, layout=layout_of(global_batch_size=4))
+    old = {name: value for name, value in saved.state_dict().items() if name != "use"}
+    state = LoopState()
+    state.load_state_dict(old)
+    state.take_up(layout_of(global_batch_size=4))
+    assert state.use == saved.use
+    state.load_state_dict(old)
+    with pytest.raises(ValueError, match="of 16 responses, after 3 optimizer steps, and --global-batch-size 8 leaves"):
+        state.take_up(layout_of(global_batch_size=8))

@@ -403,10 +403,19 @@ def test_without_data_flags_it_is_the_needle_environment() -> None:
     assert built.training_tasks(4, count=3) == needles().training_tasks(4, count=3)
 
 
+def test_without_held_out_data_nothing_is_measured(tmp_path: Path) -> None:
+    train = str(numbered(tmp_path / "a.jsonl", 8))
+    config = data_config_from_args(parse("--train-data", train))
+    assert not config.uses_needles
+    built = build(config)
+    assert built.heldout_lengths == ()
+    assert len(built.training_tasks(0, count=8)) == 8
+    assert build(data_config_from_args(parse("--train-data", train, "needle"))).heldout_lengths
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--train-data", "{a}"), "--train-data needs --heldout-data"),
         (("--train-data", "{a}", "--heldout-data", "{a}"), "--heldout-data .*a.jsonl is in --train-data as well"),
         (("--train-data", "nowhere.jsonl:2"), "--train-data nowhere.jsonl: no such file"),
         (("--train-data", "{a}:x", "--heldout-data", "{b}"), "--train-data .*a.jsonl:x: no such file"),

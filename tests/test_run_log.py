@@ -13,7 +13,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_longact.rl.reports.run_log import MetricsLog, Progress, output_in_file
+from megatron_longact.rl.reports.run_log import MetricsLog, Progress, output_in_file, replaced
 
 
 def test_a_terminal_gets_one_line_redrawn() -> None:
@@ -49,6 +49,14 @@ def test_a_file_gets_a_line_now_and_then_and_the_last() -> None:
     assert "\x1b" not in often.getvalue()
 
 
+def test_a_line_that_must_be_seen_does_not_wait() -> None:
+    out = io.StringIO()
+    progress = Progress(100, out, interval_s=3600)
+    progress.update(1, {"reward": "0.1"})
+    progress.update(2, {"no signal:": "constant-reward"}, now_too=True)
+    assert [line.split("  ")[1] for line in out.getvalue().splitlines()] == ["no signal: constant-reward"]
+
+
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -76,6 +84,8 @@ def test_a_resumed_run_writes_its_rows_again(tmp_path: Path) -> None:
     log.write({"loss": 1.0}, iteration=3)
     log.close()
     assert [(row["iteration"], row["loss"]) for row in rows(path)] == [(1, 0.0), (2, 0.0), (3, 1.0)]
+    assert rows(replaced(path)) == [{"iteration": 3, "loss": 0.0}]  # moved aside, not lost
+    assert replaced(path).name == "metrics.replaced.jsonl"
 
 
 CHATTER = """

@@ -89,19 +89,82 @@ def test_one_line_says_what_to_install(bare: dict[str, str]) -> None:
     assert "3.12" in found.stderr
 
 
-def test_a_setup_that_fails_leaves_no_venv(bare: dict[str, str], tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    shutil.copytree(ROOT / "scripts", project / "scripts")
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """What the setup reads of a checkout."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
     for name in ("constraints.txt", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, project)
-    half_made = project / ".venv" / "bin"
-    half_made.mkdir(parents=True)
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def set_up(project: Path, bare: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`make setup` without an index: an installation fails, and nothing is downloaded."""
     env = bare | {"PYTHON": str(REAL_PYTHON), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     command = [str(shutil.which("bash")), "scripts/setup.sh"]
-    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=100)
+
+
+def test_a_setup_that_fails_leaves_no_venv(bare: dict[str, str], project: Path) -> None:
+    (project / ".venv" / "bin").mkdir(parents=True)  # nobody's: it holds no file
+    done = set_up(project, bare)
     assert done.returncode != 0
     assert "did not finish" in done.stderr
     assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_venv_of_somebody_else_is_left_alone(bare: dict[str, str], project: Path, linked: bool) -> None:
+    venv = project.parent / "mine" if linked else project / ".venv"
+    venv.mkdir()
+    if linked:
+        (project / ".venv").symlink_to(venv)
+        (venv / "complete").write_text("of another checkout")
+    (venv / "pyvenv.cfg").write_text("home = /nowhere")
+    done = set_up(project, bare)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "did not make" in done.stderr
+    assert "move it away, or install into it with .venv/bin/python -m pip install" in done.stderr
+    assert (project / ".venv").is_symlink() == linked
+    assert (venv / "pyvenv.cfg").read_text() == "home = /nowhere"
+
+
+def made_here(project: Path) -> Path:
+    """A .venv as a finished setup leaves it, but empty; its pip installs nothing."""
+    venv = project / ".venv"
+    subprocess.run([REAL_PYTHON, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    stamp = r"{ pwd; cat constraints.txt; sed '/^\[tool\./,$d' pyproject.toml; } | cksum > .venv/complete"
+    subprocess.run(["bash", "-c", stamp], cwd=project, check=True)
+    (venv / "setup.log").touch()
+    script(venv / "lib" / f"python{THIS_VERSION}" / "site-packages" / "pip" / "__init__.py", "")
+    script(venv / "lib" / f"python{THIS_VERSION}" / "site-packages" / "pip" / "__main__.py", "raise SystemExit(1)")
+    script(venv / "bin" / "tool", f"#!{venv}/bin/python\n'{project}'\n{project}-other\n")
+    return venv
+
+
+def test_a_moved_checkout_takes_its_venv_along(bare: dict[str, str], project: Path, tmp_path: Path) -> None:
+    made_here(project)
+    moved = project.rename(tmp_path / "elsewhere")
+    done = set_up(moved, bare)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"setup: this checkout was in {project}: mending the paths in .venv\n"
+    tool = (moved / ".venv" / "bin" / "tool").read_text()
+    assert tool == f"#!{moved}/.venv/bin/python\n'{moved}'\n{project}-other\n"
+    again = set_up(moved, bare)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_other_pins_are_installed_where_it_stands(bare: dict[str, str], project: Path) -> None:
+    venv = made_here(project)
+    with (project / "constraints.txt").open("a") as file:
+        file.write("one-more==1.0\n")
+    done = set_up(project, bare)
+    assert done.returncode != 0
+    assert "bringing .venv up to date" in done.stdout
+    assert "as far as it came" in done.stderr
+    assert (venv / "bin" / "tool").exists()
 
 
 def test_an_installation_brings_the_package_alone(tmp_path: Path) -> None:

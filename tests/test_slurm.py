@@ -193,6 +193,28 @@ def test_which_exit_codes_put_a_job_back(asked_by: str, code: int, stop_code: in
     assert bash("-c", script).returncode == (0 if again else 1)
 
 
+def test_a_wrong_result_puts_a_job_back_once(tmp_path: Path) -> None:
+    """Once for each checkpoint: the same one again would end in the same way."""
+    again = "comes_again 16 >/dev/null && echo down || echo back"
+    tracker = f"echo 20 >{shlex.quote(str(tmp_path))}/latest_checkpointed_iteration.txt"
+    script = f"source examples/slurm/common.sh; LOG_DIR=$RUN SAVE=$RUN; {again}; {again}; {tracker}; {again}; {again}"
+    assert bash("-c", script, RUN=str(tmp_path)).stdout.split() == ["back", "down", "back", "down"]
+    assert bash("-c", "source examples/slurm/common.sh; comes_again 75").returncode == 1
+
+
+def test_ranks_get_what_the_script_sets_and_folders_may_have_blanks() -> None:
+    """`sbatch --export=LIST` leaves SLURM_EXPORT_ENV in the job, which srun obeys unless it is told otherwise."""
+    done = bash("examples/slurm/cpu_demo.sh", DRY_RUN="1", RUN_DIR="runs/with a blank")
+    starts = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("srun: ")]
+    assert len(starts) == 2
+    assert all("--export=ALL" in start for start in starts)
+    [output] = [word for word in starts[1] if word.startswith("--output=")]
+    assert output.endswith("runs/with a blank/logs/0/node%n-%N.log")
+    command = shlex.split(done.stdout.splitlines()[-1])
+    assert command[command.index("--run-dir") + 1] == "runs/with a blank"
+    assert command[command.index("--save") + 1] == "runs/with a blank/checkpoints"
+
+
 def shellcheck() -> str | None:
     return shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 

@@ -144,6 +144,40 @@ def test_it_says_what_came_out(straight: tuple[Path, str]) -> None:
         assert (run_dir / f"checkpoints/iter_{iteration:07d}/.metadata").is_file()
 
 
+def test_a_second_command_loses_nothing(straight: tuple[Path, str]) -> None:
+    run_dir, _ = straight
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != "megatron.log"}
+    for flags in (["--train-iters", "1"], ["--train-iters", "1", "--load", str(START)], ["--finetune"]):
+        done = train(run_dir, *EVERYTHING, *flags)
+        assert done.returncode == 1
+        [line] = done.stderr.strip().splitlines()
+        assert line.startswith("megatron_longact: ")
+        assert f"holds a run at iteration {LAST}" in line
+        assert "another --run-dir and --save, or --overwrite, start anew" in line
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_help_is_readable_and_begins_with_ours() -> None:
+    done = run_program(str(ROOT / "examples/train_grpo.py"), "--help", world_size=1)
+    assert done.returncode == 0, done.stderr
+    flags = ("--longact ", "--run-dir ", "--num-layers ")
+    places = [done.stdout.index(flag) for flag in flags]
+    assert places == sorted(places)
+    assert places[0] < 4000
+
+
+def test_gradients_that_are_nan_end_a_run_in_one_line(tmp_path: Path) -> None:
+    """Another start is asked for once; on the same machine again the run stays down."""
+    flags = ("--longact", "--train-iters", "6", "--lr", "1e30", "--grpo-kl-beta", "0", "--eval-interval", "1000")
+    for code, said in ((16, "saved; started on another GPU"), (17, "it stays down")):
+        done = train(tmp_path, *flags)
+        assert done.returncode == code, done.stderr
+        [line] = [line for line in done.stdout.splitlines() if " are NaN" in line]
+        assert line.startswith("gradients are NaN at iteration 2, ")
+        assert said in line
+        assert line.endswith(f"see {tmp_path}/megatron.log")
+
+
 def tensors_in(state: Any, name: str = "") -> dict[str, torch.Tensor]:
     if isinstance(state, torch.Tensor):
         return {name: state}
@@ -192,6 +226,8 @@ def test_a_dense_run_on_one_rank(tmp_path: Path) -> None:
     }
     assert all(row[name] is None for name in nothing | {"kl"})
     assert "every Q/K row trains" in done.stdout
+    assert "not given, so as this program has it: --max-response-length 16" in done.stdout
+    assert "defaults of this program" in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "saliency.png").exists()
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from megatron_longact.conversion import command
 from megatron_longact.conversion.audit import audit
+from megatron_longact.tool_command import add_overwrite_arg, check_new
 
 
 def main(args: argparse.Namespace) -> int:
     """Compare, write the JSON, print the table."""
 
     def report() -> str:
+        check_new(args.json, overwrite=args.overwrite, flag="--json")
         result = audit(args.before, args.after, mask=args.mask)
         if args.json is not None:
             try:
@@ -36,4 +38,5 @@ if __name__ == "__main__":
     parser.add_argument("after", type=Path, metavar="AFTER")
     parser.add_argument("--mask", type=Path, help="mask file of tools/export_mask.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    add_overwrite_arg(parser)
     sys.exit(main(parser.parse_args()))

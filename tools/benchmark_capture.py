@@ -16,6 +16,7 @@ is memory at the peak over the bytes of Q and K. Masked: an eighth of the tokens
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import cycle, product
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS, qk_blocks
+from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEYOND_THE_CACHE = 2**28
@@ -167,7 +169,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile without a GPU too")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    add_overwrite_arg(parser)
     args = parser.parse_args()
+    if end_in_one_line("benchmark_capture", lambda: check_new(args.output, overwrite=args.overwrite)):
+        sys.exit(1)
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     copy, results = measure(args)
     print(f"{device}, torch {torch.__version__}: a copy reads and writes {copy:.1f} GB/s\n\n{table(results)}")

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.optimizer_shards import chained, resolve_shards
+from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 @dataclass
@@ -332,7 +334,10 @@ def main() -> None:
     parser.add_argument("--refresh-interval", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--rounds", type=int, default=8, help="counted rounds of all arms")
     parser.add_argument("--output", type=Path, help="JSON file for the raw numbers")
+    add_overwrite_arg(parser)
     args = parser.parse_args()
+    if end_in_one_line("benchmark_overhead", lambda: check_new(args.output, overwrite=args.overwrite)):
+        sys.exit(1)
     if args.rounds < 2:
         parser.error(f"--rounds is {args.rounds}; quartiles need at least 2")
     check_model_args(parser, args)

@@ -3,8 +3,9 @@
     python tools/convert_hf_to_megatron.py --hf-dir IN --save OUT
     python tools/convert_hf_to_megatron.py --hf-dir IN --dry-run     # the whole plan, from IN/config.json alone
 
-Then a run needs `--load OUT --use-checkpoint-args`. Stopped half-way, the same command goes on where it was. What is
-converted and what is refused: docs/checkpoints.md.
+Then a run needs `--pretrained-checkpoint OUT --load RUN --save RUN --use-checkpoint-args`, RUN being the folder of its
+own checkpoints, and tools that look at the model `--load OUT --use-checkpoint-args`. Stopped half-way, the same command
+goes on where it was. What is converted and what is refused: docs/checkpoints.md.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-dir", type=Path, required=True, help="folder with config.json and safetensors")
-    parser.add_argument("--save", type=Path, help="the checkpoint, to be given to --load; must not exist")
+    parser.add_argument("--save", type=Path, help="the checkpoint; must not exist")
     parser.add_argument("--dry-run", action="store_true", help="print names, shapes and sizes; needs no weights")
     arguments = parser.parse_args()
     if not (arguments.save or arguments.dry_run):

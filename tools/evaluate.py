@@ -14,6 +14,7 @@ Results are in --output (default: runs/evaluation): results.json, scores.png and
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     )
 
     from megatron_longact.evaluation.arguments import add_evaluation_args, config_from_args
+    from megatron_longact.evaluation.prediction_log import PREDICTIONS, SETTINGS
 
     add_evaluation_args(parser)
     args, others = parser.parse_known_args(argv)
@@ -43,10 +45,15 @@ def main(argv: list[str]) -> int:
     def action() -> None:
         config = config_from_args(args)
         if args.predictions is not None:
-            from megatron_longact.evaluation.scoring import score_file
+            from megatron_longact.evaluation.scoring import check_replaces, score_file
 
+            if not args.overwrite:
+                check_replaces(config.output, args.predictions)
             score_file(config, args.predictions, terminal=sys.stdout)
             return
+        if args.overwrite and os.environ.get("RANK", "0") == "0":  # else it goes on with what is there
+            for name in (PREDICTIONS, SETTINGS):
+                (config.output / name).unlink(missing_ok=True)
         become_megatron_program([argument for argument in argv if argument != "--cpu"], cpu=args.cpu)
         from megatron_longact.evaluation import program
 

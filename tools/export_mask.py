@@ -12,11 +12,17 @@ import sys
 from pathlib import Path
 
 from megatron_longact.conversion import command, masks
+from megatron_longact.tool_command import add_overwrite_arg, check_new
 
 
 def main(args: argparse.Namespace) -> int:
     """Export."""
-    return command.run(lambda: masks.export(args.load, args.save, ckpt_step=args.ckpt_step))
+
+    def export() -> str:
+        check_new(args.save, overwrite=args.overwrite, flag="--save")
+        return masks.export(args.load, args.save, ckpt_step=args.ckpt_step)
+
+    return command.run(export)
 
 
 if __name__ == "__main__":
@@ -24,4 +30,5 @@ if __name__ == "__main__":
     parser.add_argument("--load", type=Path, required=True, help="a checkpoint folder as Megatron's --load takes it")
     parser.add_argument("--save", type=Path, required=True, help="the mask file")
     parser.add_argument("--ckpt-step", type=int, help="another iteration than the latest")
+    add_overwrite_arg(parser)
     sys.exit(main(parser.parse_args()))

@@ -77,17 +77,20 @@ class Run:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self._command = [part.replace("{dir}", str(folder)) for part in command]
+        # torchrun lies beside the Python that runs this, which need not be on the PATH
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         self._mark = {MARK: uuid.uuid4().hex}
+        self._environment = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
+        self._environment |= {"PATH": path, **self._mark}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, with its output in `output.log`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, **self._mark}
         with (self.folder / "output.log").open("ab") as log:
             output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             try:
-                self._process = subprocess.Popen(self._command, env=environment, **output)
+                self._process = subprocess.Popen(self._command, env=self._environment, **output)
             except OSError as error:
                 raise SystemExit(f"{self._command[0]} could not be started: {error.strerror}") from error
 
@@ -210,7 +213,8 @@ def table(kills: list[Kill]) -> str:
 def main() -> int:
     """Make both runs, print the kills, and say whether the two are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="its folders killed/ and reference/ are made anew")
+    parser.add_argument("--work-dir", type=Path, required=True, help="where the folders killed/ and reference/ go")
+    parser.add_argument("--overwrite", action="store_true", help="make these folders anew where they are there")
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1, help="of the moments and the victims")
     parser.add_argument("--horizon", type=float, default=35.0, help="a kill at any moment comes within these seconds")
@@ -222,6 +226,8 @@ def main() -> int:
     command = args.command or demo()
     random.seed(args.seed)
     for name in ("killed", "reference"):
+        if (args.work_dir / name).exists() and not args.overwrite:
+            parser.error(f"{args.work_dir / name} is there already: give another --work-dir, or --overwrite")
         shutil.rmtree(args.work_dir / name, ignore_errors=True)
     killed, reference = Run(command, args.work_dir / "killed"), Run(command, args.work_dir / "reference")
     kills: list[Kill] = []

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_longact.analysis import activations_models
 from megatron_longact.quiet import quiet_libraries
-from megatron_longact.tool_command import end_in_one_line
+from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -32,10 +32,12 @@ def main(argv: list[str]) -> int:
     add("--statistic", choices=["mean-abs", "rms", "max-abs"], default="mean-abs", help="Default: mean-abs.")
     add("--ratio", type=float, default=0.30, help="Share of channels whose part of the total is told. Default: 0.3.")
     add("--output", type=Path, default=Path("runs/observe"), help="Folder for results. Default: runs/observe.")
+    add_overwrite_arg(parser)
     args, others = parser.parse_known_args(argv)
 
     def action() -> None:
         activations_models.check_ratio(args.ratio)
+        check_new(args.output / "observation.json", overwrite=args.overwrite)
         options = activations_models.prompt_options(args)
         with activations_models.opened(args, others, output=args.output) as session:
             from megatron_longact.analysis import observe

@@ -18,7 +18,7 @@ from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan, text
 from megatron_longact.planning.roofline import Assumptions
 from megatron_longact.planning.run_shape import BYTES, Batch, Parallel
-from megatron_longact.tool_command import end_in_one_line
+from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 def parser_of_plans() -> argparse.ArgumentParser:
@@ -44,6 +44,7 @@ def parser_of_plans() -> argparse.ArgumentParser:
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         help_text = f"{docs[field.name]} Default: {field.default:g}."
         group.add_argument(flag, type=kind, default=field.default, help=help_text)
+    add_overwrite_arg(parser)
     add_longact_args(parser)
     return parser
 
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
     args.longact = True
 
     def action() -> None:
+        check_new(args.json, overwrite=args.overwrite, flag="--json")
         config = longact_config_from_args(args)
         assert config is not None
         plan = make_plan(

@@ -7,6 +7,7 @@ a GPU the ranges are NVTX ranges too, and `device` is the time of the kernels th
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.metrics import RANGES
+from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 STEP = "step"
 
@@ -67,7 +69,10 @@ def main() -> None:
     add_model_args(parser)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, help="trace in Chrome's format, of rank 0")
+    add_overwrite_arg(parser)
     args = parser.parse_args()
+    if end_in_one_line("profile_step", lambda: check_new(args.output, overwrite=args.overwrite)):
+        sys.exit(1)
     check_model_args(parser, args)
     initialise(args)
     recorded = run(args)

@@ -24,7 +24,7 @@ from typing import get_args
 from megatron_longact.analysis import activations_models
 from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
 from megatron_longact.quiet import quiet_libraries
-from megatron_longact.tool_command import end_in_one_line
+from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -42,10 +42,12 @@ def main(argv: list[str]) -> int:
     add("--scope", choices=get_args(Scope), default="layer", help="Where the top-k is taken. Default: layer.")
     add("--ratio", type=float, default=0.30, help="Share of the rows that are selected. Default: 0.3.")
     add("--output", type=Path, default=Path("runs/stability"), help="Folder for results. Default: runs/stability.")
+    add_overwrite_arg(parser)
     args, others = parser.parse_known_args(argv)
 
     def action() -> None:
         activations_models.check_ratio(args.ratio)
+        check_new(args.output / "stability.json", overwrite=args.overwrite)
         config = LongActConfig(ratio=args.ratio, scope=args.scope, statistic=args.statistic, tap=args.tap)
         options = activations_models.prompt_options(args)
         alone = args.masks and not (args.hf_dir or args.load or others)

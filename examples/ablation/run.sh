@@ -55,6 +55,8 @@ one() {                        # objective, selector, seed, flags
     esac
     [[ $dense == 1 ]] || chosen+=(--longact-seed "$3")
     [[ -f "$dir/report.md" ]] && return
+    # a run of the demo's model that broke off is begun anew: minutes, and its rows are counted from the start weights
+    [[ $OBJECTIVE_DIR -ef examples/objectives ]] && chosen+=(--overwrite)
     mkdir -p "$dir"
     echo "$dir"
     DENSE=$dense SEED=$3 RUN_DIR=$dir bash "$OBJECTIVE_DIR/$1.sh" "${@:4}" ${chosen[@]+"${chosen[@]}"} \

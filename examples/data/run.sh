@@ -10,6 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/demo/model_args.sh
 
+ANEW=()
+[[ -n ${RUN_DIR:-} ]] || ANEW=(--overwrite)         # each call begins anew in runs/data, not in a folder of yours
 RUN_DIR=${RUN_DIR:-runs/data}
 DATA_ARGS=(
     --train-data examples/data/train.jsonl:3 needle:1   # three prompts of the file to one needle task
@@ -49,10 +51,10 @@ TRAIN_ARGS=(
     --run-dir "$RUN_DIR"
 )
 
-rm -rf "$RUN_DIR"/{tensorboard,metrics.jsonl,evaluations.jsonl,megatron.log,report.md,saliency.png,reward.png}
 mkdir -p "$RUN_DIR"
 export PYTHONPATH="examples/data${PYTHONPATH:+:$PYTHONPATH}"   # where short_answers.py is
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore TORCH_LOGS=-all
 exec torchrun --standalone --nproc-per-node 2 \
     -m megatron_longact.run --cpu examples/train_grpo.py \
-    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" --longact "$@"
+    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" --longact \
+    ${ANEW[@]+"${ANEW[@]}"} "$@"

@@ -7,6 +7,8 @@
 #     RANKS=1 bash examples/demo/run.sh          on one rank instead of two tensor-parallel ones
 #     RUN_DIR=/tmp/run bash examples/demo/run.sh --train-iters 10     another folder; more flags are passed on
 #
+# Each call begins anew in runs/demo and runs/demo-dense. In a folder of yours it goes on with a run that it finds there,
+# or says that it has ended; --overwrite begins anew there too.
 # DEMO_DIR is the folder of the tokenizer and of the start checkpoint (default: the one of this file).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,6 +16,8 @@ source examples/demo/model_args.sh
 
 SEED=${SEED:-1}
 RANKS=${RANKS:-2}
+ANEW=()
+[[ -n ${RUN_DIR:-} ]] || ANEW=(--overwrite)
 if [[ ${DENSE:-0} == 1 ]]; then
     RUN_DIR=${RUN_DIR:-runs/demo-dense}
     LONGACT_ARGS=()
@@ -64,7 +68,6 @@ TRAIN_ARGS=(
     --run-dir "$RUN_DIR"
 )
 
-rm -rf "$RUN_DIR"/{checkpoints,tensorboard,metrics.jsonl,evaluations.jsonl,megatron.log,report.md,saliency.png,reward.png}
 mkdir -p "$RUN_DIR"
 [[ -d .venv ]] && export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1               # one core a rank
@@ -73,4 +76,5 @@ export PYTHONWARNINGS=ignore           # Megatron warns of each kernel library t
 export TORCH_LOGS=-all                 # and torch of a CUDA toolkit without a GPU
 exec torchrun --standalone --nproc-per-node "$RANKS" \
     -m megatron_longact.run --cpu examples/train_grpo.py \
-    "${MODEL_ARGS[@]}" "${TASK_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"} "$@"
+    "${MODEL_ARGS[@]}" "${TASK_ARGS[@]}" "${GRPO_ARGS[@]}" "${TRAIN_ARGS[@]}" ${LONGACT_ARGS[@]+"${LONGACT_ARGS[@]}"} \
+    ${ANEW[@]+"${ANEW[@]}"} "$@"

@@ -4,6 +4,7 @@
 #     bash examples/objectives/cispo.sh              with LongAct, in runs/cispo
 #     DENSE=1 bash examples/objectives/cispo.sh      the same without it, in runs/cispo-dense
 #     SEED=2 bash examples/objectives/cispo.sh --train-iters 10      more flags are passed on
+#     bash examples/objectives/cispo.sh --overwrite   begins anew where a run is there already
 #
 # The model, the tasks and what is not said here are the demo's (examples/demo/run.sh). Formulas: docs/algorithms.md
 set -euo pipefail

@@ -21,7 +21,7 @@ one() {                    # objective, longact or dense, seed, flags
     [[ $2 == dense ]] && dense=1
     [[ -f "$dir/report.md" ]] && return
     echo "$dir"
-    RANKS=1 DENSE=$dense SEED=$3 RUN_DIR=$dir bash "examples/objectives/$1.sh" "${@:4}" >"$dir.log" 2>&1 ||
+    RANKS=1 DENSE=$dense SEED=$3 RUN_DIR=$dir bash "examples/objectives/$1.sh" "${@:4}" --overwrite >"$dir.log" 2>&1 ||
         echo "$dir failed: see $dir.log"
 }
 export -f one

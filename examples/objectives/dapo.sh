@@ -4,6 +4,7 @@
 #     bash examples/objectives/dapo.sh              with LongAct, in runs/dapo
 #     DENSE=1 bash examples/objectives/dapo.sh      the same without it, in runs/dapo-dense
 #     SEED=2 bash examples/objectives/dapo.sh --train-iters 10      more flags are passed on
+#     bash examples/objectives/dapo.sh --overwrite   begins anew where a run is there already
 #
 # The model, the tasks and what is not said here are the demo's (examples/demo/run.sh). Formulas: docs/algorithms.md
 set -euo pipefail

@@ -7,6 +7,7 @@
 #     bash examples/objectives/kl_cov.sh              with LongAct, in runs/kl_cov
 #     DENSE=1 bash examples/objectives/kl_cov.sh      the same without it, in runs/kl_cov-dense
 #     SEED=2 bash examples/objectives/kl_cov.sh --train-iters 10      more flags are passed on
+#     bash examples/objectives/kl_cov.sh --overwrite   begins anew where a run is there already
 #
 # The model, the tasks and what is not said here are the demo's (examples/demo/run.sh). Formulas: docs/algorithms.md
 set -euo pipefail

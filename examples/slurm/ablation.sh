@@ -9,8 +9,8 @@
 #     python tools/report_ablation.py runs/ablation                       when all have ended
 #     DRY_RUN=1 bash examples/slurm/ablation.sh                           prints the command of every task
 #
-# A finished run is not made again. SIGUSR1 goes to the ranks of a GPU run, which save and go back into the queue; a run of
-# the demo's model is begun anew.
+# A finished run is not made again. SIGUSR1 goes to the ranks of a GPU run, which save and go back into the queue; a run
+# of the demo's model is begun anew, or goes on from its first iteration if Slurm has requeued it.
 #SBATCH --job-name=longact-ablation
 #SBATCH --array=0-59%8                 # eight at a time
 #SBATCH --nodes=1

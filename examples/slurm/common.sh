@@ -58,6 +58,7 @@ set_environment() {                    # of every rank; a dry run prints these
 
 set_python() {                         # a container, or a virtual environment, or the python of PATH
     SRUN=(srun --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --ntasks="$((NODES * RANKS_PER_NODE))"
+        --export=ALL                   # what is set here reaches the ranks, also under `sbatch --export=LIST`
         --label                        # each line begins with its rank
         --kill-on-bad-exit=1           # one rank fails: all end
         --cpu-bind=none                # threads of a rank may use any core
@@ -162,7 +163,7 @@ train() {
         -- python -m megatron_longact.run "${RANK_COMMAND[@]}" || code=$?
     [[ $DRY_RUN == 1 ]] && return
     say "the ranks ended with exit code $code, the last complete checkpoint is of iteration $(iteration)"
-    if goes_on "$code"; then
+    if goes_on "$code" && ! comes_again "$code"; then
         requeue
     elif ((code)); then
         # the first ones of this start; 143 is what srun does to the others
@@ -180,6 +181,18 @@ goes_on() {                            # whether an exit code asks for another s
         *,75 | *,16) ;;                # --exit-duration-in-mins; Megatron asks for another machine after a wrong result
         *) return 1 ;;
     esac
+}
+
+comes_again() {                        # whether a wrong result, exit code 16, has ended this job at this checkpoint before
+    local mark=$LOG_DIR/wrong-result now
+    [[ $1 == 16 ]] || return 1
+    now=$(iteration)
+    if [[ -f $mark && $(cat "$mark") == "$now" ]]; then
+        say "a wrong result (exit code 16) once more, at the checkpoint of iteration $now: it stays down"
+        return 0
+    fi
+    echo "$now" >"$mark"
+    return 1
 }
 
 requeue() {

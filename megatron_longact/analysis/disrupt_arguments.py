@@ -14,6 +14,7 @@ from megatron_longact.evaluation.ruler import TASKS
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
 from megatron_longact.rl.data.tasks import NEEDLE_TASKS
 from megatron_longact.rl.data.vocabulary import add_stop_args
+from megatron_longact.tool_command import add_overwrite_arg
 
 FROM_CHECKPOINT = "checkpoint"
 _FILES = ("essays", "words", "squad", "hotpotqa")
@@ -77,6 +78,7 @@ def add_disrupt_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
     _add_channel_args(parser)
     _add_question_args(parser)
+    add_overwrite_arg(parser)
     return parser
 
 

@@ -99,7 +99,9 @@ def convert(hf_dir: Path, save: Path) -> str:
         done = progress.done
     lines = [
         f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}",
-        f"run it with --load {save} --use-checkpoint-args; without our launcher also with what Megatron does not take "
+        f"train it with --pretrained-checkpoint {save} --load RUN --save RUN --use-checkpoint-args, where RUN gets the "
+        "run's own checkpoints, from which a second start goes on; look at it with "
+        f"--load {save} --use-checkpoint-args; without our launcher also with what Megatron does not take "
         f"from there: {' '.join(flags_not_taken(conversion.model))}",
     ]
     if conversion.model.rope.llama3_factor not in (None, 8.0):

@@ -12,6 +12,7 @@ from megatron_longact.evaluation.longbench_v2 import Style
 from megatron_longact.evaluation.ruler import TASKS
 from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
 from megatron_longact.rl.data.vocabulary import add_stop_args
+from megatron_longact.tool_command import add_overwrite_arg
 
 Benchmark = Literal["ruler", "longbench-v2"]
 STYLES: dict[str, Style] = {
@@ -89,6 +90,7 @@ def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:
     )
     add("--sampling-temperature", type=float, help="0 is greedy. Default: the benchmark's (RULER 0, LongBench v2 0.1).")
     add_stop_args(group)
+    add_overwrite_arg(parser)
     return parser
 
 

@@ -26,10 +26,10 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> list[Row]:
             name = changed[0]
             raise ValueError(
                 f"{folder} holds an evaluation with another {name} ({before.get(name)!r}, not {now.get(name)!r}): "
-                "give another --output, or remove the folder"
+                "give another --output, or --overwrite to replace it"
             )
     elif (folder / PREDICTIONS).exists():
-        raise ValueError(f"{folder} holds predictions without {SETTINGS}: give another --output")
+        raise ValueError(f"{folder} holds predictions without {SETTINGS}: give another --output, or --overwrite")
     path.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
     return _rows_so_far(folder / PREDICTIONS)
 

@@ -22,15 +22,17 @@ from megatron_longact.rl.data.json_lines import parse_json
 Row = dict[str, Any]
 Id = tuple[Any, ...]
 _SHOWN = 5
+_BESIDE_PREDICTIONS = {"results.json", "settings.json"}
 
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a JSON-lines file, a JSON list, or all such files of a folder and what is below it.
 
+    Passed over in a folder: hidden files and folders, and what tools/evaluate.py writes beside its predictions.
     Each row gets `_file`. Raises ValueError for a file that is not there or holds anything else.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".json"))
+        files = sorted(file for file in path.rglob("*") if _holds_predictions(file, path))
         if not files:
             raise ValueError(f"the folder {path} holds no .jsonl file")
         return [row for file in files for row in read_rows(file)]
@@ -43,6 +45,12 @@ def read_rows(path: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"row {number} of {path} is not a JSON object")
     return [{**row, "_file": str(path)} for row in rows]
+
+
+def _holds_predictions(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ours = file.name in _BESIDE_PREDICTIONS and (file.parent / "predictions.jsonl").exists()
+    return file.suffix in (".jsonl", ".json") and not hidden and not ours
 
 
 def _parse(text: str, path: Path) -> list[Any]:

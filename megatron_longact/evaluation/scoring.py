@@ -24,6 +24,7 @@ from megatron_longact.evaluation.report import (
     ruler_results,
     ruler_table,
 )
+from megatron_longact.tool_command import check_new
 
 RESULTS, PICTURE = "results.json", "scores.png"
 
@@ -51,6 +52,13 @@ def checked_predictions(benchmark: Benchmark, predictions: Path, data: Path | No
     check_complete(found, expected)
     own = ("outputs", "output", "others") if benchmark == "ruler" else ("answer", "difficulty", "length")
     return {each: found[each] | {k: v for k, v in row.items() if k in own} for each, row in expected.items()}
+
+
+def check_replaces(output: Path, predictions: Path) -> None:
+    """Raise `ValueError` if the results in a folder are not an earlier score of these very predictions."""
+    path = output / RESULTS
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {"predictions": str(predictions)}
+    check_new(path, overwrite=before.get("predictions") == str(predictions))
 
 
 def score_file(config: EvaluationConfig, predictions: Path, *, terminal: TextIO) -> None:

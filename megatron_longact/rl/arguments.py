@@ -15,6 +15,7 @@ flags only with `--perform-rl-step`, which belongs to its own loop, so they are 
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
@@ -22,6 +23,7 @@ import torch
 
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import add_data_args, data_config_from_args
+from megatron_longact.rl.defaults import LONGEST_DEFAULT_RESPONSE, NEEDLE_RESPONSE, set_defaults, settle_defaults
 from megatron_longact.rl.objectives.aggregation import Aggregation
 from megatron_longact.rl.objectives.importance_weights import Level
 from megatron_longact.rl.objectives.kl import KLKind
@@ -31,7 +33,8 @@ from megatron_longact.rl.rollouts.sampling import Sampling
 
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags that Megatron does not have; returns the parser."""
+    """Add the flags that Megatron does not have, and set the defaults of those that it has; returns the parser."""
+    set_defaults(parser)
     group = parser.add_argument_group(title="rl program")
     add = group.add_argument
     add(
@@ -54,10 +57,15 @@ def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
         help="Prompt lengths of the held-out needle tasks. Default: those of training.",
     )
     add(
+        "--overwrite",
+        action="store_true",
+        help="Start anew: remove what an earlier run left in --run-dir, and the checkpoints in --save.",
+    )
+    add(
         "--max-response-length",
         type=int,
-        default=16,
-        help="Tokens of a response at most, the end-of-text token included. Default: 16.",
+        help=f"Tokens of a response at most, the end-of-text token included. Default: {NEEDLE_RESPONSE} for the needle "
+        f"tasks alone; with data sets a quarter of --seq-length, at most {LONGEST_DEFAULT_RESPONSE}.",
     )
     add(
         "--kl-estimator",
@@ -168,6 +176,8 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     cannot do, and for Megatron's RL flags that would have no effect here.
     """
     _refuse_unsupported(args)
+    settle_defaults(args, sys.argv[1:])
+    _check_schedule(args)
     context_lengths = tuple(args.context_lengths)
     config = RLConfig(
         prompts_per_step=args.grpo_prompts_per_step,
@@ -220,6 +230,18 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_batches(config)
     _check_objective(config)
     return config
+
+
+def _check_schedule(args: Namespace) -> None:
+    """Megatron asserts it, without a word on what was given."""
+    names = ("lr_decay_iters", "train_iters", "lr_warmup_iters")
+    decay, iterations, warmup = (getattr(args, name, None) for name in names)
+    last = decay or iterations
+    if warmup and last and warmup >= last:
+        raise ValueError(
+            f"--lr-warmup-iters is {warmup}, and the learning rate's schedule ends at iteration {last} "
+            "(--lr-decay-iters, else --train-iters): give a shorter warm-up"
+        )
 
 
 def _truncation(args: Namespace) -> float:

@@ -10,6 +10,7 @@ repeated in each of its iterations.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.objectives.objective import Objective
 from megatron_longact.rl.objectives.token_selection import TokenSelector
 from megatron_longact.rl.reports.audit import RowAudit, RowCounts
-from megatron_longact.rl.reports.run_log import MetricsLog, Progress
+from megatron_longact.rl.reports.run_log import MEGATRON_LOG, MetricsLog, Progress
+from megatron_longact.rl.reports.signals import SignalWatch
+from megatron_longact.rl.reports.signals import missing as missing_signal
 from megatron_longact.rl.rollouts.collect import Collector
 from megatron_longact.rl.rollouts.evaluation import Judge, evaluate_heldout, heldout_scalars
 from megatron_longact.rl.rollouts.static_engine import RolloutEngine
@@ -78,22 +81,26 @@ class RLLoop:
         self._metrics_log = metrics_log
         self._evaluations_log = evaluations_log
         self._progress = progress
+        self._signals = SignalWatch()
         self._times: dict[str, float | None] = dict.fromkeys(TIMES)
 
     def run(self) -> bool:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
         trainer, args = self._trainer, self._trainer.args
+        self._state.take_up(self._layout)
         trainer.begin()
         self._evaluate_if_due()
         exiting = False
         while trainer.iteration < args.train_iters and not exiting:
             exiting = self._iterate()
         if not exiting:
-            if self._state.evaluations[-1]["iteration"] != trainer.iteration:
+            if self._judge.environment.heldout_lengths and self._last_evaluation != trainer.iteration:
                 self._evaluate()
             if args.save and not trainer.saved_now:
                 trainer.save()
         trainer.finish()
+        if self.verdict is not None and self._progress is not None:
+            self._progress.say(self.verdict)
         for log in (self._metrics_log, self._evaluations_log):
             log.close()
         if self._progress is not None:
@@ -110,6 +117,12 @@ class RLLoop:
         return self._trainer.exit_code
 
     @property
+    def verdict(self) -> str | None:
+        """Why a wrong result ended the run, in one line; None if none did."""
+        found = self._trainer.verdict
+        return None if found is None else f"{found.line}; see {self._trainer.args.run_dir}/{MEGATRON_LOG}"
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         """Held-out results, first to last."""
         return self._state.evaluations
@@ -119,9 +132,10 @@ class RLLoop:
         state, trainer, args = self._state, self._trainer, self._trainer.args
         if state.batch is None:
             self._collect()
-        batch = state.batch
+        batch, use = state.batch, state.use
         assert batch is not None
-        plan = self._layout.plan(batch)[state.updates_done]
+        assert use is not None
+        plan, *later = self._layout.plan(batch, use)
         selected = self._select(batch, plan)
         begun = time.perf_counter()
         outcome = self._update(batch, plan, selected)
@@ -129,8 +143,9 @@ class RLLoop:
         if outcome.should_exit:
             return True
         state.updates_done += 1
-        if state.updates_done == self._config.updates_per_step:
-            state.batch, state.updates_done = None, 0
+        state.use = replace(use, done=use.done + len(plan.rows))
+        if not later:
+            state.batch, state.use, state.updates_done = None, None, 0
         self._audit.after_step()
         self._report(batch, plan, outcome)
         if not trainer.asked_to_stop():  # else the run that goes on evaluates, before anything else
@@ -148,7 +163,7 @@ class RLLoop:
             self._collector.add_log_probs(batch)
         self._times["rollout_time_s"] = made - begun
         self._times["log_prob_time_s"] = time.perf_counter() - made
-        self._state.batch = batch
+        self._state.batch, self._state.use = batch, self._layout.new_use()
         self._state.rollout_steps += 1
 
     def _select(self, batch: RolloutBatch, plan: StepPlan) -> Tensor | None:
@@ -168,15 +183,20 @@ class RLLoop:
             ),
             [self._layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches],
             micro_batch_size=self._layout.micro_batch_size,
-            size=StepSize(tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
+            size=StepSize(responses=len(plan.rows), tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
         )
 
     def _evaluate_if_due(self) -> None:
-        """At the start of a run and every `--eval-interval` iterations, once."""
-        done, interval = self._state.evaluations, self._trainer.args.eval_interval
-        due = interval and self._trainer.iteration % interval == 0
-        if not done or (due and done[-1]["iteration"] != self._trainer.iteration):
+        """At the start of a run and every `--eval-interval` iterations, once; never without held-out data."""
+        iteration, interval = self._trainer.iteration, self._trainer.args.eval_interval
+        due = self._last_evaluation is None or (interval and iteration % interval == 0)
+        if self._judge.environment.heldout_lengths and due and self._last_evaluation != iteration:
             self._evaluate()
+
+    @property
+    def _last_evaluation(self) -> int | None:
+        done = self._state.evaluations
+        return done[-1]["iteration"] if done else None
 
     def _evaluate(self) -> None:
         with self._trainer.between_steps():
@@ -218,10 +238,16 @@ class RLLoop:
         written = {*outcome.losses, *(name for name in row if name.startswith(("longact/", "gpu/")))}
         self._metrics_log.write(row, iteration=self._trainer.iteration, in_tensorboard=written - {TIME_SHARE})
         if self._progress is not None:
-            self._progress.update(
-                self._trainer.iteration,
-                {"reward": f"{row['reward_mean']:.3f}", "accuracy": f"{row['accuracy']:.0%}"},
-            )
+            self._show(self._progress, batch)
+
+    def _show(self, progress: Progress, batch: RolloutBatch) -> None:
+        missing = missing_signal(batch)
+        shown = {"reward": f"{batch.rewards.mean():.3f}", "accuracy": f"{batch.correct.float().mean():.0%}"}
+        shown |= {"no signal:": ", ".join(missing)} if missing else {}
+        progress.update(self._trainer.iteration, shown, now_too=bool(missing) and batch.step != self._signals.step)
+        warning = self._signals.see(batch)
+        if warning is not None:
+            progress.say(warning)
 
     def _longact_metrics(self) -> dict[str, float | None]:
         if self.longact is None:

@@ -15,8 +15,9 @@ from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.initialize import initialize_megatron
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megatron_longact.checkpointing import check_load
+from megatron_longact.checkpointing import check_load, check_schedule
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.config import RLConfig
@@ -31,10 +32,11 @@ from megatron_longact.rl.objectives.token_selection import TokenSelector
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
 from megatron_longact.rl.reports.audit import RowAudit
 from megatron_longact.rl.reports.outcome import REPORT, write_outcome
-from megatron_longact.rl.reports.run_log import MetricsLog, Progress
+from megatron_longact.rl.reports.run_log import EVALUATIONS, METRICS, MetricsLog, Progress
 from megatron_longact.rl.rollouts.collect import Collector
 from megatron_longact.rl.rollouts.engines import rollout_engine
 from megatron_longact.rl.rollouts.evaluation import Judge
+from megatron_longact.rl.run_folder import open_run
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals
 from megatron_longact.tool_command import end_together
@@ -74,8 +76,13 @@ def environment_of(config: RLConfig, *, say: Callable[[str], None]) -> Environme
 
 def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal: TextIO) -> None:
     """Train from the first iteration, or the saved one, to the last; table and report at the end."""
+    say = _speaker(args, terminal)
+    if args.rl_defaults:
+        say(f"not given, so as this program has it: {' '.join(args.rl_defaults)}")
     loop = build_loop(args, config, environment, terminal=terminal)
     if not loop.run():
+        if loop.verdict is not None:
+            _tell_torchrun(loop.verdict)
         end_together()
         sys.exit(loop.exit_code)
     rows = loop.count_rows()
@@ -85,12 +92,28 @@ def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal
     end_together()
 
 
+def _tell_torchrun(line: str) -> None:
+    """Let torchrun's list of the ranks that failed say why."""
+    try:
+        raise RuntimeError(line)
+    except RuntimeError as error:
+        get_error_handler().record_exception(error)
+
+
+def _speaker(args: Namespace, terminal: TextIO) -> Callable[[str], None]:
+    """Prints lines, on rank 0."""
+    return lambda line: print(line, file=terminal, flush=True) if args.rank == 0 else None
+
+
 def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, terminal: TextIO) -> RLLoop:
     """Initialise Megatron, build or load model and optimizer, and put the loop around them.
 
     Attaches nothing by itself: LongAct is found if the launcher's seams are open.
     """
     check_load(args)
+    if args.rank == 0:
+        open_run(args, say=_speaker(args, terminal))
+        check_schedule(args)
     initialize_megatron()
     stop_on_signals(args)
     state = LoopState()
@@ -157,7 +180,7 @@ def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
 
 def _logs(args: Namespace, terminal: TextIO) -> dict[str, Any]:
     run_dir, first = Path(args.run_dir), args.rank == 0
-    names = {"metrics_log": "metrics.jsonl", "evaluations_log": "evaluations.jsonl"}
+    names = {"metrics_log": METRICS, "evaluations_log": EVALUATIONS}
     logs: dict[str, Any] = {
         key: MetricsLog(run_dir / name if first else None, get_tensorboard_writer(), resume_from=args.iteration)
         for key, name in names.items()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron.training import training
 
 from megatron_longact.checkpointing import Stateful, carry_state
+from megatron_longact.rl.batches.micro_batches import BatchLayout
+from megatron_longact.rl.batches.plans import Use
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 
 
@@ -29,6 +31,10 @@ class LoopState:
     batch: RolloutBatch | None = None
     """None when the next step begins with new rollouts."""
 
+    use: Use | None = None
+    """Of `batch`: a run that goes on with other flags finishes it in the order in which it was begun. None if there is
+    none, and out of a checkpoint from before it was kept."""
+
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """One row for each evaluation, first to last."""
 
@@ -38,6 +44,7 @@ class LoopState:
             "rollout_steps": self.rollout_steps,
             "updates_done": self.updates_done,
             "batch": None if self.batch is None else self.batch.state_dict(),
+            "use": None if self.use is None else asdict(self.use),
             "evaluations": self.evaluations,
         }
 
@@ -47,7 +54,23 @@ class LoopState:
         self.rollout_steps = state_dict["rollout_steps"]
         self.updates_done = state_dict["updates_done"]
         self.batch = None if batch is None else RolloutBatch.from_state_dict(batch)
+        use = state_dict.get("use")
+        self.use = None if use is None else Use(**use)
         self.evaluations = list(state_dict["evaluations"])
+
+    def take_up(self, layout: BatchLayout) -> None:
+        """Before the first step: raise `ValueError` for a batch out of a checkpoint that these flags cannot finish."""
+        if self.batch is None:
+            return
+        size = layout.config.global_batch_size
+        if self.use is None:  # as if begun with these flags
+            self.use = replace(layout.new_use(), done=self.updates_done * size)
+        if not layout.plan(self.batch, self.use):
+            raise ValueError(
+                f"the checkpoint is of the middle of a rollout batch of {len(self.batch)} responses, after "
+                f"{self.updates_done} optimizer steps, and --global-batch-size {size} leaves no more of it: give the "
+                "number that it was begun with"
+            )
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import get_signal_handler, get_timers
 from torch import Tensor, nn
 
+from megatron_longact.rl.wrong_result import Verdict, judge
+
 STOPPED_EARLY = 75
 """Exit code of a run that saved and ended because of a signal or `--exit-duration-in-mins`: started again, it goes on.
 
@@ -57,8 +59,9 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class StepSize:
-    """Real tokens of a step on all replicas, and the sum of their sequences' squared lengths."""
+    """Responses and real tokens of a step on all replicas, and the sum of their sequences' squared lengths."""
 
+    responses: int
     tokens: int
     squared_lengths: int
 
@@ -83,6 +86,8 @@ class MegatronTrainer:
         self.pg_collection = get_attr_wrapped_model(model[0], "pg_collection")
         self.iteration: int = args.iteration
         self.exit_code = 0
+        self.verdict: Verdict | None = None
+        """Set when a wrong result has ended the run."""
         self._checkpointing_context = checkpointing_context
         self._total_losses: dict[str, Any] = {}
         self._report_memory = True
@@ -148,7 +153,7 @@ class MegatronTrainer:
     def _step(self, forward_step: Callable[..., Any], micro_batches: Sequence[Any], *, size: StepSize) -> StepOutcome:
         maybe_finalize_async_save(blocking=False)
         self.args.curr_iteration = self.iteration
-        losses, skipped, should_save, should_exit, exit_code, *statistics = training.train_step(
+        losses, skipped, _, should_exit, _, *statistics = training.train_step(
             forward_step,
             RerunDataIterator(iter(micro_batches)),
             self.model,
@@ -159,21 +164,28 @@ class MegatronTrainer:
             iteration=self.iteration,
         )
         outcome = StepOutcome(losses, bool(skipped), should_exit, *statistics)
-        if should_save:
-            self.save()
         if should_exit:
-            self.exit_code = exit_code
+            self.verdict = judge(self.model, iteration=self.iteration + 1, can_save=bool(self.args.save))
+            self.exit_code = self.verdict.exit_code
+            if self.verdict.save:
+                self.save()
             return outcome
         if self._overlaps and not self._pre_hooks_on and not skipped:
             self._enable_pre_hooks()
         self.iteration += 1
-        self.args.consumed_train_samples += self.args.global_batch_size
+        self.args.consumed_train_samples += size.responses
         self._log(outcome, size)
         return outcome
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Room to read, run or swap the weights: they are complete on every rank, no hook gathers them."""
+        """Room to read, run or swap the weights: they are complete on every rank, no hook gathers them.
+
+        Transformer Engine keeps FP8 copies of weights from micro-batch to micro-batch, which Megatron's schedules tell
+        it to make anew; the engines of generation do not.
+        """
+        for chunk in self.model:
+            chunk.set_is_first_microbatch()
         was_on = self._pre_hooks_on
         if was_on:
             training.disable_forward_pre_hook(self.model, optimizer=self.optimizer)
@@ -246,7 +258,7 @@ class MegatronTrainer:
     def _log(self, outcome: StepOutcome, size: StepSize) -> None:
         flops = training.num_floating_point_operations(
             self.args,
-            self.args.global_batch_size,
+            size.responses,
             seqlen_squared_sum_in_batch=size.squared_lengths,
             total_real_tokens_in_batch=size.tokens,
         )

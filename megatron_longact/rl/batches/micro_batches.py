@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_longact.rl.batches.packing import packed_row
-from megatron_longact.rl.batches.plans import MicroBatchPlan, Packing, StepPlan, plan_steps
+from megatron_longact.rl.batches.plans import MicroBatchPlan, Packing, StepPlan, Use, plan_steps
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
 from megatron_longact.rl.config import RLConfig
 
@@ -119,18 +119,24 @@ class BatchLayout:
     dp_size: int
     pp_size: int
 
-    def plan(self, batch: RolloutBatch) -> list[StepPlan]:
-        """The optimizer steps on a batch."""
+    def plan(self, batch: RolloutBatch, use: Use | None = None) -> list[StepPlan]:
+        """The optimizer steps on a batch; those that are left, if it is in use."""
+        use = use or self.new_use()
         return plan_steps(
             batch,
-            seed=self.config.seed,
-            epochs=self.config.epochs,
+            seed=use.seed,
+            epochs=use.epochs,
+            done=use.done,
             global_batch_size=self.config.global_batch_size,
             micro_batch_size=self.config.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             packing=self.packing,
         )
+
+    def new_use(self) -> Use:
+        """The use of a batch that is begun now."""
+        return Use(seed=self.config.seed, epochs=self.config.epochs)
 
     def micro_batch(self, batch: RolloutBatch, plan: MicroBatchPlan, *, selected: Tensor | None = None) -> MicroBatch:
         """A micro-batch; of one fixed length if pipeline stages must know it."""

@@ -32,6 +32,16 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class Use:
+    """How a rollout batch is gone through, and how far: what a run that goes on with it keeps, whatever its flags."""
+
+    seed: int
+    epochs: int
+    done: int = 0
+    """Responses trained on, counted over all epochs."""
+
+
+@dataclass(frozen=True)
 class Packing:
     """Several responses in one row of a micro-batch."""
 
@@ -52,25 +62,38 @@ def plan_steps(
     dp_rank: int,
     dp_size: int,
     packing: Packing | None = None,
+    done: int = 0,
 ) -> list[StepPlan]:
-    """The optimizer steps on a rollout batch, with this replica's micro-batches of each.
+    """The optimizer steps on what is left of a rollout batch, with this replica's micro-batches of each.
 
     Each epoch goes once through the batch in a new random order, `global_batch_size` rows a step.
     Inside a step rows are sorted by length, so that a micro-batch holds little padding, and dealt
     out to the replicas in turn, so that all have the same work and the same shapes. With packing a
-    micro-batch is one row of several responses.
+    micro-batch is one row of several responses. done: responses trained on already, over all epochs; what is left of
+    an epoch may end in a smaller step, if they were trained on with another `global_batch_size`. Raises ValueError
+    where that one does not divide into micro-batches.
     """
     steps: list[StepPlan] = []
     for epoch in range(epochs):
         order = _random_order(len(batch), seed, batch.step, epoch)
-        for begin in range(0, len(order), global_batch_size):
+        for begin in range(min(max(done - epoch * len(order), 0), len(order)), len(order), global_batch_size):
             rows = sorted(order[begin : begin + global_batch_size], key=batch.total_length)
             if packing is None:
+                _check_divides(len(rows), global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
                 micro_batches = _padded(batch, rows, micro_batch_size, dp_rank, dp_size)
             else:
                 micro_batches = _packed(batch, rows, packing, dp_rank, dp_size)
             steps.append(StepPlan(rows=tuple(rows), micro_batches=tuple(micro_batches)))
     return steps
+
+
+def _check_divides(count: int, global_batch_size: int, *, micro_batch_size: int, dp_size: int) -> None:
+    if count != global_batch_size and count % (micro_batch_size * dp_size):
+        raise ValueError(
+            f"the checkpoint is of the middle of a rollout batch, of which {count} responses are left for an optimizer "
+            f"step; they do not divide into --micro-batch-size {micro_batch_size} x {dp_size} replicas: give the "
+            "numbers that the batch was begun with, and change them later"
+        )
 
 
 def _padded(

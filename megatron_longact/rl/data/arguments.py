@@ -73,7 +73,8 @@ def add_data_args(parser: ArgumentParser) -> ArgumentParser:
         nargs="+",
         metavar="PATH",
         default=[],
-        help="JSONL data sets of the held-out evaluation, or `needle`, the default if the needle tasks are trained on.",
+        help="JSONL data sets of the held-out evaluation, or `needle`, the default if the needle tasks are trained on. "
+        "Without either nothing is measured.",
     )
     add(
         "--heldout-length-edges",
@@ -190,9 +191,10 @@ def build_environment(
         )
 
     training = data.train or ((NEEDLE, 1.0),)
+    heldout = data.heldout or ((NEEDLE,) if data.trains_on_needles else ())
     return Mixture(
         [(source(name, data.curriculum), weight) for name, weight in training],
-        heldout=[source(name, Curriculum()) for name in data.heldout or (NEEDLE,)],
+        heldout=[source(name, Curriculum()) for name in heldout],
         tasks_per_step=prompts_per_step,
     )
 
@@ -228,8 +230,6 @@ def _check_data_sets(config: DataConfig) -> None:
     for name, weight in config.train:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"--train-data {name}: the weight is {weight}; it must be positive and finite")
-    if not config.heldout and not config.trains_on_needles:
-        raise ValueError("--train-data needs --heldout-data: data sets that are not trained on, or `needle`")
     trained = {Path(name).resolve() for name, _ in config.train if name != NEEDLE}
     for name in config.heldout:
         if Path(name).resolve() in trained:

@@ -24,8 +24,7 @@ class Mixture:
     """Environments as one.
 
     training: sources with their weights; heldout: environments whose held-out tasks are used; tasks_per_step: training
-    tasks that a step plans. Raises ValueError without a source, without a held-out environment, or for a weight that
-    is not positive and finite.
+    tasks that a step plans. Raises ValueError without a source, or for a weight that is not positive and finite.
     """
 
     def __init__(
@@ -35,8 +34,8 @@ class Mixture:
         heldout: Sequence[Environment],
         tasks_per_step: int,
     ) -> None:
-        if not training or not heldout:
-            raise ValueError(f"a mixture of {len(training)} training and {len(heldout)} held-out sources: give both")
+        if not training:
+            raise ValueError("a mixture of no training source: give one")
         self._sources = [source for source, _ in training]
         self._blend = Blend([weight for _, weight in training])
         self._heldout = list(heldout)

@@ -15,6 +15,7 @@ from megatron_longact.longact import LongAct
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.reports.audit import RowCounts
 from megatron_longact.rl.reports.report import HeldOutAccuracy, RunSummary, render_table, write_report
+from megatron_longact.rl.reports.run_log import METRICS
 
 REPORT, SALIENCY, REWARD = "report.md", "saliency.png", "reward.png"
 
@@ -34,17 +35,18 @@ def write_outcome(
 ) -> str:
     """Write report.md and the pictures into the run's folder; returns the table. On one rank only."""
     run_dir = Path(args.run_dir)
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+    before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     summary = RunSummary(
-        before=HeldOutAccuracy.from_row(evaluations[0]),
-        after=HeldOutAccuracy.from_row(evaluations[-1]),
-        iterations=evaluations[-1]["iteration"],
+        before=None if before is None else HeldOutAccuracy.from_row(before),
+        after=None if after is None else HeldOutAccuracy.from_row(after),
+        iterations=steps[-1]["iteration"] if steps else 0,
         rows=rows.rows,
         moved=rows.moved,
         frozen=rows.never_active,
         frozen_changed=rows.frozen_changed,
         longact_time_share=None if longact is None else _time_share(steps),
-        pass_at=_pass_at(evaluations[0], evaluations[-1]),
+        pass_at=_pass_at(before or {}, after or {}),
         expected_gain=config.expected_gain,
     )
     table = render_table(summary)
@@ -104,10 +106,13 @@ def _settings(args: Namespace, config: RLConfig, longact: LongAct | None) -> dic
         "responses a rollout step": f"{config.prompts_per_step} prompts x {config.group_size}",
         "responses an optimizer step": config.global_batch_size,
         "times through a rollout batch": config.epochs,
+        "response tokens at most": config.sampling.max_response_length,
         "context lengths": config.context_lengths,
         "sampling": config.sampling,
         "policy loss": f"{config.policy_loss}, {config.loss}",
         "KL penalty": f"{config.kl_beta} ({config.kl_estimator})",
         "seed": config.seed,
     }
+    if args.rl_defaults:
+        settings["defaults of this program, of the flags that were not given"] = " ".join(args.rl_defaults)
     return {name: str(value).replace("|", "\\|") for name, value in settings.items()}

@@ -31,11 +31,12 @@ class RunSummary:
     mask ever let through; frozen_changed: frozen rows that differ from the start weights all the same.
     longact_time_share: of the optimizer steps' time, in [0, 1]; None for a run without LongAct.
     pass_at: overall pass@k before and after, by k; empty if it was not measured.
+    before, after: None for a run without held-out data.
     expected_gain: points of overall held-out accuracy; the verdict says so if the gain is smaller. None: any.
     """
 
-    before: HeldOutAccuracy
-    after: HeldOutAccuracy
+    before: HeldOutAccuracy | None
+    after: HeldOutAccuracy | None
     iterations: int
     rows: int
     moved: int
@@ -46,15 +47,21 @@ class RunSummary:
     expected_gain: float | None = None
 
     @property
-    def gain_points(self) -> float:
-        """Overall gain in percentage points, to the tenth that is shown."""
+    def gain_points(self) -> float | None:
+        """Overall gain in percentage points, to the tenth that is shown; None if it was not measured."""
+        if self.before is None or self.after is None:
+            return None
         return round(100 * (self.after.overall - self.before.overall), 1)
 
     def verdict(self) -> str:
         """One sentence on the gain, which does not claim more than was reached."""
         gain, needed = self.gain_points, self.expected_gain
-        moved = f"rose by {gain:.1f}" if gain >= 0 else f"fell by {-gain:.1f}"
-        sentence = f"Held-out accuracy {moved} points in {self.iterations} iterations"
+        if gain is None:
+            return (
+                f"{self.iterations} iterations; nothing was measured, for there is no held-out data (--heldout-data)."
+            )
+        moved = f"{'rose' if gain > 0 else 'fell'} by {abs(gain):.1f} points" if gain else "did not change"
+        sentence = f"Held-out accuracy {moved} in {self.iterations} iterations"
         if needed is None or gain >= needed:
             return f"{sentence}."
         return f"{sentence}: LESS than the {needed:.0f} points to expect here."
@@ -63,6 +70,8 @@ class RunSummary:
 def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
     """Context length, before, after and gain in points, as text; the last row is over all."""
     before, after = summary.before, summary.after
+    if before is None or after is None:
+        return []
     pairs = [(f"{length} tokens", before.by_length[length], after.by_length[length]) for length in after.by_length]
     pairs.append((f"all {after.prompts} tasks", before.overall, after.overall))
     return [(name, f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f}") for name, old, new in pairs]
@@ -90,7 +99,8 @@ def render_table(summary: RunSummary) -> str:
     lines = [f"{name:<28}{old:>9}{new:>9}{gain:>9}" for name, old, new, gain in accuracy]
     facts = [f"{name:<30}{value}" for name, value in fact_rows(summary)]
     rule = "-" * len(lines[0])
-    return "\n".join([rule, lines[0], rule, *lines[1:-1], rule, lines[-1], rule, *facts, rule, summary.verdict()])
+    measured = [lines[0], rule, *lines[1:-1], rule, lines[-1], rule] if lines[1:] else []
+    return "\n".join([rule, *measured, *facts, rule, summary.verdict()])
 
 
 def render_markdown(summary: RunSummary, *, settings: Mapping[str, object], pictures: Mapping[str, str]) -> str:
@@ -105,7 +115,10 @@ def render_markdown(summary: RunSummary, *, settings: Mapping[str, object], pict
     parts = [
         "# Report of the run",
         summary.verdict(),
-        "\n".join(["| held-out accuracy | before | after | gain in points |", "|---|---:|---:|---:|", *accuracy]),
+        *(
+            ["\n".join(["| held-out accuracy | before | after | gain in points |", "|---|---:|---:|---:|", *accuracy])]
+            * bool(accuracy)
+        ),
         "\n".join(["| counted at the end | |", "|---|---|", *facts]),
         *shown,
         "\n".join(["## Settings", "", "| setting | value |", "|---|---|", *chosen]),

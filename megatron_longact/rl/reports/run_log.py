@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-MEGATRON_LOG = "megatron.log"
+MEGATRON_LOG, METRICS, EVALUATIONS = "megatron.log", "metrics.jsonl", "evaluations.jsonl"
 
 
 @contextmanager
@@ -58,10 +58,11 @@ class Progress:
         self._clear()
         print(text, file=self.stream, flush=True)
 
-    def update(self, iteration: int, values: Mapping[str, str]) -> None:
-        """Show `iteration` of `total`, the values and the time left."""
+    def update(self, iteration: int, values: Mapping[str, str], *, now_too: bool = False) -> None:
+        """Show `iteration` of `total`, the values and the time left; now_too: also if the last line was just now."""
         now = time.monotonic()
-        if not self._live and iteration < self.total and now - self._last_shown < self.interval_s:
+        waits = now - self._last_shown < self.interval_s and not now_too
+        if not self._live and iteration < self.total and waits:
             return
         self._last_shown = now
         shown = "  ".join(f"{name} {value}" for name, value in values.items())
@@ -100,18 +101,15 @@ class MetricsLog:
     """Rows of a run, each appended to a JSON-lines file and its numbers written to TensorBoard.
 
     path: None on processes that do not write the file. writer: a `SummaryWriter`, on the process that has one
-    (Megatron: the last rank). Rows after `resume_from` are dropped from an existing file: a resumed run makes
-    them again.
+    (Megatron: the last rank). Rows after `resume_from` leave an existing file for `replaced(path)`, since a resumed run
+    makes them again.
     """
 
     def __init__(self, path: Path | None, writer: Any | None, *, resume_from: int = 0) -> None:
         self._writer = writer
         self._file: TextIO | None = None
         if path is not None:
-            kept = _rows_until(path, resume_from)
-            rewritten = path.with_suffix(".tmp")
-            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            rewritten.replace(path)  # at once: a run killed here loses no row
+            _keep_rows_until(path, resume_from)
             self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str] = ()) -> None:
@@ -137,11 +135,23 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _rows_until(path: Path, iteration: int) -> list[dict[str, Any]]:
+def replaced(path: Path) -> Path:
+    """Where the rows go that a resumed run makes again."""
+    return path.with_suffix(f".replaced{path.suffix}")
+
+
+def _keep_rows_until(path: Path, iteration: int) -> None:
     if not path.exists():
-        return []
-    *lines, _ = path.read_text().split("\n")  # behind the last newline: nothing, or a row that a kill cut off
-    return [row for row in map(json.loads, lines) if row["iteration"] <= iteration]
+        return
+    *lines, cut_off = path.read_text().split("\n")  # behind the last newline: nothing, or a row that a kill cut off
+    later = [line for line in lines if json.loads(line)["iteration"] > iteration]
+    if later:
+        with replaced(path).open("a") as file:
+            file.writelines(line + "\n" for line in later)
+    if later or cut_off:
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(line + "\n" for line in lines if line not in later))
+        rewritten.replace(path)  # at once: a run killed here loses no row
 
 
 def _minutes(seconds: float) -> str:
