@@ -185,7 +185,7 @@ class MegatronTrainer:
         it to make anew; the engines of generation do not.
         """
         for chunk in self.model:
-            chunk.set_is_first_microbatch()
+            chunk.set_is_first_microbatch()  # type: ignore[operator]
         was_on = self._pre_hooks_on
         if was_on:
             training.disable_forward_pre_hook(self.model, optimizer=self.optimizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.conversion import to_megatron
-from megatron_longact.saliency import reduce_tokens
+from megatron_longact.reduction import STATISTICS
 from tests import ranks
 from tests.conversion import SMALL, build_from_args, hf_logits, make_hf, megatron_logits
 from tests.gpu.models import GPUSpec, build, train_step
@@ -36,7 +36,7 @@ def attached_and_detached() -> dict[str, Any]:
     inner = model.optimizer.chained_optimizers[0].optimizer
     before = hooks_of(model.chunk), model.config.finalize_model_grads_func
     with LongAct.attach([model.chunk], model.optimizer, LongActConfig()) as longact:
-        frozen = {id(parameter) for parameter in longact._every_row}
+        frozen = {id(parameter) for parameter in longact.model.frozen_rows(longact.model.channels(False))}
         hooked = hooks_of(model.chunk), len(inner._optimizer_step_pre_hooks), len(inner._optimizer_step_post_hooks)
     return {
         "module": type(model.layers[0].self_attention.linear_qkv).__name__,
@@ -90,7 +90,7 @@ def read_and_recomputed() -> dict[str, Any]:
         wanted = normal.flatten(0, 1) @ layer.weight.float().T
     return {
         "output": (type(output), output[0].dtype, output[1]),
-        "wanted": reduce_tokens(wanted, None, statistic="mean-abs") / len(wanted),
+        "wanted": STATISTICS["mean-abs"].reduce(wanted, None) / len(wanted),
         **saliency,
     }
 

@@ -65,7 +65,7 @@ def steps_on_ranks(tp: int, options: dict[str, Any]) -> dict[str, Any]:
         names = {parameter: name for name, parameter in model.chunk.named_parameters()}
         return {
             "masks": torch.cat([mask[part] for mask in longact.masks.values() for part in ("q", "k")]),
-            "shards": {names[shard.parameter] for freeze in longact._freezes for shard in freeze.shards},
+            "shards": {names[shard.parameter] for freeze in longact.freezes for shard in freeze.shards},
             "refreshes": metrics["longact/refreshes"],
         }
 
@@ -86,7 +86,7 @@ def test_ranks_freeze_their_own_rows_and_agree_on_the_masks(case: str) -> None:
 def masters(longact: LongAct) -> list[torch.Tensor]:
     """fp32, of what LongAct freezes; put together from bf16 weights and int16 remainders where they are kept apart."""
     found = []
-    for shard in (shard for freeze in longact._freezes for shard in freeze.shards):
+    for shard in (shard for freeze in longact.freezes for shard in freeze.shards):
         kept = shard.masters()
         if kept[-1].dtype == torch.int16:
             weight, remainder = (part.detach().view(torch.int16).int() for part in kept)
@@ -102,7 +102,7 @@ def trained(name: str, config: LongActConfig) -> dict[str, Any]:
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     model = build(GPUSpec(**gpu_tier.OPTIONS[name]))
     with LongAct.attach([model.chunk], model.optimizer, config) as longact:
-        kinds = {str(shard.masters()[-1].dtype) for freeze in longact._freezes for shard in freeze.shards}
+        kinds = {str(shard.masters()[-1].dtype) for freeze in longact.freezes for shard in freeze.shards}
         train_step(model, longact, seed=1)  # in later ones weights differ that lie halfway between two bf16 values
         return {"masters": masters(longact), "kinds": kinds}
 
