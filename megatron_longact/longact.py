@@ -354,6 +354,10 @@ class LongAct:
             }
         return self._metrics
 
+    def time_s(self) -> float:
+        """Seconds of this rank's time in LongAct since it was attached; waits for the device."""
+        return self._clock.total()
+
     def _squares_of_all_ranks(self) -> Tensor:
         squares, groups = torch.zeros(2, device=self.model.device), self.model.groups
         if self.step is not None:

@@ -80,7 +80,7 @@ class Stopwatch:
         """event: makes the events; None: those of the device."""
         self.cuda = device.type == "cuda"
         self._make = event or (partial(torch.cuda.Event, enable_timing=True) if self.cuda else HostEvent)
-        self._milliseconds = 0.0
+        self._milliseconds = self._read_before = 0.0
         self._running: deque[tuple[Event, Event]] = deque()
         self._free: list[Event] = []
 
@@ -105,14 +105,19 @@ class Stopwatch:
         self._milliseconds += begun.elapsed_time(ended)
         self._free += (begun, ended)
 
-    def read(self) -> float:
-        """Seconds since the last reading; waits for the device once."""
+    def total(self) -> float:
+        """Seconds since it was made; waits for the device once."""
         if self._running:
             self._running[-1][1].synchronize()
         while self._running:
             self._finish()
-        milliseconds, self._milliseconds = self._milliseconds, 0.0
-        return milliseconds / 1000
+        return self._milliseconds / 1000
+
+    def read(self) -> float:
+        """Seconds since the last reading; waits for the device once."""
+        total, before = self.total(), self._read_before
+        self._read_before = total
+        return total - before
 
 
 class Part:

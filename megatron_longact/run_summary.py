@@ -24,46 +24,32 @@ class RunSummary:
     """
 
     def __init__(self, longact: LongAct) -> None:
-        self._longact, self._steps, self._step_s, self._longact_s = longact, 0, 0.0, 0.0
-        self._updates = longact.state.updates
+        self._longact, self._steps, self._step_s = longact, 0, 0.0
+        self._updates, self._time_before = longact.state.updates, longact.time_s()
         self._seen: QK | None = None
         self._ever: QK | None = None
-        self._dense = False
-        clock = longact._clock
-        self._read = clock.read
-        clock.read = self._count_time  # type: ignore[method-assign]
-
-    def _count_time(self) -> float:
-        seconds = self._read()
-        self._longact_s += seconds
-        return seconds
 
     def after_step(self, seconds: float) -> None:
         """Take in an optimizer step that took so long."""
-        state, before = self._longact.state, self._updates
+        before, self._updates = self._updates, self._longact.state.updates
         self._steps += 1
         self._step_s += seconds
-        self._updates = state.updates
-        if state.updates == before:  # skipped
-            return
-        if state.masks is None:
-            self._dense |= state.updates <= self._longact.config.warmup_steps  # else no row was updated
-        elif state.masks is not self._seen:
-            self._seen = state.masks
-            self._ever = state.masks if self._ever is None else _union(self._ever, state.masks)
+        active = self._longact.active
+        if self._updates != before and active is not self._seen:  # not skipped
+            self._seen = active
+            self._ever = active if self._ever is None else _union(self._ever, active)
 
     def line(self) -> str | None:
         """What it came to; None where there was no step. Waits for the device once."""
         if not self._steps:
             return None
-        self._longact._clock.read()
-        rows = updated = 0
-        if self._ever is not None:
-            rows = sum(part.numel() for part in self._ever)
-            updated = rows if self._dense else sum(int(part.sum()) for part in self._ever)
-        counted = f"{updated:,} of {rows:,} Q/K rows were updated at some step, {rows - updated:,} were frozen in all"
-        counted = counted if rows else "no mask was chosen"
-        share = f"LongAct took {self._longact_s / self._step_s:.1%} of the steps' time"
+        counted = "no mask was chosen"
+        if self._ever is not None and self._longact.state.masks is not None:
+            rows, updated = sum(part.numel() for part in self._ever), sum(int(part.sum()) for part in self._ever)
+            counted = (
+                f"{updated:,} of {rows:,} Q/K rows were updated at some step, {rows - updated:,} were frozen in all"
+            )
+        share = f"LongAct took {(self._longact.time_s() - self._time_before) / self._step_s:.1%} of the steps' time"
         return f"LongAct ends at update {self._longact.state.updates}: in {self._steps} steps {counted}; {share}"
 
 

@@ -17,7 +17,7 @@ from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.plots import ruler_figure
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
-from megatron_longact.evaluation.samples import groups_of
+from megatron_longact.evaluation.samples import check_tasks, groups_of
 from tests.launch import ROOT, demo_model_args
 from tests.ranks import run_program
 
@@ -387,7 +387,7 @@ def test_tasks_that_do_not_fit_are_named_before_a_model_is_loaded_with_those_tha
     flags = ("--benchmark", "ruler", "--num-samples", "3", "--tokens-to-generate", "4")
     tasks = ("--tasks", "niah_single_1", "vt", "cwe", "niah_multikey_3")
     with pytest.raises(ValueError, match=r"^--lengths 1200: vt \(needs \d+\), cwe ") as refused:
-        groups_of(config(*flags, *tasks, "--lengths", "1200", "9000"), Letters(), positions=9000)
+        check_tasks(config(*flags, *tasks, "--lengths", "1200", "9000"), Letters())
     least = {task: int(tokens) for task, tokens in re.findall(r"(\w+) \(needs (\d+)\)", str(refused.value))}
     fit = str(refused.value).split("these fit: --tasks ")[1].split()
     assert [task for task in tasks[1:] if task in least or task in fit] == list(tasks[1:])
@@ -397,7 +397,7 @@ def test_tasks_that_do_not_fit_are_named_before_a_model_is_loaded_with_those_tha
         with pytest.raises(ValueError, match="does not fit"):
             ruler.generate(task, max_seq_length=length - 1, **settings)
     with pytest.raises(ValueError, match="give longer --lengths"):
-        groups_of(config(*flags, "--tasks", "vt", "--lengths", "64"), Letters(), positions=4096)
+        check_tasks(config(*flags, "--tasks", "vt", "--lengths", "64"), Letters())
 
 
 def test_equal_scores_are_drawn_apart_and_no_tick_is_above_100_percent() -> None:

@@ -19,7 +19,7 @@ from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluati
 from megatron_longact.evaluation.predicting import predict
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.predictions import Id, Row, check_complete
-from megatron_longact.evaluation.samples import groups_of
+from megatron_longact.evaluation.samples import check_tasks, groups_of
 from megatron_longact.evaluation.scoring import report, rows_by_id
 from megatron_longact.rl.data.vocabulary import vocabulary_from_args
 from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
@@ -97,6 +97,7 @@ class Evaluation:
         total = sum(len(group.ids) for group in self.groups)
         if len(done) >= total:
             return
+        check_tasks(self.config, _Encoder())
         pgs = ProcessGroupCollection.use_mpu_process_groups()
         model = load_model(self.args, pgs)
         tokenizer = get_tokenizer()

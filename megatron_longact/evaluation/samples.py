@@ -65,7 +65,6 @@ def _ruler_groups(config: EvaluationConfig, pieces: PieceEncoder, *, positions: 
     if max(config.lengths) > positions:
         raise ValueError(f"--lengths asks for {max(config.lengths)} tokens, but the model has {positions} positions")
     count = config.num_samples or RULER_SAMPLES
-    _check_ruler_tasks(config, pieces, count)
     for length in config.lengths:
         for task in config.tasks:
             yield Group(
@@ -75,9 +74,12 @@ def _ruler_groups(config: EvaluationConfig, pieces: PieceEncoder, *, positions: 
             )
 
 
-def _check_ruler_tasks(config: EvaluationConfig, pieces: PieceEncoder, count: int) -> None:
-    """ValueError for tasks that the shortest of the lengths cannot hold, with the tasks that it can."""
-    length = min(config.lengths)
+def check_tasks(config: EvaluationConfig, tokenizer: Encoder) -> None:
+    """ValueError for RULER's tasks that the shortest of the lengths cannot hold, with those that it can."""
+    if config.benchmark != "ruler":
+        return
+    pieces, length = PieceEncoder(tokenizer.encode), min(config.lengths)
+    count = config.num_samples or RULER_SAMPLES
     least = {
         task: ruler.least_length(task, num_samples=count, max_seq_length=length, **_ruler_settings(config, pieces))
         for task in config.tasks
