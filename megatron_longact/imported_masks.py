@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_longact.config import Targets
-from megatron_longact.conversion.safetensors_files import StoredTensor, read_header
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.safetensors_files import StoredTensor, read_header
 from megatron_longact.selection import QK
 
 

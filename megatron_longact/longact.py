@@ -14,7 +14,7 @@ Nothing is committed unless the inner optimizer stepped, so a skipped or repeate
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,7 +34,7 @@ from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
 from megatron_longact.saliency import SaliencyCapture
 from megatron_longact.selection import QK, GlobalSaliency, is_usable, random_saliency, select_masks, target
-from megatron_longact.state import LongActState, capture_due, changed_settings, import_due, in_warmup, refresh_due
+from megatron_longact.state import LongActState, Step, capture_due, changed_settings, import_due, in_warmup, refresh_due
 
 logger = logging.getLogger(__name__)
 
@@ -42,29 +42,6 @@ _ATTACHED: "WeakKeyDictionary[Any, LongAct]" = WeakKeyDictionary()
 
 _FEW = 0.5
 """Naming less than this share of what is no padding looks like a loss mask, which leaves the prompts out."""
-
-
-@dataclass(eq=False)
-class Step:
-    """One optimizer step: made by a refresh, ended by a commit, or left behind when Megatron skips it."""
-
-    pending: LongActState
-    """What becomes the state when the optimizer has stepped."""
-
-    active: QK
-    """Channels whose rows this step may move: bool [L, nq] and [L, nk]."""
-
-    frozen: FrozenRows
-    """The other rows of this rank's parameters."""
-
-    waiting: set[StrictFreeze]
-    """Those whose inner optimizer has not stepped yet."""
-
-    tokens: Tensor
-    """Counted in each layer of this rank, by their weights: fp32 [layers]; 0 if nothing was read."""
-
-    squares: Tensor
-    """Squared gradient norms of this rank's frozen rows and of all its Q and K rows; fp32 [2]."""
 
 
 class LongAct:

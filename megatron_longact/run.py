@@ -4,15 +4,15 @@
     torchrun ... -m megatron_longact.run [--cpu] [--verbose] -m MODULE ARGS...
 
 It does to a Megatron program what `coverage run` does to any program: the program runs as
-`__main__`, with its own arguments and import path, while `megatron_training.attached()` holds
+`__main__`, with its own arguments and import path, while `seams.attached()` holds
 Megatron's seams. Checkpoint writers spawn processes that import `__main__` again: while the program
 runs that is the program, so the launcher is not in their way.
 
-`--cpu` turns the CPU mode on (`megatron_longact.cpu`) and adds the flags it needs to the program's;
+`--cpu` turns the CPU mode on (`megatron_longact.megatron.cpu`) and adds the flags it needs to the program's;
 without a visible GPU that happens by itself, and one line says so.
 
 `--verbose` shows what is otherwise left out: the list of Megatron's arguments, its log of its own setting up, and the
-warnings of other libraries (`megatron_longact.quiet`).
+warnings of other libraries (`megatron_longact.megatron.quiet`).
 
 How a run ends: with the program's own exit status; with 2 where the program cannot be started; with
 1 and one line, from one rank, where LongAct refuses what the user asked for (a `ValueError` that the
@@ -31,8 +31,8 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from megatron_longact import apex, quiet
-from megatron_longact.tool_command import is_refusal
+from megatron_longact.megatron import apex, quiet
+from megatron_longact.megatron.tool_command import is_refusal
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] [--verbose] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
@@ -140,7 +140,7 @@ def _gpu_is_visible() -> bool:
 
 
 def _in_cpu_mode(program: _Program, *, asked_for: bool) -> _Program:
-    from megatron_longact import cpu
+    from megatron_longact.megatron import cpu
 
     if not asked_for and _rank() == 0:
         print("megatron_longact: no GPU is visible: CPU mode, over gloo", file=sys.stderr, flush=True)
@@ -155,9 +155,9 @@ def _run(program: _Program) -> int:
     handler = get_error_handler()
     handler.initialize()
     try:
-        from megatron_longact import megatron_training
+        from megatron_longact.megatron import seams
 
-        with megatron_training.attached(), quiet.quiet_program():
+        with seams.attached(), quiet.quiet_program():
             program.run()
     except Exception as error:
         if is_refusal(error) and not os.environ.get("LONGACT_TRACEBACK"):

@@ -1,4 +1,4 @@
-"""What LongAct remembers between steps and in checkpoints, and what is due when."""
+"""What LongAct remembers between steps and in checkpoints, what is due when, and one optimizer step."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_longact.config import LongActConfig, flag
+from megatron_longact.masked_update import FrozenRows, StrictFreeze
 from megatron_longact.selection import QK
 
 _NOT_COMPARED = ("on_mismatch", "import_mask")
@@ -52,6 +53,29 @@ class LongActState:
             saliency=_to_device(state_dict["saliency"], device),
             masks=_to_device(state_dict["masks"], device),
         )
+
+
+@dataclass(eq=False)
+class Step:
+    """One optimizer step: made by a refresh, ended by a commit, or left behind when Megatron skips it."""
+
+    pending: LongActState
+    """What becomes the state when the optimizer has stepped."""
+
+    active: QK
+    """Channels whose rows this step may move: bool [L, nq] and [L, nk]."""
+
+    frozen: FrozenRows
+    """The other rows of this rank's parameters."""
+
+    waiting: set[StrictFreeze]
+    """Those whose inner optimizer has not stepped yet."""
+
+    tokens: Tensor
+    """Counted in each layer of this rank, by their weights: fp32 [layers]; 0 if nothing was read."""
+
+    squares: Tensor
+    """Squared gradient norms of this rank's frozen rows and of all its Q and K rows; fp32 [2]."""
 
 
 def in_warmup(state: LongActState, config: LongActConfig) -> bool:

@@ -139,7 +139,7 @@ def build_from_args(load: Path, flags: list[str], *, fused_norms: bool = False) 
     from megatron.training import argument_utils, arguments, checkpointing
 
     from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
-    from megatron_longact.cpu import missing_cpu_flags
+    from megatron_longact.megatron.cpu import missing_cpu_flags
 
     argv = ["program", "--load", str(load), *_TRAINING.split(), *flags, *missing_cpu_flags(flags)]
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import logging
 from argparse import ArgumentParser
 from functools import cache
 
-from megatron_longact.cpu import enable_cpu_mode
+from megatron_longact.megatron.cpu import enable_cpu_mode
 
 enable_cpu_mode()
 logging.disable(logging.INFO)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longact import apex
+from megatron_longact.megatron import apex
 from tests import launch
 from tests.test_run import ENVIRONMENT, LAUNCHER, PROGRAMS
 

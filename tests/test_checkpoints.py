@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megatron_longact.checkpointing import check_model_shape, mend_tracker
+from megatron_longact.megatron.checkpointing import check_model_shape, mend_tracker
 from tests.ranks import run_program
 from tests.test_run import PROGRAMS, TRAINING
 

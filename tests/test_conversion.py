@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from megatron_longact.conversion import plan, staging, to_hf, to_megatron
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import entries_of
-from megatron_longact.conversion.safetensors_files import read_header
 from megatron_longact.conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter, iteration_folder
+from megatron_longact.safetensors_files import read_header
 from tests.conversion import FAMILIES, config_of, make_hf
 from tests.ranks import run_program
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import megatron_longact
-from megatron_longact.cpu import CPU_MODE_FLAGS, missing_cpu_flags
+from megatron_longact.megatron.cpu import CPU_MODE_FLAGS, missing_cpu_flags
 from tests import ranks
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
 from tests.ranks import Layout
@@ -33,7 +33,7 @@ def test_only_the_launcher_and_the_tools_import_it() -> None:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             else:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if "megatron_longact.cpu" in names:
+            if "megatron_longact.megatron.cpu" in names:
                 importers.add(path.relative_to(package).as_posix())
     assert importers == {"run.py", "tool_command.py"}
 

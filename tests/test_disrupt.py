@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longact.analysis import disrupt_report
-from megatron_longact.analysis.disrupt_arguments import DisruptConfig, add_disrupt_args, config_from_args
-from megatron_longact.analysis.disrupt_repetition import distinct_ratio, longest_loop, loop_share
+from megatron_longact.analysis.disrupt import report as disrupt_report
+from megatron_longact.analysis.disrupt.arguments import DisruptConfig, add_disrupt_args, config_from_args
+from megatron_longact.analysis.disrupt.repetition import distinct_ratio, longest_loop, loop_share
 from megatron_longact.conversion import to_megatron
 from megatron_longact.selection import QK
 from tests import ranks
@@ -44,7 +44,7 @@ def built() -> tuple[Any, Any]:
 def engine_of(chunks: Any) -> Any:
     from megatron.core import parallel_state
 
-    from megatron_longact.rl.rollouts.static_engine import StaticRolloutEngine
+    from megatron_longact.generation.static import StaticRolloutEngine
 
     return StaticRolloutEngine(
         chunks[0].module, eod=5, vocab_size=64, max_batch_size=8, dp_group=parallel_state.get_data_parallel_group()
@@ -52,14 +52,14 @@ def engine_of(chunks: Any) -> Any:
 
 
 def prompts() -> list[Any]:
-    from megatron_longact.rl.rollouts.static_engine import Prompt
+    from megatron_longact.generation.engine import Prompt
 
     return [Prompt(tuple(row[:n].tolist()), index=i) for i, (row, n) in enumerate(zip(TOKENS, (20, 13), strict=True))]
 
 
 def measured(chunks: Any, model: Any) -> Any:
-    from megatron_longact.analysis.disrupt import RowMeasurement
-    from megatron_longact.rl.rollouts.sampling import Sampling
+    from megatron_longact.analysis.disrupt.channels import RowMeasurement
+    from megatron_longact.generation.sampling import Sampling
 
     with RowMeasurement(model) as measurement:
         engine_of(chunks).generate(prompts(), Sampling(max_response_length=1, greedy=True))
@@ -138,7 +138,7 @@ def test_measurement_is_that_of_every_prompt_token_and_of_no_other():
 
 def disturbed(replacement: str) -> dict[str, Any]:
     """Outputs of linear_qkv and of the model, untouched and disturbed; on the first pipeline stage, one layer."""
-    from megatron_longact.analysis.disrupt import Disturbance, choose_channels
+    from megatron_longact.analysis.disrupt.channels import Disturbance, choose_channels
 
     chunks, model = built()
     statistics = measured(chunks, model)
@@ -203,9 +203,9 @@ def generated(replacement: str) -> dict[str, Any]:
     """Responses and a perplexity with the highest channels replaced, by the engine, and what stays of it."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.analysis.disrupt import Disturbance, choose_channels
-    from megatron_longact.analysis.disrupt_text import perplexity
-    from megatron_longact.rl.rollouts.sampling import Sampling
+    from megatron_longact.analysis.disrupt.channels import Disturbance, choose_channels
+    from megatron_longact.analysis.disrupt.text import perplexity
+    from megatron_longact.generation.sampling import Sampling
 
     chunks, model = built()
     pgs = ProcessGroupCollection.use_mpu_process_groups()
@@ -251,8 +251,8 @@ def test_generation_and_perplexity_agree_in_every_layout(replacement):
 
 def noise_with_and_without_cache() -> tuple[Tensor, Tensor]:
     """Log-probs of the sampled tokens, by the engine with its KV cache and by one whole forward, both disturbed."""
-    from megatron_longact.analysis.disrupt import Disturbance, choose_channels
-    from megatron_longact.rl.rollouts.sampling import Sampling
+    from megatron_longact.analysis.disrupt.channels import Disturbance, choose_channels
+    from megatron_longact.generation.sampling import Sampling
 
     chunks, model = built()
     statistics = measured(chunks, model)
@@ -277,7 +277,7 @@ def test_noise_of_a_token_is_the_same_with_and_without_a_cache():
 
 
 def exception_inside() -> tuple[int, int, str]:
-    from megatron_longact.analysis.disrupt import Disturbance, RowMeasurement, choose_channels
+    from megatron_longact.analysis.disrupt.channels import Disturbance, RowMeasurement, choose_channels
 
     chunks, model = built()
     statistics = measured(chunks, model)
@@ -300,7 +300,7 @@ def test_hooks_come_off_after_an_exception():
 
 
 def nothing_seen() -> str:
-    from megatron_longact.analysis.disrupt import RowMeasurement
+    from megatron_longact.analysis.disrupt.channels import RowMeasurement
 
     _, model = built()
     with RowMeasurement(model) as measurement:
@@ -327,8 +327,8 @@ def saliency() -> tuple[QK, Any]:
 
 def windows_of_text(length: int) -> list[tuple[list[int], list[list[int]]]]:
     """The first ids of the built-in prose, and three windows, with tokenizers that begin texts with nothing or <s>."""
-    from megatron_longact.analysis.disrupt_text import text_windows
-    from megatron_longact.rl.data.tasks import sentences_of
+    from megatron_longact.analysis.disrupt.text import text_windows
+    from megatron_longact.tasks.needle import sentences_of
     from tests.tokenizers import AddsTokens, DemoTokenizer
 
     ids = DemoTokenizer().tokenize(" ".join(sentences_of("heldout")))[: 3 * length]
@@ -346,7 +346,7 @@ def test_each_window_of_text_begins_as_the_tokenizer_begins_a_text():
 
 @pytest.mark.parametrize("scope", ["layer", "head", "model"])
 def test_high_low_and_random_channels_are_as_many(scope):
-    from megatron_longact.analysis.disrupt import choose_channels
+    from megatron_longact.analysis.disrupt.channels import choose_channels
 
     scores, layout = saliency()
     chosen = {
@@ -364,7 +364,7 @@ def test_high_low_and_random_channels_are_as_many(scope):
 
 
 def test_channels_of_a_mask_have_as_many_low_and_random_ones_in_each_layer():
-    from megatron_longact.analysis.disrupt import as_many, check_masks, shared
+    from megatron_longact.analysis.disrupt.channels import as_many, check_masks, shared
 
     scores, layout = saliency()
     masks = QK(torch.zeros(3, 10, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool))

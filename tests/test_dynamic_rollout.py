@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.rollouts.sampling import Sampling
+from megatron_longact.generation.sampling import Sampling
 from tests import ranks
 from tests.ranks import Layout
 from tests.test_rollout import EOD, LOG_PROB_TOLERANCE, RESPONSE, assert_cut_at, make_prompts
@@ -88,7 +88,7 @@ def make_dynamic_engine(model: Any, **settings: Any) -> Any:
     from megatron.core import parallel_state
     from megatron.core.inference.config import InferenceConfig
 
-    from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine
+    from megatron_longact.generation.dynamic import DynamicRolloutEngine
 
     eod, vocab_size = settings.pop("eod", EOD), settings.pop("vocab_size", 64)
     stop_ids = settings.pop("stop_ids", ())
@@ -175,7 +175,7 @@ def test_bf16_models_have_a_bf16_cache() -> None:
 
 def generate_watched(sampling: Sampling, **settings: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Rollouts, and what the engine had to do for them; counted before the engine forgets it."""
-    from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine
+    from megatron_longact.generation.dynamic import DynamicRolloutEngine
     from tests.models import ModelSpec, build
 
     model = build(ModelSpec(layers=2)).chunks[0].module
@@ -323,7 +323,7 @@ def disagreeing_draws() -> tuple[Tensor, Tensor]:
     from megatron.core.inference.inference_request import DynamicInferenceRequest
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from megatron_longact.rl.rollouts.dynamic_engine import _Draws
+    from megatron_longact.generation.dynamic import _Draws
     from tests.models import ModelSpec, transformer_config
 
     config = InferenceConfig(block_size_tokens=BLOCK, buffer_size_gb=1e-3, max_requests=4, max_tokens=64)
@@ -354,8 +354,8 @@ def test_one_rank_draws_for_its_replica() -> None:
 
 
 def spread_over(lengths: list[int], copies: int, replicas: int, together: bool) -> list[list[int]]:
-    from megatron_longact.rl.rollouts.dynamic_engine import spread
-    from megatron_longact.rl.rollouts.static_engine import Prompt
+    from megatron_longact.generation.dynamic import spread
+    from megatron_longact.generation.engine import Prompt
 
     prompts = [Prompt((i,) * n, i, j) for i, n in enumerate(lengths) for j in range(copies)]
     rows = spread(prompts, replicas=replicas, response_length=10, together=together)
@@ -449,7 +449,7 @@ def configs_from(all_flags: list[list[str]]) -> list[Any]:
 
     from megatron.training.arguments import parse_args
 
-    from megatron_longact.rl.rollouts.dynamic_engine import inference_config_from_args
+    from megatron_longact.generation.dynamic import inference_config_from_args
     from tests.models import ModelSpec, build
 
     model, argv, configs = build(ModelSpec(layers=2)).chunks[0].module, sys.argv, []

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.plots import ruler_figure
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.samples import check_tasks, groups_of
+from megatron_longact.tasks import longbench_v2, ruler
 from tests.launch import ROOT, demo_model_args
 from tests.ranks import run_program
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_longact.evaluation import longbench_v2
+from megatron_longact.tasks import longbench_v2
 
 ITEM = {
     "_id": "66f",

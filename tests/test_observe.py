@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_longact.analysis import activations_hf
-from megatron_longact.analysis.activations import Measurement, measure, pooled, run_name
-from megatron_longact.analysis.activations_prompts import PromptOptions
-from megatron_longact.analysis.observe_outliers import Rope, rope_profile, spreads
+from megatron_longact.analysis.activations import hf as activations_hf
+from megatron_longact.analysis.activations.measurement import Measurement, measure, pooled, run_name
+from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.observe.outliers import Rope, rope_profile, spreads
 from megatron_longact.conversion import to_megatron
 from megatron_longact.qkv_layout import QKVLayout
 from tests import ranks
@@ -125,7 +125,7 @@ def megatron_measurement(*, load: Path, sizes: Layout, flags: list[str]) -> tupl
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.global_vars import unset_global_variables
 
-    from megatron_longact.analysis.activations_megatron import MegatronSource
+    from megatron_longact.analysis.activations.megatron import MegatronSource
 
     parallel = [f"--tensor-model-parallel-size={sizes.tp}", f"--pipeline-model-parallel-size={sizes.pp}"]
     with redirect_stdout(io.StringIO()):

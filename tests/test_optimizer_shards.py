@@ -72,11 +72,11 @@ def test_all_optimizers_are_ready_before_a_shared_chunk_is_synced_once(reuse_buf
 
 def reload_the_model() -> dict[str, bool]:
     """As Megatron's RL loop loads weights alone, once LongAct has resumed; whether they are the masters' then."""
-    from megatron_longact import megatron_training
+    from megatron_longact.megatron import seams
 
     built = build_as_if_quantized(ModelSpec(dtype="bf16"))
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig())
-    load = megatron_training._reloading(lambda *_: load_others(built), [longact])
+    load = seams._reloading(lambda *_: load_others(built), [longact])
     are_the_masters: dict[str, bool] = {}
     for case, updates, given, finetune in (
         ("resumed", 1, None, False),
@@ -89,7 +89,7 @@ def reload_the_model() -> dict[str, bool]:
         longact.load_state_dict({**longact.state_dict(), "updates": updates})
         wanted = weights_of(built)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(megatron_training, "get_args", lambda finetune=finetune: Namespace(finetune=finetune))
+            patch.setattr(seams, "get_args", lambda finetune=finetune: Namespace(finetune=finetune))
             load(built.chunks, given, None)
         now = weights_of(built)
         are_the_masters[case] = all(torch.equal(weight, wanted[name]) for name, weight in now.items())

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longact.analysis.activations_prompts import PromptOptions
-from megatron_longact.evaluation import longbench_v2
+from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.evaluation.arguments import add_evaluation_args, config_from_args
 from megatron_longact.evaluation.samples import groups_of
-from megatron_longact.rl.data.chat import PromptEncoder
-from megatron_longact.rl.data.pieces import PieceEncoder
-from megatron_longact.rl.data.tasks import NEEDLE_TASKS, NeedleGenerator
+from megatron_longact.tasks import longbench_v2
+from megatron_longact.tasks.chat import PromptEncoder
+from megatron_longact.tasks.needle import NEEDLE_TASKS, NeedleGenerator
+from megatron_longact.tasks.pieces import PieceEncoder
 from tests.tokenizers import AddsTokens, DemoTokenizer
 
 BOS = AddsTokens.bos

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.megatron_training import check_args
+from megatron_longact.megatron.seams import check_args
 from megatron_longact.refusals import check_settings
 from tests import ranks
 from tests.models import Built, ModelSpec, OptimizerSpec, build, random_tokens, train_step

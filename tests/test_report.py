@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from megatron_longact.rl.reports.plots import plot_reward, plot_saliency, reward_figure, saliency_figure
-from megatron_longact.rl.reports.report import HeldOutAccuracy, RunSummary, render_table, write_report
+from megatron_longact.reporting.figures import plot_reward, plot_saliency, reward_figure, saliency_figure
+from megatron_longact.rl.report import HeldOutAccuracy, RunSummary, render_table, write_report
 
 HEADS = {"q": 4, "k": 2}
 CHANNELS = 32

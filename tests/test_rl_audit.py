@@ -13,7 +13,7 @@ ROWS = 2 * (4 + 2) * 8  # layers x (Q heads + K heads) x channels of the test mo
 def audit(config: LongActConfig | None, *, tamper: str = "", distributed: bool = False) -> dict[str, int]:
     """tamper: "masters" or "weights" are changed after two steps, the latter as a common scale changes FP8 weights."""
     from megatron_longact import LongAct
-    from megatron_longact.rl.reports.audit import RowAudit
+    from megatron_longact.rl.audit import RowAudit
     from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
     from tests.runs import name_all
 

@@ -20,7 +20,7 @@ def encode(
     tokenizer_type: str, model: Path, prompt: Any, *, chat_template: str | None = None, **flags: Any
 ) -> dict[str, Any]:
     """What an encoder makes of a prompt, with what the tokenizer makes of some texts; an error as text."""
-    from megatron_longact.rl.data.chat import PromptEncoder, read_chat_template
+    from megatron_longact.tasks.chat import PromptEncoder, read_chat_template
 
     tokenizer = build_megatron_tokenizer(tokenizer_type, model, chat_template=chat_template, **flags)
     try:
@@ -108,7 +108,7 @@ def test_a_template_that_refuses_says_why(tokenizer_type: str, hugging_face: Pat
 
 
 def test_a_template_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    from megatron_longact.rl.data.chat import read_chat_template
+    from megatron_longact.tasks.chat import read_chat_template
 
     assert read_chat_template(None) is None
     assert read_chat_template(CHAT_TEMPLATE) == CHAT_TEMPLATE

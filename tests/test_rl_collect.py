@@ -47,11 +47,11 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_longact.generation.static import StaticRolloutEngine
     from megatron_longact.rl.batches.micro_batches import BatchLayout
+    from megatron_longact.rl.collect import Collector
+    from megatron_longact.rl.heldout import Judge
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
-    from megatron_longact.rl.rollouts.collect import Collector
-    from megatron_longact.rl.rollouts.evaluation import Judge
-    from megatron_longact.rl.rollouts.static_engine import StaticRolloutEngine
     from tests.models import ModelSpec, build
     from tests.test_rl_objective import grpo_config
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from megatron_longact.rl.data.arguments import add_data_args, build_environment, data_config_from_args
-from megatron_longact.rl.data.chat import PromptEncoder
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, NeedleEnvironment, Task
 from megatron_longact.rl.data.mixture import Blend, Mixture
-from megatron_longact.rl.data.tasks import NeedleGenerator
+from megatron_longact.tasks.chat import PromptEncoder
+from megatron_longact.tasks.needle import NeedleGenerator
 from tests.tokenizers import DemoTokenizer
 
 GOOD = {"prompt": "one two", "reference": "three", "reward": "exact-match"}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_longact.rl.rollouts.pass_at_k import PassAtK, pass_at_k
-from megatron_longact.rl.rollouts.sampling import Sampling
+from megatron_longact.generation.sampling import Sampling
+from megatron_longact.rl.pass_at_k import PassAtK, pass_at_k
 from tests import ranks
 from tests.ranks import Layout
 
@@ -76,11 +76,11 @@ def parts(path: Path, *, group: Any = None) -> tuple[Any, Any]:
     """An engine on a small model with the demo's vocabulary, and a judge with a data set."""
     from megatron.core import parallel_state
 
-    from megatron_longact.rl.data.chat import PromptEncoder
+    from megatron_longact.generation.static import StaticRolloutEngine
     from megatron_longact.rl.data.datasets import Dataset
     from megatron_longact.rl.data.environment import DatasetEnvironment
-    from megatron_longact.rl.rollouts.evaluation import Judge
-    from megatron_longact.rl.rollouts.static_engine import StaticRolloutEngine
+    from megatron_longact.rl.heldout import Judge
+    from megatron_longact.tasks.chat import PromptEncoder
     from tests.models import ModelSpec, build
     from tests.tokenizers import DemoTokenizer
 
@@ -100,8 +100,8 @@ def evaluate(path: Path, *, samples: int) -> dict[str, Any]:
     """A row with and without pass@k, and for each prompt which greedy answer and which samples were right."""
     from dataclasses import replace
 
-    from megatron_longact.rl.rollouts.evaluation import SAMPLING_STEP, evaluate_heldout, heldout_scalars
-    from megatron_longact.rl.rollouts.static_engine import Prompt
+    from megatron_longact.generation.engine import Prompt
+    from megatron_longact.rl.heldout import SAMPLING_STEP, evaluate_heldout, heldout_scalars
 
     engine, judge = parts(path)
     config = Config(Sampling(max_response_length=4, seed=2))
@@ -166,7 +166,7 @@ def score_all(path: Path, *, shared: bool) -> dict[str, Any]:
     """Judge two responses to each prompt; the scores, or the error and what it is chained to."""
     import torch.distributed as dist
 
-    from megatron_longact.rl.rollouts.static_engine import Prompt
+    from megatron_longact.generation.engine import Prompt
 
     engine, judge = parts(path, group=dist.group.WORLD if shared else None)
     tasks = judge.environment.training_tasks(0, count=5) * 2

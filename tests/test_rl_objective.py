@@ -55,9 +55,9 @@ def make_batch() -> Any:
 
 def grpo_config(**settings: Any) -> Any:
     """A configuration of a small run, with some settings of one's own."""
+    from megatron_longact.generation.sampling import Sampling
     from megatron_longact.rl.config import RLConfig
     from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
-    from megatron_longact.rl.rollouts.sampling import Sampling
 
     defaults: dict[str, Any] = {
         "prompts_per_step": N,
@@ -88,12 +88,12 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_longact.generation.sampling import Sampling
     from megatron_longact.rl.batches.micro_batches import BatchLayout
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
     from megatron_longact.rl.objectives.objective import Objective
     from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
     from megatron_longact.rl.objectives.token_selection import TokenSelector
-    from megatron_longact.rl.rollouts.sampling import Sampling
     from tests.models import ModelSpec, _named_shards, build
 
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

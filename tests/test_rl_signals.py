@@ -3,7 +3,7 @@
 import torch
 
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
-from megatron_longact.rl.reports.signals import SignalWatch, missing
+from megatron_longact.rl.signals import SignalWatch, missing
 
 
 def batch(rewards: list[float], *, step: int = 0, finished: bool = True, flat_groups: int = 0) -> RolloutBatch:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.rollouts.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
 from tests import ranks
 from tests.ranks import Layout
 
@@ -21,7 +21,7 @@ LAYOUTS = {"tp1": (Layout(), 1), "tp2": (Layout(tp=2), 2), "pp2": (Layout(pp=2),
 
 def make_prompts(copies: int = 3) -> list[Any]:
     """Prompts of two lengths, several samples of each, in an order that no batch can keep."""
-    from megatron_longact.rl.rollouts.static_engine import Prompt
+    from megatron_longact.generation.engine import Prompt
 
     generator = torch.Generator().manual_seed(3)
     tokens = [tuple(torch.randint(64, (n,), generator=generator).tolist()) for n in (9, 14, 9, 14, 9)]
@@ -31,7 +31,7 @@ def make_prompts(copies: int = 3) -> list[Any]:
 def make_engine(model: Any, **settings: Any) -> Any:
     from megatron.core import parallel_state
 
-    from megatron_longact.rl.rollouts.static_engine import StaticRolloutEngine
+    from megatron_longact.generation.static import StaticRolloutEngine
 
     return StaticRolloutEngine(
         model,
@@ -223,7 +223,7 @@ def leaves_nothing_behind(fail: bool) -> dict[str, bool]:
     from megatron.core import tensor_parallel
     from megatron.core.inference.utils import InferenceMode
 
-    from megatron_longact.rl.rollouts.static_engine import generation_mode
+    from megatron_longact.generation.engine import generation_mode
     from tests.models import ModelSpec, build, random_tokens, train_step
 
     built = build(ModelSpec(layers=2))

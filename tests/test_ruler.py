@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_longact.evaluation import ruler
-from megatron_longact.evaluation.ruler import builtin_questions, words
-from megatron_longact.evaluation.ruler.generation import largest_fitting
-from megatron_longact.evaluation.ruler.haystack import split_sentences
-from megatron_longact.evaluation.ruler.makers import NOISE
-from megatron_longact.evaluation.ruler.needles import DEPTHS
+from megatron_longact.tasks import ruler
+from megatron_longact.tasks.ruler import builtin_questions, words
+from megatron_longact.tasks.ruler.generation import largest_fitting
+from megatron_longact.tasks.ruler.haystack import split_sentences
+from megatron_longact.tasks.ruler.makers import NOISE
+from megatron_longact.tasks.ruler.needles import DEPTHS
 
 ROOT = Path(__file__).parents[1]
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")

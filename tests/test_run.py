@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longact import quiet, run
+from megatron_longact import run
+from megatron_longact.megatron import quiet
 from tests.launch import run as run_command
 from tests.ranks import run_program
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_longact.checkpointing import check_converted, check_schedule
+from megatron_longact.megatron.checkpointing import check_converted, check_schedule
 from megatron_longact.rl import run_folder
 from megatron_longact.rl.run_folder import megatron_output, open_run
 
@@ -131,7 +131,7 @@ def test_another_schedule_is_refused_with_what_differs(monkeypatch: pytest.Monke
     saved.lr_decay_style, saved.weight_decay_incr_style = "constant", "constant"
     now = Namespace(**{**vars(saved), "train_iters": 9, "load": "x", "ckpt_step": None, "finetune": False})
     now.no_load_optim = now.use_checkpoint_opt_param_scheduler = now.override_opt_param_scheduler = False
-    monkeypatch.setattr("megatron_longact.checkpointing.saved_args", lambda *_: saved)
+    monkeypatch.setattr("megatron_longact.megatron.checkpointing.saved_args", lambda *_: saved)
     with pytest.raises(ValueError, match=r"\(--train-iters 3 there, 9 here\): give --override-opt_param-scheduler"):
         check_schedule(now)
     saved.lr_decay_iters = 3  # as Megatron writes down what was not given

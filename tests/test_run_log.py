@@ -13,7 +13,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_longact.rl.reports.run_log import MetricsLog, Progress, output_in_file, replaced
+from megatron_longact.reporting.run_log import MetricsLog, Progress, output_in_file, replaced
 
 
 def test_a_terminal_gets_one_line_redrawn() -> None:
@@ -91,7 +91,7 @@ def test_a_resumed_run_writes_its_rows_again(tmp_path: Path) -> None:
 CHATTER = """
 import logging, subprocess, sys, warnings
 from pathlib import Path
-from megatron_longact.rl.reports.run_log import output_in_file
+from megatron_longact.reporting.run_log import output_in_file
 print("before", flush=True)
 with output_in_file(Path(sys.argv[1])) as terminal:
     print("chatter")

@@ -175,7 +175,7 @@ def test_an_installation_brings_the_package_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"megatron_longact", "megatron_longact-0.1.0.dist-info"}
-    wanted = {"megatron_longact/py.typed", "megatron_longact/longact.py", "megatron_longact/rl/data/tasks.py"}
+    wanted = {"megatron_longact/py.typed", "megatron_longact/longact.py", "megatron_longact/tasks/needle.py"}
     assert wanted <= set(names)
 
 

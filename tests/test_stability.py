@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_longact.analysis.activations import Measurement
-from megatron_longact.analysis.stability import Survey, _of_runs
-from megatron_longact.analysis.stability_masks import read_choices
-from megatron_longact.analysis.stability_overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
+from megatron_longact.analysis.activations.measurement import Measurement
+from megatron_longact.analysis.stability.masks import read_choices
+from megatron_longact.analysis.stability.overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
+from megatron_longact.analysis.stability.report import Survey, _of_runs
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion import to_megatron
-from megatron_longact.conversion.safetensors_files import SafetensorsWriter
 from megatron_longact.conversion.torch_dist import COMMON, TorchDistWriter
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.safetensors_files import SafetensorsWriter
 from megatron_longact.selection import QK, select_salient_channels
 from tests import launch
 from tests.test_observe import ROOT, load_tool

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longact.rl.data.tasks import (
+from megatron_longact.tasks.needle import (
     KEYS,
     NEEDLE,
     NEEDLE_TASKS,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_longact import telemetry
-from megatron_longact.telemetry import NoTelemetryError, Reading, Sampler, Telemetry, visible_device
+from megatron_longact.megatron import telemetry
+from megatron_longact.megatron.telemetry import NoTelemetryError, Reading, Sampler, Telemetry, visible_device
 from tests import ranks
 from tests.test_run import PROGRAMS, TRAINING, losses
 

@@ -29,7 +29,7 @@ CHATS = {
 
 def vocabularies(tokenizer_type: str, model: Path, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What Megatron's arguments make of a tokenizer, or the refusal, for each of the settings."""
-    from megatron_longact.rl.data.vocabulary import vocabulary_from_args
+    from megatron_longact.generation.vocabulary import vocabulary_from_args
 
     tokenizer = build_megatron_tokenizer(tokenizer_type, model)
     found = []
@@ -79,7 +79,7 @@ def test_ids_reach_to_the_largest_and_must_have_embeddings(folder: Path) -> None
 def test_a_converted_model_says_how_many_embeddings_are_real(tmp_path: Path) -> None:
     from megatron_longact.conversion.hf_config import model_from_config
     from megatron_longact.conversion.megatron_args import common_state, completing
-    from megatron_longact.rl.data.vocabulary import embeddings_of
+    from megatron_longact.generation.vocabulary import embeddings_of
     from tests.conversion import config_of
 
     saved = common_state(model_from_config(config_of("qwen3", vocab_size=260).to_dict()))["args"]
@@ -109,7 +109,8 @@ def args_of(model: Path, **given: Any) -> Namespace:
 
 def starts(model: Path) -> dict[str, str]:
     """How each program that reads a checkpoint begins with a tokenizer that is too large: what it says, the refusal."""
-    from megatron_longact.analysis import activations_program, disrupt_program
+    from megatron_longact.analysis.activations import program as activations_program
+    from megatron_longact.analysis.disrupt import program as disrupt_program
     from megatron_longact.evaluation import program as evaluation
     from megatron_longact.rl import program as rl
 
@@ -197,7 +198,7 @@ def test_both_programs_take_the_ids_by_hand() -> None:
 def told_to_the_engine(model: Path) -> dict[str, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.rl.rollouts.engines import rollout_engine
+    from megatron_longact.generation.from_args import rollout_engine
     from tests.models import ModelSpec, build
 
     chunks = build(ModelSpec(layers=1, vocab=512)).chunks

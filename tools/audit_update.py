@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_longact.conversion import command
 from megatron_longact.conversion.audit import audit
-from megatron_longact.tool_command import add_overwrite_arg, check_new
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new
 
 
 def main(args: argparse.Namespace) -> int:

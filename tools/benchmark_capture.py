@@ -27,9 +27,9 @@ import torch
 from measuring import DEVICE, ON_GPU, peak_bytes, seconds
 from torch import Tensor
 
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS, qk_blocks
-from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEYOND_THE_CACHE = 2**28

@@ -27,7 +27,7 @@ import torch
 from measuring import DEVICE, ON_GPU, held_bytes, peak_bytes, spread
 
 if not ON_GPU:
-    from megatron_longact.cpu import enable_cpu_mode
+    from megatron_longact.megatron.cpu import enable_cpu_mode
 
     enable_cpu_mode()
 
@@ -48,8 +48,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_longact import LongAct, LongActConfig
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 from megatron_longact.optimizer_shards import chained, resolve_shards
-from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megatron_longact.quiet import quiet_libraries
+from megatron_longact.megatron.quiet import quiet_libraries
 
 NOT_COMPARED = ("rng_state", "rerun_state_machine", "common_state", "gbuf_idx")
 

@@ -16,8 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_longact.quiet import quiet_libraries
-from megatron_longact.tool_command import become_megatron_program, check_new, end_in_one_line
+from megatron_longact.megatron.quiet import quiet_libraries
+from megatron_longact.megatron.tool_command import become_megatron_program, check_new, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load", type=Path, required=True, help="A Megatron checkpoint; Megatron's flags go with it.")
     parser.add_argument("--cpu", action="store_true", help="Run on the CPU; without a GPU that happens by itself.")
 
-    from megatron_longact.analysis.disrupt_arguments import add_disrupt_args, config_from_args
-    from megatron_longact.analysis.disrupt_report import RESULTS
+    from megatron_longact.analysis.disrupt.arguments import add_disrupt_args, config_from_args
+    from megatron_longact.analysis.disrupt.report import RESULTS
 
     args, _ = add_disrupt_args(parser).parse_known_args(argv)
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         config_from_args(args)
         check_new(args.output / RESULTS, overwrite=args.overwrite)
         become_megatron_program([argument for argument in argv if argument != "--cpu"], cpu=args.cpu)
-        from megatron_longact.analysis import disrupt_program
+        from megatron_longact.analysis.disrupt import program as disrupt_program
 
         disrupt_program.main()
 

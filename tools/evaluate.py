@@ -18,8 +18,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_longact.quiet import quiet_libraries
-from megatron_longact.tool_command import become_megatron_program, end_in_one_line
+from megatron_longact.megatron.quiet import quiet_libraries
+from megatron_longact.megatron.tool_command import become_megatron_program, end_in_one_line
 
 
 def main(argv: list[str]) -> int:

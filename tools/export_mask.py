@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_longact.conversion import command, masks
-from megatron_longact.tool_command import add_overwrite_arg, check_new
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new
 
 
 def main(args: argparse.Namespace) -> int:

@@ -7,10 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from megatron_longact import LongActConfig, telemetry
+from megatron_longact import LongActConfig
 from megatron_longact.arguments import field_docs
 from megatron_longact.config import flag
 from megatron_longact.evaluation.arguments import add_evaluation_args
+from megatron_longact.megatron import telemetry
 from megatron_longact.rl import arguments as rl_arguments
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

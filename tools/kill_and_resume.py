@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from compare_checkpoints import compare, differences
 
-from megatron_longact.quiet import quiet_libraries
+from megatron_longact.megatron.quiet import quiet_libraries
 
 MARK = "LONGACT_KILL_AND_RESUME"
 AIMS = ("any moment", "a save")

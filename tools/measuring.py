@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_longact.quiet import quiet_libraries
+from megatron_longact.megatron.quiet import quiet_libraries
 
 quiet_libraries()  # before a benchmark imports Megatron
 

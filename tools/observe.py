@@ -16,9 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_longact.analysis import activations_models
-from megatron_longact.quiet import quiet_libraries
-from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
+from megatron_longact.analysis.activations import models as activations_models
+from megatron_longact.megatron.quiet import quiet_libraries
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         check_new(args.output / "observation.json", overwrite=args.overwrite)
         options = activations_models.prompt_options(args)
         with activations_models.opened(args, others, output=args.output) as session:
-            from megatron_longact.analysis import observe
+            from megatron_longact.analysis.observe import report as observe
 
             observe.run(session, options, statistic=args.statistic, ratio=args.ratio, output=args.output)
 

@@ -14,11 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_longact.arguments import add_longact_args, field_docs, longact_config_from_args
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan, text
 from megatron_longact.planning.roofline import Assumptions
 from megatron_longact.planning.run_shape import BYTES, Batch, Parallel
-from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 def parser_of_plans() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_longact.megatron.quiet import quiet_libraries
 from megatron_longact.preflight import disk, gpus, models, network, software
 from megatron_longact.preflight.checks import Finding, examine, failures, table
-from megatron_longact.quiet import quiet_libraries
 
 
 def local_findings(args: argparse.Namespace, *, rank: int, local_rank: int, world_size: int) -> list[Finding]:

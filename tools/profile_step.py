@@ -17,8 +17,8 @@ from measuring import ON_GPU
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_longact import LongAct, LongActConfig
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 from megatron_longact.metrics import RANGES
-from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 STEP = "step"
 

@@ -21,10 +21,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_longact.analysis import activations_models
+from megatron_longact.analysis.activations import models as activations_models
 from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
-from megatron_longact.quiet import quiet_libraries
-from megatron_longact.tool_command import add_overwrite_arg, check_new, end_in_one_line
+from megatron_longact.megatron.quiet import quiet_libraries
+from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         options = activations_models.prompt_options(args)
         alone = args.masks and not (args.hf_dir or args.load or others)
         models = None if alone else activations_models.opened(args, others, output=args.output)
-        from megatron_longact.analysis import stability
+        from megatron_longact.analysis.stability import report as stability
 
         stability.run(
             models,

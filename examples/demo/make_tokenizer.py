@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_longact.rl.data.tasks import KEYS, TEMPLATES, NeedleGenerator, sentences_of
+from megatron_longact.tasks.needle import KEYS, TEMPLATES, NeedleGenerator, sentences_of
 
 VOCAB_SIZE = 1024
 NUM_TEMPLATES = 300

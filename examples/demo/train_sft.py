@@ -18,7 +18,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import average_losses_across_data_parallel_group
 
-from megatron_longact.rl.data.tasks import NEEDLE_TASKS, NeedleGenerator, NeedleTask, Sample
+from megatron_longact.tasks.needle import NEEDLE_TASKS, NeedleGenerator, NeedleTask, Sample
 
 
 class NeedleDataset(torch.utils.data.Dataset):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.checkpointing import carry_state
 from megatron_longact.conversion.torch_dist import read_common_state
+from megatron_longact.megatron.checkpointing import carry_state
 
 NAME = "longact"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_longact.conversion.hf_folder import HFFolder
 from megatron_longact.conversion.plan import table
-from megatron_longact.conversion.safetensors_files import StoredTensor, read_header
+from megatron_longact.safetensors_files import StoredTensor, read_header
 
 _BLOCK_BYTES = 16 << 20
 

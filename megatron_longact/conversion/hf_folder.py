@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_longact.conversion.mapping import Entry, HFTensor
-from megatron_longact.conversion.safetensors_files import StoredTensor, read_header
+from megatron_longact.safetensors_files import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longact.conversion.safetensors_files import SafetensorsWriter
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.imported_masks import mask_name
+from megatron_longact.safetensors_files import SafetensorsWriter
 
 
 def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:

@@ -10,8 +10,8 @@ import torch
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import HFTensor, entries_of
 from megatron_longact.conversion.progress import Progress
-from megatron_longact.conversion.safetensors_files import SafetensorsWriter
 from megatron_longact.conversion.staging import staged
+from megatron_longact.safetensors_files import SafetensorsWriter
 
 
 def write(config: Mapping[str, Any], save: Path, *, seed: int = 0, max_shard_bytes: int = 2_000_000_000) -> str:

@@ -13,9 +13,9 @@ from megatron_longact.conversion.hf_config import HFModel, read_hf_config
 from megatron_longact.conversion.hf_folder import INDEX, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of
 from megatron_longact.conversion.progress import Progress
-from megatron_longact.conversion.safetensors_files import SafetensorsWriter
 from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import TorchDistReader, iteration_folder
+from megatron_longact.safetensors_files import SafetensorsWriter
 
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 MAX_SHARD_BYTES = 5_000_000_000

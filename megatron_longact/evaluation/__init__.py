@@ -4,6 +4,6 @@
 `tools/evaluate.py --load` runs.
 """
 
-from megatron_longact.evaluation import longbench_v2, ruler
+from megatron_longact.tasks import longbench_v2, ruler
 
 __all__ = ["longbench_v2", "ruler"]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from megatron_longact.evaluation import longbench_v2
-from megatron_longact.evaluation.longbench_v2 import Style
-from megatron_longact.evaluation.ruler import TASKS
-from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
-from megatron_longact.rl.data.vocabulary import add_stop_args
-from megatron_longact.tool_command import add_overwrite_arg
+from megatron_longact.generation.vocabulary import add_stop_args
+from megatron_longact.megatron.tool_command import add_overwrite_arg
+from megatron_longact.tasks import longbench_v2
+from megatron_longact.tasks.longbench_v2 import Style
+from megatron_longact.tasks.ruler import TASKS
+from megatron_longact.tasks.ruler.generation import TASK_TEMPLATE
 
 Benchmark = Literal["ruler", "longbench-v2"]
 STYLES: dict[str, Style] = {

@@ -7,10 +7,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_longact.evaluation.longbench_v2 import BUCKETS
 from megatron_longact.evaluation.report import Results
-from megatron_longact.evaluation.ruler.tasks import TASKS
-from megatron_longact.rl.reports.plots import DPI, FAINT_INK, INK, WIDTH_IN
+from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
+from megatron_longact.tasks.longbench_v2 import BUCKETS
+from megatron_longact.tasks.ruler.tasks import TASKS
 
 CATEGORIES = {
     "retrieval": ("#0072b2", "o"),

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_longact.evaluation.predictions import Id, Row
 from megatron_longact.evaluation.samples import Group, Sample
-from megatron_longact.rl.rollouts.sampling import Sampling
-from megatron_longact.rl.rollouts.static_engine import Prompt, RolloutEngine
+from megatron_longact.generation.engine import Prompt, RolloutEngine
+from megatron_longact.generation.sampling import Sampling
 
 
 def predict(

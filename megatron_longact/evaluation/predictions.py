@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.evaluation.longbench_v2 import extract_answer
-from megatron_longact.evaluation.ruler.tasks import TASKS
-from megatron_longact.rl.data.json_lines import parse_json
+from megatron_longact.tasks.json_lines import parse_json
+from megatron_longact.tasks.longbench_v2 import extract_answer
+from megatron_longact.tasks.ruler.tasks import TASKS
 
 Row = dict[str, Any]
 Id = tuple[Any, ...]

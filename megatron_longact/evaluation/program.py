@@ -13,7 +13,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
-from megatron_longact.checkpoint_model import check_layout, load_model, parse_args
 from megatron_longact.conversion.torch_dist import latest_iteration
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.predicting import predict
@@ -21,9 +20,10 @@ from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.predictions import Id, Row, check_complete
 from megatron_longact.evaluation.samples import check_tasks, groups_of
 from megatron_longact.evaluation.scoring import report, rows_by_id
-from megatron_longact.rl.data.vocabulary import vocabulary_from_args
-from megatron_longact.rl.reports.run_log import MEGATRON_LOG, Progress, output_in_file
-from megatron_longact.rl.rollouts.engines import rollout_engine
+from megatron_longact.generation.from_args import rollout_engine
+from megatron_longact.generation.vocabulary import vocabulary_from_args
+from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
+from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
 
 _CONTENT = {"output", "keep_inputs"}
 """Settings that do not change what is predicted."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.predictions import (
     Id,
     Row,
@@ -14,7 +13,8 @@ from megatron_longact.evaluation.predictions import (
     ruler_prediction,
     ruler_references,
 )
-from megatron_longact.evaluation.ruler.tasks import TASKS
+from megatron_longact.tasks import longbench_v2, ruler
+from megatron_longact.tasks.ruler.tasks import TASKS
 
 Results = dict[str, Any]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_longact.evaluation import longbench_v2, ruler
 from megatron_longact.evaluation.arguments import EvaluationConfig
 from megatron_longact.evaluation.predictions import Id, Row, longbench_reference, longbench_rows, read_rows
-from megatron_longact.evaluation.ruler.generation import TASK_TEMPLATE
-from megatron_longact.rl.data.pieces import PieceEncoder
+from megatron_longact.tasks import longbench_v2, ruler
+from megatron_longact.tasks.pieces import PieceEncoder
+from megatron_longact.tasks.ruler.generation import TASK_TEMPLATE
 
 RULER_SAMPLES = 500
 LONGBENCH_GROUP = 64

@@ -24,7 +24,7 @@ from megatron_longact.evaluation.report import (
     ruler_results,
     ruler_table,
 )
-from megatron_longact.tool_command import check_new
+from megatron_longact.megatron.tool_command import check_new
 
 RESULTS, PICTURE = "results.json", "scores.png"
 

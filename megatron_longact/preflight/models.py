@@ -52,7 +52,7 @@ def megatron_checkpoint(flags: Namespace) -> str:
             raise ValueError(f"{flags.pretrained_checkpoint} of --pretrained-checkpoint holds no {TRACKER}")
         raise NotHereError(f"{flags.load} holds no checkpoint yet")
     with warnings.catch_warnings(action="ignore"):  # Megatron's, of kernel libraries that a CPU does not have
-        from megatron_longact.checkpointing import check_model_shape, mend_tracker
+        from megatron_longact.megatron.checkpointing import check_model_shape, mend_tracker
 
     mend_tracker(flags.load)
     check_model_shape(flags)

@@ -21,6 +21,7 @@ from typing import get_args
 
 import torch
 
+from megatron_longact.generation.sampling import Sampling
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import add_data_args, data_config_from_args
 from megatron_longact.rl.defaults import LONGEST_DEFAULT_RESPONSE, NEEDLE_RESPONSE, set_defaults, settle_defaults
@@ -29,7 +30,6 @@ from megatron_longact.rl.objectives.importance_weights import Level
 from megatron_longact.rl.objectives.kl import KLKind
 from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, PolicyLossConfig
-from megatron_longact.rl.rollouts.sampling import Sampling
 
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:

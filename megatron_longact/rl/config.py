@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_longact.generation.sampling import Sampling
 from megatron_longact.rl.data.arguments import DataConfig
 from megatron_longact.rl.objectives.importance_weights import Level
 from megatron_longact.rl.objectives.kl import KLKind
 from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
-from megatron_longact.rl.rollouts.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,21 +18,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_longact import metrics as longact_metrics
-from megatron_longact import telemetry
+from megatron_longact.generation.engine import RolloutEngine
 from megatron_longact.longact import LongAct
+from megatron_longact.megatron import telemetry
+from megatron_longact.reporting.run_log import MEGATRON_LOG, MetricsLog, Progress
+from megatron_longact.rl.audit import RowAudit, RowCounts
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.batches.plans import StepPlan
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
+from megatron_longact.rl.collect import Collector
 from megatron_longact.rl.config import RLConfig
+from megatron_longact.rl.heldout import Judge, evaluate_heldout, heldout_scalars
 from megatron_longact.rl.objectives.objective import Objective
 from megatron_longact.rl.objectives.token_selection import TokenSelector
-from megatron_longact.rl.reports.audit import RowAudit, RowCounts
-from megatron_longact.rl.reports.run_log import MEGATRON_LOG, MetricsLog, Progress
-from megatron_longact.rl.reports.signals import SignalWatch
-from megatron_longact.rl.reports.signals import missing as missing_signal
-from megatron_longact.rl.rollouts.collect import Collector
-from megatron_longact.rl.rollouts.evaluation import Judge, evaluate_heldout, heldout_scalars
-from megatron_longact.rl.rollouts.static_engine import RolloutEngine
+from megatron_longact.rl.signals import SignalWatch
+from megatron_longact.rl.signals import missing as missing_signal
 from megatron_longact.rl.state import LoopState
 from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome, StepSize
 

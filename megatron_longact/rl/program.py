@@ -17,29 +17,29 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, get_
 from megatron.training.initialize import initialize_megatron
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megatron_longact.checkpointing import check_load, check_schedule
+from megatron_longact.generation.from_args import rollout_engine
+from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.longact import LongAct
+from megatron_longact.megatron.checkpointing import check_load, check_schedule
+from megatron_longact.megatron.tool_command import end_together
+from megatron_longact.reporting.run_log import EVALUATIONS, METRICS, MetricsLog, Progress
+from megatron_longact.rl.audit import RowAudit
 from megatron_longact.rl.batches.micro_batches import BatchLayout
+from megatron_longact.rl.collect import Collector
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import build_environment
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.environment import Environment, NeedleEnvironment
-from megatron_longact.rl.data.vocabulary import vocabulary_from_args
+from megatron_longact.rl.heldout import Judge
 from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import RLLoop
 from megatron_longact.rl.objectives.objective import Objective
 from megatron_longact.rl.objectives.token_selection import TokenSelector
+from megatron_longact.rl.outcome import REPORT, write_outcome
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
-from megatron_longact.rl.reports.audit import RowAudit
-from megatron_longact.rl.reports.outcome import REPORT, write_outcome
-from megatron_longact.rl.reports.run_log import EVALUATIONS, METRICS, MetricsLog, Progress
-from megatron_longact.rl.rollouts.collect import Collector
-from megatron_longact.rl.rollouts.engines import rollout_engine
-from megatron_longact.rl.rollouts.evaluation import Judge
 from megatron_longact.rl.run_folder import open_run
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals
-from megatron_longact.tool_command import end_together
 
 SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""

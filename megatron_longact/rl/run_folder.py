@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from megatron_longact.checkpointing import holds_checkpoint, resume_note, right_pair, same_folder
 from megatron_longact.conversion.torch_dist import TRACKER
-from megatron_longact.rl.reports.outcome import PICTURES, REPORT
-from megatron_longact.rl.reports.run_log import EVALUATIONS, MEGATRON_LOG, METRICS, output_in_file, replaced
+from megatron_longact.megatron.checkpointing import holds_checkpoint, resume_note, right_pair, same_folder
+from megatron_longact.reporting.run_log import EVALUATIONS, MEGATRON_LOG, METRICS, output_in_file, replaced
+from megatron_longact.rl.outcome import PICTURES, REPORT
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.training import training
 
-from megatron_longact.checkpointing import Stateful, carry_state
+from megatron_longact.megatron.checkpointing import Stateful, carry_state
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.batches.plans import Use
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.rl.rollouts.sampling import Sampling
+from megatron_longact.generation.sampling import Sampling
 from tests.gpu.models import GPU_TIER, GPUModel, GPUSpec, train_step
 from tests.gpu.models import build as build_model
 
@@ -52,7 +52,7 @@ def make_engine(model: Any, **settings: Any) -> Any:
     from megatron.core import parallel_state
     from megatron.core.inference.config import InferenceConfig
 
-    from megatron_longact.rl.rollouts.dynamic_engine import DynamicRolloutEngine
+    from megatron_longact.generation.dynamic import DynamicRolloutEngine
 
     graphs = {"num_cuda_graphs": 4} if model.config.cuda_graph_impl == "local" else {}
     defaults = {"buffer_size_gb": BUFFER_BYTES / 2**30, "max_sequence_length": 768, "max_requests": 16}
@@ -68,7 +68,7 @@ def make_engine(model: Any, **settings: Any) -> Any:
 
 def make_prompts() -> list[Any]:
     """Four samples of each of four prompts; one fills two blocks of 256 tokens, one will just outgrow its first."""
-    from megatron_longact.rl.rollouts.static_engine import Prompt
+    from megatron_longact.generation.engine import Prompt
 
     generator = torch.Generator().manual_seed(3)
     tokens = [tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()) for n in (40, 250, 530, 7)]

@@ -117,7 +117,7 @@ def test_weight_gradients_that_come_after_the_backward(fp8_recipe: str | None) -
 @pytest.mark.parametrize("fp8_recipe", ["delayed", "tensorwise", "blockwise"])
 def test_fp8_weights_follow_masters_of_which_frozen_rows_stay(fp8_recipe: str, record_property: Any) -> None:
     """A frozen row's FP8 image may move only because another row moved the scale that both share."""
-    from megatron_longact.rl.reports.audit import RowAudit
+    from megatron_longact.rl.audit import RowAudit
 
     model = build(GPUSpec(fp8_recipe=fp8_recipe, fp8_param=True))
     bytes_changed = elements = scales_changed = scales = 0

@@ -5,7 +5,7 @@ import runpy
 import time
 from pathlib import Path
 
-from megatron_longact import telemetry
+from megatron_longact.megatron import telemetry
 
 RANK = int(os.environ["RANK"])
 

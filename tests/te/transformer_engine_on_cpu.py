@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 
-from megatron_longact.cpu import enable_cpu_mode
+from megatron_longact.megatron.cpu import enable_cpu_mode
 from tests.te import torch_kernels
 
 os.environ["NVTE_FRAMEWORK"] = "pytorch"

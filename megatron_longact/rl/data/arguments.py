@@ -15,14 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.rl.data.chat import PromptEncoder, read_chat_template
+from megatron_longact.generation.vocabulary import add_stop_args
 from megatron_longact.rl.data.curriculum import USAGE, Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, Source
 from megatron_longact.rl.data.mixture import Mixture
 from megatron_longact.rl.data.rewards import REWARDS, find_reward
-from megatron_longact.rl.data.vocabulary import add_stop_args
-from megatron_longact.rl.rollouts.pass_at_k import PassAtK
+from megatron_longact.rl.pass_at_k import PassAtK
+from megatron_longact.tasks.chat import PromptEncoder, read_chat_template
 
 NEEDLE = "needle"
 """Stands for the needle tasks where a data set may be named."""

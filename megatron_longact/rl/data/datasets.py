@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longact.rl.data.chat import Messages, PromptEncoder
-from megatron_longact.rl.data.json_lines import check_text, parse_json
 from megatron_longact.rl.data.rewards import REWARDS, find_reward
+from megatron_longact.tasks.chat import Messages, PromptEncoder
+from megatron_longact.tasks.json_lines import check_text, parse_json
 
 FIELDS = ("prompt", "reference", "reward")
 

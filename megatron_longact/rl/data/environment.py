@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_longact.rl.data import tasks
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.rewards import find_reward, finite_reward
-from megatron_longact.rl.data.tasks import NeedleGenerator, Tokenizer
+from megatron_longact.tasks import needle as tasks
+from megatron_longact.tasks.needle import NeedleGenerator, Tokenizer
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -97,7 +97,7 @@ def turns(step: int, *, first: int, count: int, tasks_per_step: int) -> Iterator
 
 
 class NeedleEnvironment:
-    """RULER's needle tasks (`megatron_longact.rl.data.tasks`).
+    """RULER's needle tasks (`megatron_longact.tasks.needle`).
 
     lengths: prompt lengths in tokens, drawn for each training task out of those that the curriculum allows at its
     step; none: the held-out ones. seed: of the training tasks. Raises ValueError for a length that cannot hold a

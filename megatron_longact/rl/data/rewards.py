@@ -23,8 +23,8 @@ from numbers import Real
 from types import ModuleType
 from typing import Any
 
-from megatron_longact.rl.data import tasks
 from megatron_longact.rl.data.latex import last_boxed, numbers_in_prose, numbers_of, plain_text, with_fractions
+from megatron_longact.tasks import needle as tasks
 
 RewardFunction = Callable[[str, str, Any], float]
 

@@ -1,0 +1,1 @@
+"""Q and K activations of Hugging Face and Megatron models."""

@@ -1,0 +1,204 @@
+"""Q and K activations of a Hugging Face folder, run by `transformers` from local files, with forward hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_longact.analysis.activations.measurement import Measurement, run_name
+from megatron_longact.config import Statistic, Tap
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS, Accumulator
+from megatron_longact.selection import QK
+
+Encode = Callable[[str], list[int]]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass
+class HFSource:
+    """An `AutoModelForCausalLM` with `q_proj` and `k_proj` in its attention layers; see `activations.Source`."""
+
+    name: str
+    model: Any
+    encode: Encode
+    layout: QKVLayout
+    attentions: list[nn.Module]
+    layer_numbers: tuple[int, ...]
+    taps: tuple[Tap, ...]
+    inv_freq: Tensor | None
+    positions: int
+    embeddings: int | None = None
+    rope_interleaved: bool = field(default=False, init=False)
+
+    def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
+        """As `activations.Source.measure`."""
+        device = next(self.model.parameters()).device
+        channels = self.layout.num_q_channels + self.layout.num_k_channels
+        sums = {
+            (tap, name): Accumulator(len(self.attentions), channels, statistic=statistic, device=device)
+            for tap in self.taps
+            for name, statistic in STATISTICS.items()
+        }
+        with torch.no_grad(), self._hooks(sums):
+            for prompt in prompts:
+                self.model.base_model(torch.tensor([list(prompt)], device=device), use_cache=False)
+        scores = {key: self._saliency(accumulator) for key, accumulator in sums.items()}
+        return Measurement(sum(map(len, prompts)), self.layer_numbers, scores)
+
+    def _saliency(self, accumulator: Accumulator) -> QK:
+        sums = accumulator.sums  # [L, nq + nk + 1]
+        values = accumulator.statistic.finish(sums[:, :-1], sums[:, -1:]).cpu()
+        return QK(values[:, : self.layout.num_q_channels], values[:, self.layout.num_q_channels :])
+
+    @contextmanager
+    def _hooks(self, sums: dict[tuple[Tap, Statistic], Accumulator]) -> Iterator[None]:
+        handles = []
+        taps: dict[Tap, tuple[str, str]] = {"projection": ("q_proj", "k_proj"), "norm": ("q_norm", "k_norm")}
+        for tap in self.taps:
+            accumulators = [each for (at, _), each in sums.items() if at == tap]
+            for layer, attention in enumerate(self.attentions):
+                for part, name in enumerate(taps[tap]):
+                    hook = self._hook(accumulators, layer, is_k=bool(part))
+                    handles.append(getattr(attention, name).register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, accumulators: list[Accumulator], layer: int, *, is_k: bool) -> Callable[..., None]:
+        heads = self.layout.num_query_groups if is_k else self.layout.num_attention_heads
+        start = self.layout.num_q_channels if is_k else 0
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = _tokens_first(output, heads=heads, hn=self.layout.kv_channels)
+            for accumulator in accumulators:
+                accumulator.add(accumulator.sums[layer, start : start + x.shape[1]], x, None)
+                if not is_k:
+                    accumulator.count(slice(layer, layer + 1), x.shape[0])
+
+        return hook
+
+
+def _tokens_first(x: Tensor, *, heads: int, hn: int) -> Tensor:
+    """[1, t, heads * hn], [1, t, heads, hn] or [1, heads, t, hn] -> [t, heads * hn]."""
+    if x.dim() == 4 and x.shape[2] != heads:
+        x = x.transpose(1, 2)
+    return x.reshape(-1, heads * hn)
+
+
+def open_folder(
+    folder: Path, *, tokenizer: Path | None = None, device: str = "cpu", dtype: str = "float32"
+) -> HFSource:
+    """Load a model folder from local files.
+
+    tokenizer: another folder, or a SentencePiece file; None: the folder's own. Raises `ValueError`, in one line, for
+    what is no model folder, and for attention without separate `q_proj` and `k_proj` of one size.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=getattr(torch, dtype)
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    attentions = _attentions(model, folder)
+    layout = _layout(attentions, model.config.get_text_config(), folder)
+    norms = all(
+        isinstance(getattr(each, name, None), nn.Module) for each in attentions for name in ("q_norm", "k_norm")
+    )
+    embeddings = int(model.get_input_embeddings().weight.shape[0])
+    return HFSource(
+        name=run_name(folder),
+        model=model.to(device).eval(),
+        encode=encoder(tokenizer or folder, vocab_size=embeddings),
+        layout=layout,
+        attentions=attentions,
+        layer_numbers=tuple(_number(each, i) for i, each in enumerate(attentions)),
+        taps=("projection", "norm") if norms else ("projection",),
+        inv_freq=_inv_freq(model, layout.kv_channels),
+        positions=int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)),
+        embeddings=embeddings,
+    )
+
+
+def _attentions(model: nn.Module, folder: Path) -> list[nn.Module]:
+    found = [
+        module
+        for name, module in model.named_modules()
+        if "vision" not in name and all(hasattr(module, part) for part in ("q_proj", "k_proj"))
+    ]
+    if not found:
+        raise ValueError(f"{folder}: {type(model).__name__} has no attention with q_proj and k_proj of its own")
+    return found
+
+
+def _layout(attentions: Sequence[nn.Module], config: Any, folder: Path) -> QKVLayout:
+    heads = int(config.num_attention_heads)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    hn = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    for attention in attentions:
+        sizes: list[int] = [getattr(attention, name).out_features for name in ("q_proj", "k_proj")]
+        if sizes != [heads * hn, groups * hn]:
+            raise ValueError(
+                f"{folder}: q_proj and k_proj make {sizes[0]} and {sizes[1]} channels; understood are {heads} and "
+                f"{groups} heads of {hn}"
+            )
+    return QKVLayout(heads, groups, hn)
+
+
+def _number(attention: nn.Module, place: int) -> int:
+    return int(getattr(attention, "layer_idx", place))
+
+
+def _inv_freq(model: nn.Module, hn: int) -> Tensor | None:
+    """Of the first rotary embedding; one of the default kind has hn / 2 frequencies."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.numel() <= hn // 2:
+            return buffer.detach().float().cpu()
+    return None
+
+
+def encoder(path: Path, *, vocab_size: int) -> Encode:
+    """A tokenizer's `encode` from a Hugging Face folder or a SentencePiece file; made when it is first used.
+
+    Raises `ValueError` then: for a path without a tokenizer, and for one with ids that the model has no embedding of.
+    """
+    made: list[Encode] = []
+
+    def encode(text: str) -> list[int]:
+        if not made:
+            made.append(_load_tokenizer(path))
+        ids = list(made[0](text))
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(f"the tokenizer {path} makes id {max(ids)}, but the model has {vocab_size} embeddings")
+        return ids
+
+    return encode
+
+
+def _load_tokenizer(path: Path) -> Encode:
+    if path.is_file():
+        import sentencepiece
+
+        encode: Encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+        return encode
+    import transformers
+
+    if not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
+        raise ValueError(f"{path} holds no tokenizer; give --tokenizer a folder that has one, or a SentencePiece file")
+    loaded = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return lambda text: list(loaded.encode(text))

@@ -1,0 +1,124 @@
+"""Q and K activations of a Megatron checkpoint: the hooks and the collectives of training, at any TP, PP and EP.
+
+Shape letters as in `saliency`: b micro-batch, s sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch import Tensor, nn
+
+from megatron_longact.analysis.activations.measurement import Measurement
+from megatron_longact.config import LongActConfig, Tap
+from megatron_longact.qkv_layers import QKVModel
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
+from megatron_longact.saliency import SaliencyCapture
+from megatron_longact.selection import QK, GlobalSaliency
+
+_MULTIPLE = 16
+"""Sequences are padded to a multiple of this: sequence parallelism and FP8 kernels ask for it."""
+
+
+@dataclass
+class MegatronSource:
+    """A Megatron model, on all its ranks; see `activations.Source`. Prompts are shared among data-parallel ranks."""
+
+    name: str
+    chunks: Sequence[nn.Module]
+    encode: Callable[[str], list[int]]
+    positions: int
+    dp_group: Any
+    embeddings: int | None = None
+    layout: QKVLayout = field(init=False)
+    layer_numbers: tuple[int, ...] = field(init=False)
+    taps: tuple[Tap, ...] = field(init=False)
+    inv_freq: Tensor | None = field(init=False)
+    rope_interleaved: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = get_model_config(self.chunks[0])
+        self._qkv = QKVModel.find(self.chunks)
+        self.layout = self._qkv.layout
+        self.layer_numbers = tuple(number - 1 for number in self._qkv.layer_numbers)  # Megatron's begin at 1
+        self.taps = ("projection", "norm") if config.qk_layernorm else ("projection",)
+        self.inv_freq = _inv_freq(self.chunks[0])
+        self.rope_interleaved = bool(config.rotary_interleaved)
+
+    def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
+        """As `activations.Source.measure`."""
+        configs = [LongActConfig(tap=tap, statistic=statistic) for tap in self.taps for statistic in STATISTICS]
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad(), self._captures(configs) as captures:
+            mine = list(prompts)[self.dp_group.rank() :: self.dp_group.size()]
+            for place in range(-(-len(prompts) // self.dp_group.size())):
+                self._forward(mine[place] if place < len(mine) else (), captures)
+            scores = {
+                (config.tap, config.statistic): self._saliency(config, capture)
+                for config, capture in zip(configs, captures, strict=True)
+            }
+        return Measurement(sum(map(len, prompts)), self.layer_numbers, scores)
+
+    @contextmanager
+    def _captures(self, configs: Sequence[LongActConfig]) -> Iterator[list[SaliencyCapture]]:
+        """One capture for each, hooked on; every forward counts."""
+        with ExitStack() as stack:
+            captures = []
+            for config in configs:
+                captures.append(
+                    SaliencyCapture(self._qkv, config, counts=lambda: True, clock=nullcontext(), warn=lambda _: None)
+                )
+                stack.callback(captures[-1].remove)
+            yield captures
+
+    def _forward(self, prompt: Sequence[int], captures: Sequence[SaliencyCapture]) -> None:
+        """Run one prompt through all stages; an empty one counts nothing, but joins the collectives."""
+        length = max(-(-len(prompt) // _MULTIPLE), 1) * _MULTIPLE
+        tokens = torch.tensor([[*prompt, *[0] * (length - len(prompt))]], dtype=torch.int64).cuda()  # [b = 1, s]
+        positions = torch.arange(length).cuda()[None]
+        counted = torch.arange(length).cuda()[None] < len(prompt)
+
+        def step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            for capture in captures:
+                capture.set_tokens(counted)
+            return chunk(tokens, positions, None, output_processor=_no_logits), lambda output, non_loss_data: output
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[None] * len(self.chunks) if len(self.chunks) > 1 else None,
+            model=list(self.chunks),
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+    def _saliency(self, config: LongActConfig, capture: SaliencyCapture) -> QK:
+        qkv = self._qkv
+        local = [layer.layer_number for layer in qkv.layers]
+        whole = GlobalSaliency(qkv.groups, qkv.layout, config, layer_numbers=qkv.layer_numbers, local_layers=local)
+        saliency = whole.from_sums(capture.accumulator.sums)
+        return QK(saliency.q.cpu(), saliency.k.cpu())
+
+
+def _no_logits(*, hidden_states: Tensor, **unused: Any) -> Tensor:
+    """What the last stage returns instead of logits over the vocabulary."""
+    return hidden_states.new_zeros(1)
+
+
+def _inv_freq(chunk: nn.Module) -> Tensor | None:
+    try:
+        rope = get_attr_wrapped_model(chunk, "rotary_pos_emb", allow_none=False)
+    except RuntimeError:
+        return None
+    inv_freq: Tensor = rope.inv_freq
+    return inv_freq.detach().float().cpu()

@@ -1,0 +1,104 @@
+"""The picture of `tools/disrupt.py`. Needs matplotlib (the `plots` extra); made without pyplot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
+
+STYLES = {
+    None: ("undisturbed", INK, "o"),
+    "high": ("high", "#d55e00", "s"),
+    "low": ("low", "#0072b2", "^"),
+    "random": ("random", "#009e73", "D"),
+}
+"""Okabe and Ito's colours, and a marker each."""
+REPLACED_BY = {"mean": "their mean", "zero": "zero", "noise": "noise"}
+
+Results = Mapping[str, Any]
+
+
+def plot(results: Results, *, path: Path) -> None:
+    """Write the figure as a PNG."""
+    disruption_figure(results).savefig(path, dpi=DPI)
+
+
+def disruption_figure(results: Results) -> Figure:
+    """A row a replacement: accuracy by context length, share of the responses in loops, perplexity."""
+    runs: Sequence[Results] = results["runs"]
+    replacements = list(dict.fromkeys(run["replacement"] for run in runs if run["replacement"]))
+    with_text = runs[0]["perplexity"] is not None
+    columns = 3 if with_text else 2
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + 2.9 * len(replacements)), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(replacements), columns, squeeze=False, width_ratios=(5, 3, 3)[:columns], sharey="col")
+    for row, replacement in zip(panels, replacements, strict=True):
+        shown = [run for run in runs if run["replacement"] in (None, replacement)]
+        _draw_accuracy(row[0], shown, title=f"channels replaced by {REPLACED_BY[replacement]}")
+        _draw_bars(row[1], shown, "loop_share", label="tokens in a loop, percent", title="repetition")
+        if with_text:
+            _draw_bars(row[2], shown, "perplexity", label="perplexity", title="text")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def interval(percent: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share in percent over `count` prompts."""
+    z, p = 1.959964, percent / 100
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def _draw_accuracy(axes: Axes, runs: Sequence[Results], *, title: str) -> None:
+    lengths = list(runs[0]["accuracy_by_length"])
+    for number, run in enumerate(runs):
+        label, colour, marker = STYLES[run["channels"]]
+        values = [run["accuracy_by_length"][n] for n in lengths]
+        ends = [interval(v, run["samples_by_length"][n]) for v, n in zip(values, lengths, strict=True)]
+        errors = [
+            [max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
+            [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)],
+        ]
+        places = [i + 0.05 * (number - (len(runs) - 1) / 2) for i in range(len(lengths))]
+        axes.errorbar(places, values, errors, color=colour, marker=marker, markersize=5, capsize=2, label=label)
+    axes.set_ylim(-3, 103)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlim(-0.4, len(lengths) - 0.6)
+    axes.set_xticks(range(len(lengths)), lengths)
+    axes.set_xlabel("context length, tokens", fontsize=10)
+    axes.set_ylabel("accuracy, percent", fontsize=10)
+    _finish(axes, title)
+
+
+def _draw_bars(axes: Axes, runs: Sequence[Results], metric: str, *, label: str, title: str) -> None:
+    for place, run in enumerate(runs):
+        _, colour, _ = STYLES[run["channels"]]
+        value = run[metric]
+        axes.bar(place, value, color=colour, width=0.7)
+        axes.annotate(
+            f"{value:.3g}", (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=INK
+        )
+    values = [run[metric] for run in runs]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.margins(y=0.15)
+    axes.set_xticks(range(len(runs)), [STYLES[run["channels"]][0] for run in runs], rotation=25, ha="right")
+    axes.set_ylabel(label, fontsize=10)
+    _finish(axes, title)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10.5, fontweight="bold", loc="left")
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.yaxis.label.set_color(INK)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT_INK)

@@ -1,0 +1,231 @@
+"""The Megatron program behind `tools/disrupt.py`: load, measure, disturb, ask, report."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.initialize import initialize_megatron
+
+from megatron_longact.analysis.disrupt import report as disrupt_report
+from megatron_longact.analysis.disrupt.arguments import (
+    FROM_CHECKPOINT,
+    DisruptConfig,
+    add_disrupt_args,
+    config_from_args,
+)
+from megatron_longact.analysis.disrupt.channels import (
+    Disturbance,
+    RowMeasurement,
+    RowStatistics,
+    as_many,
+    check_masks,
+    choose_channels,
+    shared,
+)
+from megatron_longact.analysis.disrupt.report import Run
+from megatron_longact.analysis.disrupt.tasks import SCORES, Row, measured_samples, responses, scored_samples
+from megatron_longact.analysis.disrupt.text import perplexity, text_windows
+from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
+from megatron_longact.generation.engine import Prompt
+from megatron_longact.generation.sampling import Sampling
+from megatron_longact.generation.static import StaticRolloutEngine
+from megatron_longact.generation.vocabulary import vocabulary_from_args
+from megatron_longact.imported_masks import read_masks
+from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
+from megatron_longact.qkv_layers import QKVModel
+from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
+from megatron_longact.selection import QK
+
+
+def main() -> None:
+    """Disturb the checkpoint of `--load`."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = config_from_args(add_disrupt_args(early).parse_known_args()[0])
+    with output_in_file(config.output / MEGATRON_LOG) as terminal:
+        args = parse_args(add_disrupt_args)
+        _check(args)
+        folder = iteration_folder(Path(args.load), args.ckpt_step)
+        initialize_megatron()
+        Disruption(args, config, folder=folder, terminal=terminal).run()
+
+
+def _check(args: Namespace) -> None:
+    check_layout(args, "tools/disrupt.py")
+    refused = {
+        "--inference-dynamic-batching": args.inference_dynamic_batching,
+        "--cuda-graph-impl": getattr(args, "cuda_graph_impl", "none") not in (None, "none"),
+    }
+    for flag, given in refused.items():
+        if given:
+            raise ValueError(
+                f"tools/disrupt.py does not work with {flag}: it generates with the static inference engine"
+            )
+
+
+class Disruption:
+    """One analysis on all ranks; rank 0 writes the files and speaks. args: after `initialize_megatron`."""
+
+    def __init__(self, args: Namespace, config: DisruptConfig, *, folder: Path, terminal: TextIO) -> None:
+        self.args, self.config, self.folder = args, config, folder
+        self.terminal = terminal if args.rank == 0 else None
+        self.tokenizer = get_tokenizer()
+        self.vocabulary = vocabulary_from_args(args, self.tokenizer)
+        if self.terminal is not None:
+            print(self.vocabulary.remark, file=self.terminal)
+        positions = args.max_position_embeddings
+        self.samples = scored_samples(config, self.tokenizer, positions=positions)
+        self.measured = measured_samples(config, self.tokenizer, positions=positions)
+        self.windows = _windows(config, self.tokenizer, positions=positions)
+        self.pgs = ProcessGroupCollection.use_mpu_process_groups()
+        self.model = load_model(args, self.pgs)
+        self.qkv = QKVModel.find(self.model)
+        self.engine = StaticRolloutEngine(
+            unwrap_model(self.model[0]),
+            eod=self.vocabulary.eod,
+            stop_ids=self.vocabulary.stop_ids[1:],
+            vocab_size=self.vocabulary.size,
+            max_batch_size=args.inference_max_requests,
+            dp_group=self.pgs.dp,
+        )
+
+    def run(self) -> None:
+        """Measure, ask the undisturbed and each disturbed model, report."""
+        statistics = self._measure()
+        chosen = self._choose(statistics.saliency)
+        arms: list[tuple[str, str]] = [("", "")]
+        arms += [(name, replacement) for replacement in self.config.replace for name in chosen]
+        progress = Progress(len(arms) * len(self.samples), self.terminal) if self.terminal else None
+        runs: list[Run] = []
+        for channels, replacement in arms:
+            with self._disturbed(chosen, statistics, channels, replacement):
+                rows = list(self._rows(progress, channels or "undisturbed", done=len(runs) * len(self.samples)))
+                runs.append(Run(channels, replacement, rows, self._perplexity()))
+        if progress is not None:
+            progress.close()
+        self._report(runs, chosen, statistics)
+
+    def _measure(self) -> RowStatistics:
+        with RowMeasurement(self.qkv) as measurement:
+            prompts = [Prompt(tuple(sample.tokens), index=i) for i, sample in enumerate(self.measured)]
+            self.engine.generate(prompts, Sampling(max_response_length=1, greedy=True))
+        return measurement.result(statistic=self.config.statistic)
+
+    def _choose(self, saliency: QK) -> dict[str, QK]:
+        config, layout = self.config, self.qkv.layout
+        if not config.mask:
+            return {
+                name: choose_channels(
+                    name,
+                    saliency,
+                    layout=layout,
+                    ratio=config.ratio,
+                    scope=config.scope,
+                    targets=config.targets,
+                    seed=config.channel_seed,
+                )
+                for name in config.channels
+            }
+        masks = check_masks(self._masks(), source=f"--mask {config.mask}", targets=config.targets)
+        return {
+            name: as_many(name, masks, saliency, seed=config.channel_seed, layout=layout) for name in config.channels
+        }
+
+    def _masks(self) -> QK:
+        if self.config.mask == FROM_CHECKPOINT:
+            return _checkpoint_masks(self.folder, self.qkv)
+        try:
+            return read_masks(Path(self.config.mask), self.qkv.layout, self.qkv.layer_numbers, self.config.targets)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--longact-import-mask", "--mask")) from error
+
+    def _disturbed(
+        self, chosen: dict[str, QK], statistics: RowStatistics, channels: str, replacement: Any
+    ) -> AbstractContextManager[Any]:
+        if not channels:
+            return nullcontext()
+        needed = [len(sample.tokens) + sample.tokens_to_generate for sample in self.samples]
+        return Disturbance(
+            self.qkv,
+            chosen[channels],
+            replacement=replacement,
+            statistics=statistics,
+            seed=self.config.channel_seed,
+            positions=max(*needed, self.config.text_tokens),
+        )
+
+    def _rows(self, progress: Progress | None, name: str, *, done: int) -> Iterator[Row]:
+        for rows in responses(
+            self.samples,
+            self.engine,
+            chunk=self.args.inference_max_requests * self.pgs.dp.size(),
+            detokenize=self.tokenizer.detokenize,
+            score=SCORES[self.config.benchmark],
+        ):
+            yield from rows
+            done += len(rows)
+            if progress is not None:
+                progress.update(done, {"": name})
+
+    def _perplexity(self) -> float | None:
+        if not self.windows:
+            return None
+        return perplexity(self.model, self.windows, vocab_size=self.vocabulary.size, pgs=self.pgs)
+
+    def _report(self, runs: list[Run], chosen: dict[str, QK], statistics: RowStatistics) -> None:
+        if self.terminal is None:
+            return
+        results: dict[str, Any] = {
+            "settings": _settings(self.args, self.config, self.folder),
+            "measured": {"prompts": len(self.measured), "tokens": statistics.tokens},
+            "channels": {name: _described(masks, chosen) for name, masks in chosen.items()},
+            "runs": [run.results() for run in runs],
+        }
+        output = self.config.output
+        disrupt_report.write(results, runs, output=output, show=self.config.show)
+        print(disrupt_report.table(results["runs"]), file=self.terminal)
+        print(disrupt_report.legend(results), file=self.terminal)
+        written = [disrupt_report.RESULTS, disrupt_report.RESPONSES, disrupt_report.SAMPLES]
+        if find_spec("matplotlib") is not None:
+            from megatron_longact.analysis.disrupt.plots import plot
+
+            plot(results, path=output / disrupt_report.PICTURE)
+            written.append(disrupt_report.PICTURE)
+        print(f"{', '.join(written)} in {output}", file=self.terminal, flush=True)
+
+
+def _windows(config: DisruptConfig, tokenizer: Any, *, positions: int) -> list[list[int]]:
+    if config.text_tokens > positions:
+        raise ValueError(f"--text-tokens is {config.text_tokens}, but the model has {positions} positions")
+    return text_windows(config.text, tokenizer, length=config.text_tokens, count=config.text_windows)
+
+
+def _checkpoint_masks(folder: Path, model: QKVModel) -> QK:
+    state = (read_common_state(folder).get("opt_param_scheduler") or {}).get("longact")
+    if state is None or state["masks"] is None:
+        raise ValueError(f"--mask checkpoint: {folder} holds no LongAct masks; leave --mask out to measure channels")
+    if state["layout"] != asdict(model.layout) or state["layer_numbers"] != list(model.layer_numbers):
+        raise ValueError(f"--mask checkpoint: the masks in {folder} are those of a model with other layers or heads")
+    return QK(state["masks"]["q"].bool(), state["masks"]["k"].bool())
+
+
+def _described(masks: QK, chosen: dict[str, QK]) -> dict[str, Any]:
+    return {
+        "q": int(masks.q.sum()),
+        "k": int(masks.k.sum()),
+        "also_in": {name: round(shared(masks, other), 4) for name, other in chosen.items()},
+    }
+
+
+def _settings(args: Namespace, config: DisruptConfig, folder: Path) -> dict[str, Any]:
+    own = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    return {"checkpoint": str(folder), "tokenizer": args.tokenizer_model or args.tokenizer_type, **own}

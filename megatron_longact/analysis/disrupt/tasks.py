@@ -1,0 +1,136 @@
+"""What a disturbed model is asked, what it answers, and how good and how repetitive the answers are."""
+
+from __future__ import annotations
+
+import statistics
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_longact.analysis.disrupt.arguments import DisruptConfig
+from megatron_longact.analysis.disrupt.repetition import distinct_ratio, longest_loop, loop_share
+from megatron_longact.evaluation.samples import Sample, groups_of
+from megatron_longact.generation.engine import Prompt, RolloutEngine
+from megatron_longact.generation.sampling import Sampling
+from megatron_longact.tasks import ruler
+from megatron_longact.tasks.needle import NeedleGenerator, Split, Tokenizer, exact_match
+
+NEEDLE_TOKENS = 32
+"""Tokens to generate for a needle task; a right answer of the demo's model has at most 13."""
+NGRAM = 3
+
+Row = dict[str, Any]
+"""A response: `task`, `length` (nominal), `index`, `input`, `pred`, `outputs`, and what `responses` adds."""
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encode = tokenizer.tokenize
+
+
+def scored_samples(config: DisruptConfig, tokenizer: Tokenizer, *, positions: int) -> list[Sample]:
+    """The prompts that are scored; ValueError for what does not fit into the model."""
+    return _samples(config, tokenizer, "heldout", config.num_samples, config.sample_seed, positions=positions)
+
+
+def measured_samples(config: DisruptConfig, tokenizer: Tokenizer, *, positions: int) -> list[Sample]:
+    """Other prompts of the same tasks and lengths, to measure channels on."""
+    return _samples(config, tokenizer, "train", config.measure_samples, config.sample_seed + 1, positions=positions)
+
+
+def _samples(
+    config: DisruptConfig, tokenizer: Tokenizer, split: Split, count: int, seed: int, *, positions: int
+) -> list[Sample]:
+    if config.benchmark == "ruler":
+        own = config.ruler(num_samples=count, sample_seed=seed)
+        groups = groups_of(own, _Encoder(tokenizer), positions=positions)
+        return [sample for group in groups for sample in group.make()]
+    answer = config.tokens_to_generate or NEEDLE_TOKENS
+    if max(config.lengths) + answer > positions:
+        raise ValueError(
+            f"--lengths {max(config.lengths)} and {answer} tokens to generate do not fit into the model's "
+            f"{positions} positions"
+        )
+    generator = NeedleGenerator(tokenizer, tasks=config.tasks, lengths=config.lengths, split=split, seed=seed)
+    return [
+        _needle(generator, task, length, i, tokens=answer)
+        for length in config.lengths
+        for task in config.tasks
+        for i in range(count)
+    ]
+
+
+def _needle(generator: NeedleGenerator, task: str, length: int, index: int, *, tokens: int) -> Sample:
+    made = generator.sample(length, index, task=task, length=length)
+
+    def answered(response: str) -> dict[str, Any]:
+        return {
+            "task": task,
+            "max_seq_length": length,
+            "index": index,
+            "pred": response,
+            "input": made.prompt,
+            "outputs": list(made.references),
+        }
+
+    return Sample((length, task, index), array("i", made.prompt_ids), tokens, answered)
+
+
+def responses(
+    samples: Sequence[Sample],
+    engine: RolloutEngine,
+    *,
+    chunk: int,
+    detokenize: Callable[[list[int]], str],
+    score: Callable[[Row], float],
+) -> Iterator[list[Row]]:
+    """Greedy responses, `chunk` at a time, in order of length; called by all ranks alike.
+
+    A row has the response's `tokens`, whether it `finished` by itself, its `score` in percent, and of its tokens the
+    ratio of different trigrams (`distinct`, None if it has none), the `loop` in tokens and the `loop_share`.
+    """
+    order = sorted(samples, key=lambda sample: (sample.tokens_to_generate, len(sample.tokens)))
+    for begin in range(0, len(order), chunk):
+        part = order[begin : begin + chunk]
+        sampling = Sampling(max_response_length=max(s.tokens_to_generate for s in part), greedy=True)
+        made = engine.generate([Prompt(tuple(s.tokens), index=begin + i) for i, s in enumerate(part)], sampling)
+        rows = []
+        for i, sample in enumerate(part):
+            length = int(made.lengths[i]) - int(made.finished[i])
+            ids = made.tokens[i, : min(length, sample.tokens_to_generate)].tolist()
+            row = sample.answered(detokenize(ids))
+            row |= {"tokens": len(ids), "finished": bool(made.finished[i]), "score": score(row)}
+            row |= {"distinct": distinct_ratio(ids, NGRAM), "loop": longest_loop(ids), "loop_share": loop_share(ids)}
+            rows.append(row)
+        yield rows
+
+
+def needle_score(row: Row) -> float:
+    """100 if the numbers of the response are those asked for and no others, else 0."""
+    return 100.0 * exact_match(row["pred"], row["outputs"])
+
+
+def ruler_score(row: Row) -> float:
+    """RULER's score of one response."""
+    return ruler.score(row["task"], [row["pred"]], [row["outputs"]])
+
+
+SCORES: Mapping[str, Callable[[Row], float]] = {"needle": needle_score, "ruler": ruler_score}
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means over responses: accuracy by length and in all, percent; repetition; how long the responses are."""
+    lengths = sorted({row["max_seq_length"] for row in rows})
+    distinct = [row["distinct"] for row in rows if row["distinct"] is not None]
+    return {
+        "accuracy": statistics.fmean(row["score"] for row in rows),
+        "accuracy_by_length": {
+            str(n): statistics.fmean(row["score"] for row in rows if row["max_seq_length"] == n) for n in lengths
+        },
+        "samples_by_length": {str(n): sum(row["max_seq_length"] == n for row in rows) for n in lengths},
+        f"distinct_{NGRAM}": statistics.fmean(distinct) if distinct else None,
+        "longest_loop": statistics.fmean(row["loop"] for row in rows),
+        "loop_share": 100 * statistics.fmean(row["loop_share"] for row in rows),
+        "unfinished": 100 * statistics.fmean(not row["finished"] for row in rows),
+        "response_tokens": statistics.fmean(row["tokens"] for row in rows),
+    }

@@ -1,0 +1,84 @@
+"""Perplexity of a text under a Megatron model, window by window, by the trainer's own forward.
+
+Shape letters: s tokens of a window, R = s - 1 predicted ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from megatron_longact.rl.batches.micro_batches import MicroBatch
+from megatron_longact.rl.log_probs import ResponseScorer, score_responses
+from megatron_longact.tasks.needle import Tokenizer, sentences_of
+from megatron_longact.tasks.pieces import PieceEncoder
+
+
+def text_windows(path: Path | None, tokenizer: Tokenizer, *, length: int, count: int) -> list[list[int]]:
+    """The first `count` windows of `length` tokens of a file, or of the built-in prose; ValueError for fewer.
+
+    Each begins with what the tokenizer begins a text with (`<s>`), if anything.
+    """
+    try:
+        text = path.read_text("utf-8") if path else " ".join(sentences_of("heldout"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read --text {path}: {error}") from error
+    pieces = PieceEncoder(tokenizer.tokenize)
+    ids, own = pieces.piece(text), length - len(pieces.prefix)
+    if len(ids) < own * count or own < 1:
+        raise ValueError(
+            f"{path or 'the built-in prose'} has {len(ids)} tokens, fewer than {count} windows of {length}; lower "
+            "--text-windows or --text-tokens"
+        )
+    return [pieces.prefix + ids[i * own : (i + 1) * own] for i in range(count)]
+
+
+def perplexity(
+    model: Sequence[nn.Module],
+    windows: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    pgs: ProcessGroupCollection,
+) -> float:
+    """The exponential of the mean negative log-likelihood, in nats, of all tokens but each window's first.
+
+    All windows have one length. Every replica scores all of them; the same number on all ranks.
+    """
+    scorer = ResponseScorer(temperature=1.0, vocab_size=vocab_size, tp_group=pgs.tp)
+    scored = score_responses(
+        model,
+        [_micro_batch(i, window) for i, window in enumerate(windows)],
+        scorer=scorer,
+        seq_length=len(windows[0]),
+        micro_batch_size=1,
+        pg_collection=pgs,
+    )
+    mean = float(torch.cat(scored).double().mean())
+    return math.exp(-mean) if mean > -700 else math.inf
+
+
+def _micro_batch(row: int, window: Sequence[int]) -> MicroBatch:
+    """A window as a row whose response is everything behind its first token."""
+    tokens = torch.tensor([list(window)])  # [1, s]
+    predicted = torch.arange(tokens.shape[1] - 1).unsqueeze(0)  # [1, R]
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    return MicroBatch(
+        rows=(row,),
+        tokens=tokens,
+        position_ids=torch.arange(tokens.shape[1]).unsqueeze(0),
+        token_mask=everything,
+        positions=predicted,
+        cu_seqlens=None,
+        targets=tokens[:, 1:].contiguous(),
+        response_mask=everything[:, 1:],
+        advantages=torch.zeros(1),
+        old_log_probs=None,
+        ref_log_probs=None,
+        importance_weights=None,
+        selected=None,
+    )

@@ -1,0 +1,1 @@
+"""Outliers among the channels of a model."""

@@ -1,0 +1,182 @@
+"""What `tools/observe.py` does: measure a model by context length, say what stands out, draw it, write it down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longact.analysis.activations.measurement import Measurement, Source, measure, pooled
+from megatron_longact.analysis.activations.models import Session
+from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.observe.outliers import Rope, Spread, rope_profile, spread_table, spreads, verdict
+from megatron_longact.config import Statistic, Tap
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
+from megatron_longact.reporting.run_log import Progress
+
+Length = int | None
+"""Tokens of the prompts; None: as a file has them."""
+RESULTS = "observation.json"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A model's measurements by context length, all tasks together."""
+
+    name: str
+    layout: QKVLayout
+    rope: Rope | None
+    by_length: Mapping[Length, Measurement]
+    statistic: Statistic
+    ratio: float
+
+    @property
+    def longest(self) -> Measurement:
+        """The measurement at the longest context: what table, heat maps and verdict are about."""
+        return list(self.by_length.values())[-1]
+
+    def spreads(self, measurement: Measurement, tap: Tap, statistic: Statistic | None = None) -> list[Spread]:
+        """Of one measurement, the largest outlier ratio first."""
+        return spreads(
+            measurement.channel_values(tap, statistic or self.statistic),
+            kv_channels=self.layout.kv_channels,
+            ratio=self.ratio,
+            rope=self.rope,
+        )
+
+    def rope_profiles(self, tap: Tap) -> dict[int, dict[str, Any]]:
+        """`rope_profile` of each layer's Q and K: {layer: {"q": [pairs], "k": [pairs]}}; of a model with RoPE."""
+        assert self.rope is not None
+        return {
+            layer: {part: rope_profile(scores, layout=self.layout, rope=self.rope) for part, scores in parts.items()}
+            for layer, parts in self.longest.channel_values(tap, self.statistic).items()
+        }
+
+
+def run(session: Session, options: PromptOptions, *, statistic: Statistic, ratio: float, output: Path) -> None:
+    """Observe each model of the session; several get a folder of their own each in `output`."""
+    for number, source in enumerate(session.sources):
+        observation = observe(source, options, session, statistic=statistic, ratio=ratio)
+        if session.first:
+            folder = output if number == 0 else output / source.name.replace(" ", "-").replace("/", "-")
+            write(observation, options, folder)
+            print(report(observation), f"pictures and {RESULTS} are in {folder}", sep="\n\n", file=session.terminal)
+
+
+def observe(
+    source: Source, options: PromptOptions, session: Session, *, statistic: Statistic, ratio: float
+) -> Observation:
+    """Measure a model on all tasks at each length."""
+    progress = Progress(len(options.lengths) * len(options.tasks), session.terminal)
+    by_length: dict[Length, Measurement] = {}
+    done = 0
+    for length in options.lengths:
+        parts = []
+        for task in options.tasks:
+            prompts = options.prompts(task=task, length=length, encode=source.encode, positions=source.positions)
+            parts.append(measure(source, prompts))
+            done += 1
+            if session.first:
+                progress.update(done, {"": f"{task} at {length or 'any'} tokens"})
+        by_length[length] = pooled(parts)
+    if session.first:
+        progress.close()
+    rope = None if source.inv_freq is None else Rope(source.inv_freq, source.rope_interleaved)
+    return Observation(source.name, source.layout, rope, by_length, statistic, ratio)
+
+
+def report(observation: Observation) -> str:
+    """Table and verdict."""
+    rows = observation.spreads(observation.longest, "projection")
+    norm = observation.spreads(observation.longest, "norm") if "norm" in observation.longest.taps else []
+    after = {(row.layer, row.part): row for row in norm}
+    shown = spread_table(rows, ratio=observation.ratio, after_norm=after)
+    lengths = _name(list(observation.by_length)[-1])
+    title = (
+        f"{observation.statistic} of the projections' outputs at {lengths}, {observation.longest.tokens} tokens in all"
+    )
+    return "\n\n".join([title, shown, "\n".join(verdicts(observation))])
+
+
+def verdicts(observation: Observation) -> list[str]:
+    """What one should know, a sentence each."""
+    rows = observation.spreads(observation.longest, "projection")
+    lines = [verdict(observation.name, rows, ratio=observation.ratio)]
+    if "norm" in observation.longest.taps:
+        largest = observation.spreads(observation.longest, "norm")[0]
+        lines.append(
+            f"after q/k-layernorm the largest is {largest.outlier_ratio:.1f} times the median, in layer "
+            f"{largest.layer} {largest.part.upper()}"
+        )
+    if len(observation.by_length) > 1:
+        ratios = [observation.spreads(each, "projection")[0].outlier_ratio for each in observation.by_length.values()]
+        at = ", ".join(f"{r:.1f} at {_name(length)}" for length, r in zip(observation.by_length, ratios, strict=True))
+        lines.append(f"by context length the largest ratio is {at}")
+    if observation.rope is not None:
+        lines.append(_where(observation))
+    return lines
+
+
+def _where(observation: Observation) -> str:
+    """In which half of the RoPE frequencies the largest channels are."""
+    rope = observation.rope
+    assert rope is not None
+    middle = sorted(rope.wavelengths)[len(rope.wavelengths) // 2]
+    rows = observation.spreads(observation.longest, "projection")
+    slow = sum(row.wavelength is not None and row.wavelength >= middle for row in rows)
+    return (
+        f"the largest channel turns slowly (RoPE wavelength {middle:.3g} tokens or more, the slower half of the "
+        f"frequencies) in {slow} of {len(rows)} Q and K projections"
+    )
+
+
+def _name(length: Length) -> str:
+    return "the prompts' own length" if length is None else f"{length} tokens"
+
+
+def as_json(observation: Observation, options: PromptOptions) -> dict[str, Any]:
+    """Everything in numbers."""
+    lengths = {
+        str(length or "any"): {
+            "tokens": measured.tokens,
+            "taps": {
+                tap: {stat: [asdict(row) for row in observation.spreads(measured, tap, stat)] for stat in STATISTICS}
+                for tap in measured.taps
+            },
+        }
+        for length, measured in observation.by_length.items()
+    }
+    return {
+        "model": observation.name,
+        "verdict": verdicts(observation),
+        "statistic": observation.statistic,
+        "ratio": observation.ratio,
+        "layout": asdict(observation.layout),
+        "layers_counted_from": 0,
+        "prompts": {"tasks": options.tasks, "num_samples": options.num_samples, "seed": options.seed},
+        "lengths": lengths,
+        "rope": None if observation.rope is None else _rope_json(observation, observation.rope),
+    }
+
+
+def _rope_json(observation: Observation, rope: Rope) -> dict[str, Any]:
+    profiles = {
+        tap: {
+            layer: {part: values.tolist() for part, values in parts.items()}
+            for layer, parts in observation.rope_profiles(tap).items()
+        }
+        for tap in observation.longest.taps
+    }
+    return {"wavelengths_tokens": rope.wavelengths, "largest_over_median": profiles}
+
+
+def write(observation: Observation, options: PromptOptions, folder: Path) -> None:
+    """Pictures and JSON into a folder."""
+    from megatron_longact.analysis.observe import plots as observe_plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps(as_json(observation, options), indent=1) + "\n")
+    observe_plots.write(observation, folder)

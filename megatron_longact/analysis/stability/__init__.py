@@ -1,0 +1,1 @@
+"""How stable a selection is."""

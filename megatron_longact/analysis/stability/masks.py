@@ -1,0 +1,55 @@
+"""Masks that runs made themselves: out of checkpoints with LongAct's state, or files of `tools/export_mask.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_longact.analysis.activations.measurement import run_name
+from megatron_longact.analysis.stability.overlap import Choice
+from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
+from megatron_longact.safetensors_files import read_header
+from megatron_longact.selection import QK
+
+_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qk])_proj")
+
+
+def read_choices(paths: list[Path]) -> tuple[list[Choice], tuple[int, ...]]:
+    """The masks in all paths, and the layers they are of, from 0.
+
+    A path is a mask file, a checkpoint folder, of which every iteration with a mask is taken, or one iteration's
+    folder. Raises `ValueError` for a path without a mask, and if the layers are not the same.
+    """
+    found = [each for path in paths for each in (_of_file(path) if path.is_file() else _of_folder(path))]
+    layers = {numbers for _, numbers in found}
+    if len(layers) != 1:
+        raise ValueError(f"--masks are of different layers: {sorted(layers)}")
+    return [choice for choice, _ in found], layers.pop()
+
+
+def _of_file(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
+    tensors = {match.groups(): t for name, t in read_header(path)[0].items() if (match := _NAME.fullmatch(name))}
+    layers = sorted({int(layer) for layer, _ in tensors})
+    missing = [f"layer {layer} {part}" for layer in layers for part in "qk" if (str(layer), part) not in tensors]
+    if not layers or missing:
+        raise ValueError(f"--masks {path} holds no mask for {missing[0] if missing else 'any layer'}")
+    parts = (torch.stack([tensors[str(layer), part].read().bool() for layer in layers]) for part in "qk")
+    yield Choice(path.stem, QK(*parts)), tuple(layers)
+
+
+def _of_folder(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
+    folders = sorted(each for each in path.glob("iter_*") if each.is_dir()) or [iteration_folder(path)]
+    run = run_name(path if folders[0] != path else path.parent)
+    none = True
+    for folder in folders:
+        state = (read_common_state(folder).get("opt_param_scheduler") or {}).get("longact")
+        if state is not None and state["masks"] is not None:
+            none = False
+            masks = QK(*(state["masks"][part].bool() for part in ("q", "k")))
+            number = folder.name.removeprefix("iter_").lstrip("0") or "0"
+            yield Choice(f"{run} {number}", masks), tuple(number - 1 for number in state["layer_numbers"])
+    if none:
+        raise ValueError(f"--masks {path}: none of its checkpoints holds a mask of LongAct")

@@ -1,0 +1,223 @@
+"""What `tools/stability.py` does: choose rows in many ways, compare the choices, and say whether one would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_longact.analysis.activations.measurement import Measurement, Source, measure, pooled
+from megatron_longact.analysis.activations.models import Session
+from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.stability.masks import read_choices
+from megatron_longact.analysis.stability.overlap import Choice, Overlap, overlap, verdict
+from megatron_longact.config import LongActConfig
+from megatron_longact.conversion.plan import table
+from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reporting.run_log import Progress
+from megatron_longact.selection import select_masks
+
+RESULTS = "stability.json"
+DEFINITIONS = "statistics and taps"
+"""The axis that does not change while a model is trained, so the verdict leaves it out."""
+RUNS = "runs' own masks"
+
+
+@dataclass
+class Survey:
+    """Measurements of the models of a command, and how rows are chosen from them."""
+
+    config: LongActConfig
+    layout: QKVLayout | None = None
+    layer_numbers: tuple[int, ...] = ()
+    tasks: dict[str, Measurement] = field(default_factory=dict)
+    lengths: dict[str, Measurement] = field(default_factory=dict)
+    seeds: dict[str, Measurement] = field(default_factory=dict)
+    checkpoints: dict[str, Measurement] = field(default_factory=dict)
+
+    def overlaps(self) -> list[Overlap]:
+        """Of every axis with two choices or more."""
+        axes = {
+            "tasks": self.tasks,
+            "context lengths": self.lengths,
+            "seeds": self.seeds,
+            "checkpoints": self.checkpoints,
+        }
+        found = {axis: [self._choose(name, each) for name, each in of.items()] for axis, of in axes.items()}
+        if self.lengths:
+            found[DEFINITIONS] = self._definitions(list(self.lengths.values())[-1])
+        return [overlap(axis, of, self.layer_numbers) for axis, of in found.items() if len(of) > 1]
+
+    def own(self) -> list[Choice]:
+        """What each model chooses at the longest length."""
+        return [self._choose(name, each) for name, each in self.checkpoints.items()]
+
+    def _choose(self, name: str, measured: Measurement, config: LongActConfig | None = None) -> Choice:
+        config = config or self.config
+        if (config.tap, config.statistic) not in measured.scores:
+            raise ValueError(f"--tap {config.tap}: this model has no q/k-layernorm; --tap projection would work")
+        scores = measured.scores[config.tap, config.statistic]
+        assert self.layout is not None
+        return Choice(name, select_masks(scores, layout=self.layout, config=config), scores)
+
+    def _definitions(self, measured: Measurement) -> list[Choice]:
+        settings = {**asdict(self.config), "import_mask": ""}
+        return [
+            self._choose(
+                f"{statistic}, {tap}", measured, LongActConfig(**{**settings, "tap": tap, "statistic": statistic})
+            )
+            for tap, statistic in measured.scores
+        ]
+
+
+def run(
+    models: AbstractContextManager[Session] | None,
+    options: PromptOptions,
+    config: LongActConfig,
+    *,
+    masks: list[Path],
+    num_seeds: int,
+    output: Path,
+    terminal: TextIO,
+) -> None:
+    """Survey the models, if any, and the masks, if any; write and say what came out.
+
+    Raises `ValueError` if there is nothing to compare.
+    """
+    if num_seeds < 1:
+        raise ValueError(f"--num-seeds is {num_seeds}; it must be at least 1")
+    overlaps: list[Overlap] = []
+    if models is not None:
+        with models as session:
+            survey = measured(session, options, config, num_seeds=num_seeds)
+            overlaps, terminal, first = survey.overlaps(), session.terminal, session.first
+            if first:
+                overlaps = overlaps + _of_runs(masks, survey.own())
+                finish(overlaps, options, config, output=output, terminal=terminal)
+        return
+    finish(_of_runs(masks, []), options, config, output=output, terminal=terminal)
+
+
+def _of_runs(masks: list[Path], own: list[Choice]) -> list[Overlap]:
+    """The masks of runs against each other; own: what is taken to stand beside a single one."""
+    if not masks:
+        return []
+    choices, layers = read_choices(masks)
+    if len(choices) == 1 and not own:
+        raise ValueError(f"--masks holds one mask, {choices[0].name}: give another one, or a model, to compare it with")
+    return [overlap(RUNS, choices if len(choices) > 1 else [*own[:1], *choices], layers)]
+
+
+def measured(session: Session, options: PromptOptions, config: LongActConfig, *, num_seeds: int) -> Survey:
+    """The first model on every task, length and seed, the others at the longest length.
+
+    Lengths, seeds and checkpoints are compared over all tasks together; all but lengths at the longest one.
+    """
+    survey = Survey(config)
+    for source in session.sources:
+        prober = _Prober(source, options, session)
+        seeds = [options.seed + i for i in range(num_seeds)]
+        if not survey.checkpoints:
+            survey.layout, survey.layer_numbers = source.layout, source.layer_numbers
+            cells = {length: prober.tasks(length, options.seed) for length in options.lengths}
+            survey.tasks = cells[options.lengths[-1]]
+            survey.lengths = {_name(length): pooled(list(of.values())) for length, of in cells.items()}
+            whole = survey.lengths[_name(options.lengths[-1])]
+            others = {f"seed {s}": pooled(list(prober.tasks(options.lengths[-1], s).values())) for s in seeds[1:]}
+            survey.seeds = {f"seed {seeds[0]}": whole, **others}
+        else:
+            whole = pooled(list(prober.tasks(options.lengths[-1], options.seed).values()))
+        survey.checkpoints[_unused(source.name, survey.checkpoints)] = whole
+    return survey
+
+
+@dataclass(frozen=True)
+class _Prober:
+    source: Source
+    options: PromptOptions
+    session: Session
+
+    def tasks(self, length: int | None, seed: int) -> dict[str, Measurement]:
+        """Each task's measurement."""
+        found = {}
+        progress = Progress(len(self.options.tasks), self.session.terminal)
+        for task in self.options.tasks:
+            prompts = self.options.prompts(
+                task=task, length=length, seed=seed, encode=self.source.encode, positions=self.source.positions
+            )
+            found[task] = measure(self.source, prompts)
+            if self.session.first:
+                progress.update(len(found), {"": f"{self.source.name}, {task} at {_name(length)}, seed {seed}"})
+        if self.session.first:
+            progress.close()
+        return found
+
+
+def _name(length: int | None) -> str:
+    return "own length" if length is None else f"{length} tokens"
+
+
+def _unused(name: str, used: dict[str, Measurement]) -> str:
+    return name if name not in used else f"{name} ({len(used) + 1})"
+
+
+def finish(
+    overlaps: list[Overlap],
+    options: PromptOptions,
+    config: LongActConfig,
+    *,
+    output: Path,
+    terminal: TextIO,
+) -> None:
+    """Write and print everything."""
+    if not overlaps:
+        raise ValueError("there is nothing to compare: give several tasks, lengths, seeds, checkpoints or masks")
+    words = conclusion(overlaps)
+    output.mkdir(parents=True, exist_ok=True)
+    results = as_json(overlaps, options, config, words) if overlaps else {}
+    (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    from megatron_longact.analysis.stability import plots as stability_plots
+
+    stability_plots.write(overlaps, output)
+    print(report(overlaps), words, f"pictures and {RESULTS} are in {output}", sep="\n\n", file=terminal)
+
+
+def conclusion(overlaps: Sequence[Overlap]) -> str:
+    """The verdict over what changes while a model is trained."""
+    changing = [each for each in overlaps if each.axis != DEFINITIONS]
+    if not changing:
+        return "no verdict: only statistics and taps were compared; give several tasks, lengths, seeds or checkpoints"
+    return verdict(changing)
+
+
+def report(overlaps: Sequence[Overlap]) -> str:
+    """A line for each axis."""
+    header = ("Jaccard overlap by", "choices", "mean", "lowest", "chance", "least carried", "lowest between")
+    lines = [
+        (
+            each.axis,
+            str(len(each.names)),
+            f"{each.mean:.3f}",
+            f"{each.worst[0]:.3f}",
+            f"{each.mean_chance:.3f}",
+            "-" if each.least_carried is None else f"{each.least_carried:.1%}",
+            each.worst[1],
+        )
+        for each in overlaps
+    ]
+    return table(header, lines)
+
+
+def as_json(overlaps: Sequence[Overlap], options: PromptOptions, config: LongActConfig, words: str) -> dict[str, Any]:
+    """Everything in numbers."""
+    chosen = {name: getattr(config, name) for name in ("ratio", "scope", "statistic", "tap")}
+    prompts = {"tasks": options.tasks, "lengths": options.lengths, "num_samples": options.num_samples}
+    return {
+        "verdict": words,
+        "selection": chosen,
+        "prompts": {**prompts, "seed": options.seed},
+        "axes": {each.axis: each.as_json() for each in overlaps},
+    }

@@ -1,0 +1,140 @@
+"""What every engine of generation has in common: prompts, responses, and a model that generates for a while.
+
+Shapes: n responses, R response tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.inference.utils import InferenceMode
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_longact.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One response to be made: `tokens`, and which prompt and which of its samples it is.
+
+    `index` and `sample` choose the random numbers. Equal `tokens` are prefilled together.
+    """
+
+    tokens: tuple[int, ...]
+    index: int
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses in the order of their prompts, on the CPU, identical on all ranks.
+
+    tokens: int64 [n, R], the end-of-text token where nothing was sampled; lengths: int64 [n], the
+    token that ends a response included; log_probs: fp32 [n, R] of the distribution that was sampled, 0 where
+    nothing was; finished: bool [n], whether the response ended by itself.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    finished: Tensor
+
+
+class RolloutEngine(Protocol):
+    """Makes one response for each prompt; called by all ranks with the same arguments."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """Responses in the order of the prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that end a response: `eod`, which also fills what lies behind, and others."""
+
+    eod: int
+    others: Sequence[int] = ()
+
+    def found_in(self, tokens: Tensor) -> Tensor:
+        """Where an end stands: bool, in the shape of the tokens."""
+        found = tokens == self.eod
+        for other in self.others:
+            found |= tokens == other
+        return found
+
+    def as_eod(self, tokens: Tensor) -> Tensor:
+        """The tokens with eod in place of each end: Megatron's engines know one."""
+        return tokens.masked_fill(self.found_in(tokens), self.eod) if self.others else tokens
+
+    def cut(self, tokens: Tensor, log_probs: Tensor) -> Rollouts:
+        """Cut each response after its first end; tokens and log_probs are [n, R]."""
+        ends = self.found_in(tokens)
+        kept = ends.long().cumsum(-1) - ends.long() == 0
+        return Rollouts(
+            tokens=tokens.masked_fill(~kept, self.eod),
+            lengths=kept.sum(-1),
+            log_probs=log_probs.masked_fill(~kept, 0.0),
+            finished=ends.any(-1),
+        )
+
+
+def from_all_replicas(*parts: Tensor, dp_group: ProcessGroup) -> list[Tensor]:
+    """Sums over the replicas, on the CPU; each row stands on one of them and is zero elsewhere, so it is exact."""
+    if dp_group.size() == 1:
+        return list(parts)
+    on_device = [part.cuda() for part in parts]
+    for part in on_device:
+        torch.distributed.all_reduce(part, group=dp_group)
+    return [part.cpu() for part in on_device]
+
+
+@contextmanager
+def generation_mode(model: nn.Module) -> Iterator[None]:
+    """Make `model` a generator for the duration of the block; then all is as it was before.
+
+    Enters the engine's `InferenceMode` and `eval()` without gradients. On the way out, also when an
+    exception flies: the flag, every module's mode, every generator (python, numpy, torch CPU and
+    device, Megatron's tracker), and no RoPE table made under `torch.inference_mode` stays cached.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    generators = _generator_states()
+    was_active = InferenceMode.is_active()
+    InferenceMode.set_active()
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        if not was_active:
+            InferenceMode.unset_active()
+        for module, training in was_training.items():
+            module.training = training
+            if hasattr(module.forward, "cache_clear"):
+                module.forward.cache_clear()
+        _restore_generators(generators)
+
+
+def _generator_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])

@@ -1,0 +1,43 @@
+"""Which of the two engines makes the responses."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.global_vars import get_tokenizer
+from torch import nn
+
+from megatron_longact.generation.dynamic import DynamicRolloutEngine, inference_config_from_args
+from megatron_longact.generation.engine import RolloutEngine
+from megatron_longact.generation.static import StaticRolloutEngine
+from megatron_longact.generation.vocabulary import vocabulary_from_args
+
+
+def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
+    """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one.
+
+    args: Megatron's; model: its chunks, of which there must be one. What can be drawn, and what ends a response:
+    `vocabulary_from_args`.
+    """
+    vocabulary, unwrapped = vocabulary_from_args(args, get_tokenizer()), unwrap_model(model[0])
+    if args.inference_dynamic_batching:
+        return DynamicRolloutEngine(
+            unwrapped,
+            config=inference_config_from_args(args, unwrapped),
+            eod=vocabulary.eod,
+            stop_ids=vocabulary.stop_ids[1:],
+            vocab_size=vocabulary.size,
+            dp_group=pgs.dp,
+            mp_group=pgs.mp,
+        )
+    return StaticRolloutEngine(
+        unwrapped,
+        eod=vocabulary.eod,
+        stop_ids=vocabulary.stop_ids[1:],
+        vocab_size=vocabulary.size,
+        max_batch_size=args.inference_max_requests,
+        dp_group=pgs.dp,
+    )

@@ -1,0 +1,220 @@
+"""Responses from megatron-core's inference engine, made with the very model that is being trained.
+
+All ranks call `generate` together, between two training steps and never inside a data iterator.
+Shapes: n responses, R response tokens, b rows of one engine batch, s prompt tokens, V vocabulary.
+
+What the static engine does behind one's back (megatron-core 0.19) and what is done about it here:
+
+- its constructor puts the process into `InferenceMode` for good, `generate` seeds torch's global
+  generator, `eval()` stays on, RoPE tables made in `torch.inference_mode` stay cached and cannot be
+  used in a training forward: `generation_mode` undoes all of it;
+- prompts of different length prefill to the shortest and go on token by token: a batch here holds
+  prompts of one length;
+- one generator and the first request's sampling parameters serve the whole batch, log-probs are
+  those of the untempered logits in the logits' dtype, and the end-of-text token is cut off:
+  `_Controller` samples, keeps fp32 log-probs and counts that token;
+- it stops at one token: of the tokens that end a response it is told that each is that one;
+- a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.engines import StaticInferenceEngine
+from megatron.core.inference.inference_request import InferenceRequest, Status
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_longact.generation.engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
+from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+
+
+class StaticRolloutEngine:
+    """Rollouts by `StaticInferenceEngine` with a KV cache, at the model's own TP and PP size.
+
+    model: the unwrapped GPTModel; eod: the token that ends a response, and fills what lies behind an end;
+    stop_ids: others that end one; vocab_size: ids from it on, the model's padded ones, are never sampled;
+    max_batch_size: responses made at once by one model replica; dp_group: ranks that share the prompts among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eod: int,
+        vocab_size: int,
+        max_batch_size: int,
+        dp_group: ProcessGroup,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        self.model = model
+        self.eod = eod
+        self.ends = Ends(eod, stop_ids)
+        self.vocab_size = vocab_size
+        self.max_batch_size = max_batch_size
+        self.dp_group = dp_group
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
+        """See `RolloutEngine`; the model's mode and all generators are kept."""
+        n, length = len(prompts), sampling.max_response_length
+        tokens = torch.zeros(n, length, dtype=torch.int64)
+        log_probs = torch.zeros(n, length, dtype=torch.float32)
+        with generation_mode(self.model):
+            for rows in self._own_batches(prompts):
+                draws = self._generate_batch([prompts[row] for row in rows], sampling)
+                made = len(draws.tokens)
+                tokens[rows, :made] = torch.stack(draws.tokens, dim=1).cpu()
+                log_probs[rows, :made] = torch.stack(draws.log_probs, dim=1).cpu()
+                tokens[rows, made:] = self.eod
+        return self.ends.cut(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group))
+
+    def _own_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Rows of this replica's prompts, batch by batch: one length each, equal prompts adjacent.
+
+        Equal prompts stay on one replica; the replicas take turns in order of length.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row].tokens), prompts[row].index))
+        groups = [list(rows) for _, rows in groupby(order, key=lambda r: prompts[r].tokens)]
+        own = groups[self.dp_group.rank() :: self.dp_group.size()]
+        for _, same_length in groupby(own, key=lambda rows: len(prompts[rows[0]].tokens)):
+            rows = [row for group in same_length for row in group]
+            for begin in range(0, len(rows), self.max_batch_size):
+                yield rows[begin : begin + self.max_batch_size]
+
+    def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> _Draws:
+        prompt_length = len(prompts[0].tokens)
+        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, ends=self.ends)
+        context = StaticInferenceContext(
+            max_batch_size=len(prompts),
+            max_sequence_length=prompt_length + sampling.max_response_length,
+        )
+        wrapper = _Wrapper(self.model, context, copies=_common_copies(prompts))
+        engine = _Engine(_Controller(wrapper, draws, eod=self.eod), legacy=True)
+        params = SamplingParams(num_tokens_to_generate=sampling.max_response_length)
+        engine.generate(
+            inference_requests=[
+                InferenceRequest(
+                    request_id=i,
+                    prompt="",
+                    sampling_params=params,
+                    prompt_tokens=list(prompt.tokens),
+                    arrival_time=0.0,
+                    status=Status.ACTIVE_BUT_NOT_GENERATING_TOKENS,
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+        )
+        return draws
+
+
+class _Draws:
+    """What one batch samples: the random numbers that it uses, tokens and log-probs [b] a step."""
+
+    def __init__(self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int, ends: Ends) -> None:
+        self.sampling = sampling
+        self.ends = ends
+        self.vocab_size = vocab_size
+        self.tokens: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+        self._uniforms = torch.from_numpy(
+            np.stack(
+                [
+                    uniform_numbers(
+                        sampling.seed,
+                        sampling.step,
+                        prompt.index,
+                        prompt.sample,
+                        count=sampling.max_response_length,
+                    )
+                    for prompt in prompts
+                ]
+            )
+        )
+
+    def next(self, logits: Tensor) -> Tensor:
+        """The next token [b] of each row, from logits [b, padded V], as the engine is to see it."""
+        log_probs = sampled_log_probs(logits[:, : self.vocab_size], sampling=self.sampling)
+        if self.sampling.greedy:
+            tokens = log_probs.argmax(-1)
+        else:
+            uniforms = self._uniforms[:, len(self.tokens)].to(log_probs.device)
+            tokens = draw(log_probs, uniforms)
+        self.tokens.append(tokens)
+        self.log_probs.append(log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+        return self.ends.as_eod(tokens)
+
+
+class _Controller(TextGenerationController):
+    """The engine's sampling loop with our sampling in it, and without turning tokens into text."""
+
+    def __init__(self, wrapper: GPTInferenceWrapper, draws: _Draws, *, eod: int) -> None:
+        super().__init__(wrapper, _EndOfText(eod))
+        self.draws = draws
+
+    def sample_from_logits(self, last_token_logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.draws.next(last_token_logits)
+
+    def detokenize_generations(self, *args: Any, **kwargs: Any) -> tuple[str, None]:
+        return "", None
+
+
+@dataclass(frozen=True)
+class _EndOfText:
+    """All that the engine's loop asks of a tokenizer."""
+
+    eod: int
+
+
+class _Engine(StaticInferenceEngine):
+    """The static engine without its progress bar."""
+
+    def run_engine(self) -> None:
+        while self.scheduler.have_requests_pending():
+            requests = self.scheduler.active_request_pool.copy()
+            done = self.controller.generate_all_output_tokens_static_batch(requests, OrderedDict())
+            self.scheduler.update_requests_pools(result_dict=done)
+
+
+class _Wrapper(GPTInferenceWrapper):
+    """The model behind the engine; prefills one row in `copies`, for rows that are equal."""
+
+    def __init__(self, model: nn.Module, context: StaticInferenceContext, *, copies: int) -> None:
+        super().__init__(model, context)
+        self.copies = copies
+
+    def run_one_forward_step(
+        self, inference_input: dict[str, Any], recv_buffer_seq_len: int | None = None
+    ) -> Tensor | None:
+        if self.copies == 1 or self.inference_context.sequence_len_offset > 0:
+            return super().run_one_forward_step(inference_input, recv_buffer_seq_len)
+        rows = inference_input["tokens"].shape[0]
+        for name in ("tokens", "position_ids"):
+            inference_input[name] = inference_input[name][:: self.copies]
+        logits = super().run_one_forward_step(inference_input, recv_buffer_seq_len)
+        with torch.inference_mode():
+            for memory in self.inference_context.key_value_memory_dict.values():
+                for cache in memory:  # [s, b, groups, channels]
+                    unique = cache[:, : rows // self.copies]
+                    cache.copy_(unique.repeat_interleave(self.copies, dim=1))
+            return None if logits is None else logits.repeat_interleave(self.copies, dim=0)
+
+
+def _common_copies(prompts: Sequence[Prompt]) -> int:
+    """How often each prompt occurs in a row, if all do equally often; else 1."""
+    counts = {len(list(rows)) for _, rows in groupby(prompts, key=lambda prompt: prompt.tokens)}
+    return counts.pop() if len(counts) == 1 else 1

@@ -1,0 +1,93 @@
+"""What the tools share: a user's mistake ends them with one line, and they start Megatron by themselves."""
+
+import os
+import sys
+import time
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_STORES: list[Any] = []
+
+
+def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
+    """The exit status of a tool: 0; or 1 with one line on stderr, from rank 0, for a `ValueError` of this package."""
+    try:
+        action()
+        end_together()
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{tool}:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks when the first one ends
+        return 1
+    return 0
+
+
+def add_overwrite_arg(parser: ArgumentParser) -> None:
+    """Add `--overwrite`, for `check_new`."""
+    parser.add_argument("--overwrite", action="store_true", help="Replace the results that an earlier call left there.")
+
+
+def check_new(results: Path | None, *, overwrite: bool, flag: str = "--output") -> None:
+    """Raise `ValueError` if an earlier call has left its results there; flag: the one that names another place."""
+    if results is not None and not overwrite and results.exists():
+        raise ValueError(f"{results} is there already: give another {flag}, or --overwrite to replace it")
+
+
+def end_together() -> None:
+    """Wait for the other ranks, then leave them: one that closes its connections early breaks the others' last call."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether it is a `ValueError` that this package raised itself; one from anywhere else is a crash."""
+    if not isinstance(error, ValueError):
+        return False
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("megatron_longact.")
+
+
+def become_megatron_program(argv: list[str], *, cpu: bool) -> None:
+    """Set this process up for Megatron's parser, which reads `sys.argv`; see `megatron_flags`."""
+    sys.argv[1:] = megatron_flags(argv, cpu=cpu)
+
+
+def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
+    """Flags for Megatron, with what a CPU run needs, which is switched on; and an address for a process alone.
+
+    cpu: run on the CPU, which without a GPU happens by itself. Call it before Megatron is imported.
+    """
+    import torch
+
+    from megatron_longact.megatron import apex
+
+    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
+        _keep_own_store()
+    gpu = not cpu and torch.cuda.device_count() > 0
+    remark = apex.settle(gpu=gpu)
+    if remark and os.environ.get("RANK", "0") == "0":
+        print(remark, file=sys.stderr)
+    if gpu:
+        return flags
+    from megatron_longact.megatron import cpu as cpu_mode
+
+    cpu_mode.enable_cpu_mode()
+    return flags + cpu_mode.missing_cpu_flags(flags)
+
+
+def _keep_own_store() -> None:
+    """Keep a store until the process ends, as torchrun does: on a port that the system picks when it is bound."""
+    import torch.distributed as dist
+
+    _STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True))  # type: ignore[attr-defined]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_STORES[-1].port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"

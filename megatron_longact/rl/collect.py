@@ -1,0 +1,132 @@
+"""One rollout step: tasks, responses, rewards, advantages, and log-probs by the trainer's forward."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_longact.generation.engine import Prompt, RolloutEngine
+from megatron_longact.rl.batches.rollout_batch import RolloutBatch
+from megatron_longact.rl.config import RLConfig
+from megatron_longact.rl.heldout import Judge
+from megatron_longact.rl.log_probs import TrainerLogProbs
+from megatron_longact.rl.objectives.advantages import group_relative_advantages
+from megatron_longact.rl.objectives.importance_weights import truncated_importance_weights
+from megatron_longact.rl.objectives.overlong import overlong_penalty
+from megatron_longact.rl.reference import ReferenceWeights
+
+
+class Collector:
+    """Makes rollout batches with the model as it is; called by all ranks, between optimizer steps."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        *,
+        engine: RolloutEngine,
+        judge: Judge,
+        trainer_log_probs: TrainerLogProbs,
+        reference: ReferenceWeights | None,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._judge = judge
+        self._trainer_log_probs = trainer_log_probs
+        self._reference = reference
+
+    def rollouts(self, step: int) -> RolloutBatch:
+        """Responses, rewards and advantages of a rollout step.
+
+        With dynamic sampling, groups whose rewards are all equal are thrown out and more prompts are
+        sampled until the batch is full. Raises ValueError if `max_sampling_rounds` do not fill it.
+        """
+        config = self._config
+        kept: list[RolloutBatch] = []
+        sampled = thrown_out = without_spread = 0
+        for round_ in range(config.max_sampling_rounds):
+            made, spread = self._sample(step, first=round_ * config.prompts_per_step)
+            wanted = spread if config.dynamic_sampling else torch.ones_like(spread)
+            kept.append(made.select(wanted.repeat_interleave(config.group_size).nonzero().flatten().tolist()))
+            sampled += len(spread)
+            thrown_out += int((~wanted).sum())
+            without_spread += int((~spread).sum())
+            if sum(map(len, kept)) >= config.responses_per_step:
+                break
+        else:
+            raise ValueError(_not_full(config, step=step, sampled=sampled, kept=sampled - thrown_out))
+        batch = RolloutBatch.concatenate(kept).select(list(range(config.responses_per_step)))
+        batch.counts = {
+            "groups_sampled": sampled,
+            "groups_without_spread": without_spread,
+            "groups_thrown_out": sampled - config.prompts_per_step,
+        }
+        return batch
+
+    def _sample(self, step: int, *, first: int) -> tuple[RolloutBatch, Tensor]:
+        """A group of responses to each of the prompts `first`, `first + 1`, ... of a rollout step.
+
+        With them, bool [groups], whether the tasks' own rewards differ in a group; what is taken off for length does
+        not count there.
+        """
+        config = self._config
+        group = config.group_size
+        tasks = self._judge.environment.training_tasks(step, count=config.prompts_per_step, first=first)
+        prompts = [Prompt(t.prompt, first + i, j) for i, t in enumerate(tasks) for j in range(group)]
+        rollouts = self._engine.generate(prompts, replace(config.sampling, step=step))
+        scores = self._judge.score([task for task in tasks for _ in range(group)], rollouts)
+        rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32)
+        by_group = rewards.view(-1, group)
+        spread = by_group.amax(1) != by_group.amin(1)
+        if config.overlong_buffer_length:
+            rewards = rewards + overlong_penalty(
+                rollouts.lengths,
+                max_response_length=config.sampling.max_response_length,
+                buffer_length=config.overlong_buffer_length,
+                penalty_factor=config.overlong_penalty_factor,
+            )
+        batch = RolloutBatch(
+            step=step,
+            prompts=[prompt.tokens for prompt in prompts],
+            responses=rollouts.tokens,
+            lengths=rollouts.lengths,
+            rollout_log_probs=rollouts.log_probs,
+            rewards=rewards,
+            correct=torch.tensor([score.correct for score in scores]),
+            finished=rollouts.finished,
+            advantages=group_relative_advantages(
+                rewards,
+                torch.tensor([prompt.index for prompt in prompts]),
+                normalize_std=config.normalize_advantages,
+            ),
+        )
+        return batch, spread
+
+    def add_log_probs(self, batch: RolloutBatch) -> None:
+        """Set `old_log_probs`, and what rests on them, and `ref_log_probs` if there is a reference."""
+        batch.old_log_probs = self._log_probs(batch, nullcontext())
+        if self._reference is not None:
+            batch.ref_log_probs = self._log_probs(batch, self._reference.swapped_in())
+        if self._config.importance_level is not None:
+            batch.importance_weights = truncated_importance_weights(
+                batch.old_log_probs,
+                batch.rollout_log_probs,
+                batch.response_mask,
+                level=self._config.importance_level,
+                threshold=self._config.importance_threshold,
+            )
+
+    def _log_probs(self, batch: RolloutBatch, weights: AbstractContextManager[None]) -> Tensor:
+        with weights:
+            return self._trainer_log_probs.of_batch(batch)
+
+
+def _not_full(config: RLConfig, *, step: int, sampled: int, kept: int) -> str:
+    return (
+        f"dynamic sampling: of {sampled} groups sampled in rollout step {step} only {kept} had rewards that differ, "
+        f"and --grpo-prompts-per-step is {config.prompts_per_step}; the tasks are too easy or too hard for the model: "
+        "mix others in, raise --grpo-group-size or --max-sampling-rounds, or leave "
+        "--grpo-filter-groups-with-same-reward off"
+    )

@@ -1,0 +1,110 @@
+"""Prompts into tokens with Megatron's tokenizers: strings as they are, message lists by a chat template.
+
+`--tokenizer-type` makes the tokenizer. A Hugging Face one brings its template and its special tokens along. Of a
+SentencePiece one Megatron renders the template with nothing but the messages (`bos_token` and the like are empty in it)
+and encodes what comes out as plain text, so control pieces such as `</s>` cannot be written by a template.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longact.tasks.pieces import PieceEncoder
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation; each message has a `role` and a `content`."""
+
+_HUGGING_FACE = ("huggingface", "megatron")
+"""Megatron's names of the tokenizer libraries that wrap one of `transformers`."""
+
+_ANSWER = "the-answer-of-the-assistant"
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as text, which rewards get to see, and as the tokens that the model reads."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class PromptEncoder:
+    """Encodes prompts.
+
+    tokenizer: one of Megatron's (`tokenize`, `apply_chat_template`, `chat_template`, `library`); for string prompts
+    anything with `tokenize`. chat_template: in Jinja, used instead of the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._pieces = PieceEncoder(tokenizer.tokenize)
+        self._template = chat_template or own_template(tokenizer)
+
+    def encode(self, prompt: str | Messages) -> EncodedPrompt:
+        """Text and tokens; a message list ends where the assistant's turn begins.
+
+        Strings begin with the special tokens that the tokenizer begins a text with, if any, once
+        (`--tokenizer-hf-no-include-special-tokens`: without). Raises ValueError for a message list without a
+        template, and for one that the template refuses.
+        """
+        if isinstance(prompt, str):
+            return EncodedPrompt(prompt, tuple(self._pieces.prompt(prompt)))
+        if self._template is None:
+            raise ValueError(
+                "the prompt is a list of messages, but the tokenizer has no chat template; give --chat-template FILE"
+            )
+        return EncodedPrompt(self._apply(prompt, tokenize=False), tuple(self._apply(prompt, tokenize=True)))
+
+    def _apply(self, messages: Messages, *, tokenize: bool) -> Any:
+        # Hugging Face's tokenizers put the ids into a dict unless told not to; Megatron's own do not know that option.
+        options = {"return_dict": False} if self._tokenizer.library in _HUGGING_FACE else {}
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self._template,
+                tokenize=tokenize,
+                add_generation_prompt=True,
+                **options,
+            )
+        except Exception as error:  # a template is a program of the user's
+            raise ValueError(f"the chat template failed on these messages: {error}") from error
+
+
+def read_chat_template(value: str | None) -> str | None:
+    """Megatron's `--chat-template`: the name of a file, or the template itself, which has a brace in it."""
+    if value is None or ("{" in value and not os.path.isfile(value)):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--chat-template {value}: not a template, and not a file to read one from: {error}"
+        ) from error
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """The chat template that a tokenizer brings along."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def turn_end(tokenizer: Any, template: str | None) -> int | None:
+    """The special token that a template ends the assistant's turn with; None if it is no such token, or not known.
+
+    Known is it of Hugging Face tokenizers: a SentencePiece model does not say which of its pieces are special.
+    """
+    if template is None or tokenizer.library not in _HUGGING_FACE:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except Exception:  # a template is a program of the user's; one that refuses this says nothing
+        return None
+    _, answer, behind = text.rpartition(_ANSWER)
+    added: dict[str, int] = tokenizer._tokenizer.tokenizer.get_added_vocab()
+    ends = [token for token in added if answer and behind.lstrip().startswith(token)]
+    return added[max(ends, key=len)] if ends else None

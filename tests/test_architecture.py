@@ -1,0 +1,61 @@
+"""Arrows between the rooms of the package go down only, as docs/architecture.md draws them."""
+
+import ast
+from pathlib import Path
+
+import megatron_longact
+
+PACKAGE = Path(megatron_longact.__file__).parent
+
+FLOORS = [
+    {"config", "qkv_layout", "tokens", "reduction", "safetensors_files"},
+    {"selection", "refusals", "masked_update"},
+    {"qkv_layers", "optimizer_shards", "saliency", "state", "metrics", "imported_masks", "arguments"},
+    {"longact"},
+    {"conversion"},
+    {"megatron", "preflight", "planning"},
+    {"run", "tasks", "reporting"},
+    {"generation"},
+    {"rl", "evaluation"},
+    {"analysis"},
+]
+"""From the ground up. A room may import what lies below it, and itself; on the lower floors also its neighbours."""
+
+NEIGHBOURS = {("reduction", "config"), ("saliency", "qkv_layers"), ("preflight", "megatron")}
+
+
+def room_of(module: str) -> str:
+    """reduction_triton is a part of reduction."""
+    return module.split(".")[1].removesuffix("_triton") if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "megatron_longact":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "megatron_longact"}
+    return found
+
+
+def test_arrows_go_down_only() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {name.removesuffix("_triton") for name in names - {"__init__"}} == set(floor)
+    upwards = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = path.relative_to(PACKAGE).with_suffix("").parts[0].removesuffix("_triton")
+        for module in sorted(imports(path)) if here != "__init__" else ():
+            there = room_of(module)
+            aside = (here, there) in NEIGHBOURS or there == here
+            if there in floor and not aside and floor[there] >= floor[here]:
+                upwards.append(f"{path.relative_to(PACKAGE)} imports {module}")
+    assert not upwards, "\n" + "\n".join(upwards)
+
+
+def test_no_module_is_longer_than_it_can_be_read() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    lengths.pop("megatron/cpu.py")  # one stand-in after the other, each with its reason
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
