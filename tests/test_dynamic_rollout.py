@@ -324,6 +324,7 @@ def disagreeing_draws() -> tuple[Tensor, Tensor]:
     from megatron.core.inference.sampling_params import SamplingParams
 
     from megatron_longact.generation.dynamic import _Draws
+    from megatron_longact.generation.engine import Ends
     from tests.models import ModelSpec, transformer_config
 
     config = InferenceConfig(block_size_tokens=BLOCK, buffer_size_gb=1e-3, max_requests=4, max_tokens=64)
@@ -337,6 +338,7 @@ def disagreeing_draws() -> tuple[Tensor, Tensor]:
         [prompt],
         Sampling(max_response_length=1, greedy=True),
         vocab_size=64,
+        ends=Ends(EOD),
         mp_group=parallel_state.get_model_parallel_group(),
     )
     rank = torch.distributed.get_rank()

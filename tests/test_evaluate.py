@@ -75,7 +75,7 @@ def longbench_items(count: int = 6) -> list[dict[str, Any]]:
 def score(tmp_path: Path, benchmark: str, *flags: str | Path) -> dict[str, Any]:
     """Run the tool; what it wrote."""
     output = tmp_path / "out"
-    status = TOOL.main(["--benchmark", benchmark, "--output", str(output), *map(str, flags)])
+    status = TOOL.main(["--benchmark", benchmark, "--output", str(output), "--overwrite", *map(str, flags)])
     assert status == 0
     assert (output / "scores.png").stat().st_size > 5000
     return json.loads((output / "results.json").read_text())

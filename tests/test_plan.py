@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,10 +169,18 @@ def measured(spec: ModelSpec, optimizer: OptimizerSpec, config: LongActConfig) -
 
 
 def live_bytes() -> int:
-    """Bytes of all tensor storages that Python can reach."""
-    gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of all tensor storages that Python can reach, when the threads of collectives have let go of theirs."""
+
+    def look() -> int:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    looks = [look()]
+    while len(looks) < 3 or len(set(looks[-3:])) > 1:
+        time.sleep(0.02)
+        looks.append(look())
+    return looks[-1]
 
 
 def peak_bytes(action: Callable[[], Any]) -> int:

@@ -210,7 +210,7 @@ def test_ranks_get_what_the_script_sets_and_folders_may_have_blanks() -> None:
     assert all("--export=ALL" in start for start in starts)
     [output] = [word for word in starts[1] if word.startswith("--output=")]
     assert output.endswith("runs/with a blank/logs/0/node%n-%N.log")
-    command = shlex.split(done.stdout.splitlines()[-1])
+    [_, command] = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("node0 rank 0: ")]
     assert command[command.index("--run-dir") + 1] == "runs/with a blank"
     assert command[command.index("--save") + 1] == "runs/with a blank/checkpoints"
 

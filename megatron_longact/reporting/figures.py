@@ -208,7 +208,7 @@ def reward_figure(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mappi
     colours = [*matplotlib.colormaps["viridis"](np.linspace(0.85, 0.15, len(lengths))), INK]
     for place, (label, values) in enumerate([*curves, ("all", [row["accuracy"] for row in evaluations])]):
         behind = len(curves) - place  # equal curves lie one around the other
-        step = min(1.0, 5 / len(curves)) * behind
+        step = min(1.0, 5 / max(len(curves), 1)) * behind
         width, size = 1.8 + 1.3 * step, 5 + 2 * step
         look = {"markerfacecolor": "white", "markeredgewidth": 1.5} if behind else {}
         heldout.plot(
