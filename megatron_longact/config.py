@@ -74,7 +74,8 @@ class LongActConfig:
     interval after the first masked step. A run that resumes goes on with the masks of its checkpoint."""
 
     on_mismatch: OnMismatch = "error"
-    """A checkpoint made with another LongAct configuration: stop, or go on with the flags given now."""
+    """A checkpoint made with another LongAct configuration: stop, or go on with the flags given now. If those choose
+    other rows, the masks of the checkpoint are dropped, and the next step selects anew."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

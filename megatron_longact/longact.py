@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -32,16 +31,24 @@ from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_sq
 from megatron_longact.optimizer_shards import chained, derive_quantized_weights, resolve_shards
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
-from megatron_longact.saliency import SaliencyCapture
+from megatron_longact.saliency import SaliencyCapture, few_named
 from megatron_longact.selection import QK, GlobalSaliency, is_usable, random_saliency, select_masks, target
-from megatron_longact.state import LongActState, Step, capture_due, changed_settings, import_due, in_warmup, refresh_due
+from megatron_longact.state import (
+    LongActState,
+    Step,
+    capture_due,
+    changed_settings,
+    import_due,
+    in_warmup,
+    refresh_due,
+    selects_otherwise,
+    unusable,
+)
 
 logger = logging.getLogger(__name__)
 
-_ATTACHED: "WeakKeyDictionary[Any, LongAct]" = WeakKeyDictionary()
-
-_FEW = 0.5
-"""Naming less than this share of what is no padding looks like a loss mask, which leaves the prompts out."""
+_ATTACHED = "_longact"
+"""The optimizer's attribute that knows what is attached to it."""
 
 
 class LongAct:
@@ -103,16 +110,20 @@ class LongAct:
         check_chunks(model_chunks)
         check_tap(config, model_config)
         longact = cls(model_chunks, optimizer, config)
-        longact._hook_optimizers()
-        longact._hook_finalize(model_chunks)
-        _ATTACHED[optimizer] = longact
-        longact._hooks.callback(_ATTACHED.pop, optimizer, None)
+        try:
+            longact._hook_optimizers()
+            longact._hook_finalize(model_chunks)
+        except BaseException:
+            longact.detach()
+            raise
+        setattr(optimizer, _ATTACHED, longact)
+        longact._hooks.callback(delattr, optimizer, _ATTACHED)
         return longact
 
     @staticmethod
     def of(optimizer: Any) -> "LongAct | None":
         """The LongAct that is attached to this optimizer, if any."""
-        return _ATTACHED.get(optimizer)
+        return getattr(optimizer, _ATTACHED, None)
 
     def detach(self) -> None:
         """Take off every hook and give Megatron its own functions back; may be called twice."""
@@ -204,20 +215,10 @@ class LongAct:
             return state
         saliency = self._measure(state)
         usable, named, real = self._read_verdict(saliency)
-        if 0 < named < _FEW * real:
-            self._warn_once(
-                f"LongAct.set_tokens named {named:,.0f} of {real:,.0f} tokens that are no padding "
-                f"({named / real:.0%}): that is probably a loss mask, which leaves the prompts out, and with them the "
-                "long context; name all tokens that attention reads, prompt and response",
-                once="few tokens named",
-            )
+        if few_named(named, real):
+            self._warn_once(few_named(named, real), once="few named")
         if not usable:
-            self._warn_once(
-                f"LongAct could not select at update {state.updates + 1}: no token counted, or activations of Q or K "
-                f"hold NaN or Inf; {'Q and K get no update' if state.masks is None else 'the mask stays'}, and "
-                "longact/rejected_refreshes counts it",
-                once="rejected",
-            )
+            self._warn_once(unusable(state), once="unusable")
             return replace(state, rejected=state.rejected + 1)
         if state.saliency is not None and self.config.smooths_saliency:
             old = self.config.ema
@@ -273,7 +274,7 @@ class LongAct:
                     "the optimizer steps on gradients that LongAct did not see: config.finalize_model_grads_func was "
                     "replaced after LongAct.attach, or not called; attach after it is set"
                 )
-            if step and freeze in step.waiting:  # not the dummy step of a checkpoint load
+            if step and freeze in step.waiting:  # else the dummy step of a checkpoint load
                 with self._clock.part(metrics.FREEZE), torch.no_grad():
                     freeze.before_step(step.frozen)
 
@@ -298,6 +299,7 @@ class LongAct:
         if old is not None and new is not None:
             self._overlap += metrics.overlap(new, old)
         self.state, self.active = replace(step.pending, updates=step.pending.updates + 1), step.active
+        self._metrics = None
 
     # -- what it knows -----------------------------------------------------------------------------
 
@@ -320,7 +322,8 @@ class LongAct:
         """Scalars of the last step, named as in `megatron_longact.metrics`; collective.
 
         Alike on all ranks, but for `longact/time_s`: this rank's time in LongAct since the step before was asked
-        about. Asked again before the next step, the answer is the same. Here alone the host waits for them.
+        about. Asked again before the next step, the answer is the same. Here alone the host waits for them. After a
+        step that Megatron skipped, the share of the gradient is that step's, all else that of the step before.
         """
         if self._metrics is None:
             self._metrics = {
@@ -362,11 +365,14 @@ class LongAct:
             if state_dict[name] != value:
                 raise ValueError(f"the checkpoint's LongAct state has {name} {state_dict[name]}, this model {value}")
         differ = changed_settings(state_dict["config"], self.config)
+        self.state, self.step = LongActState.from_state_dict(state_dict, self.model.device), None
         if differ:
             _log(f"LongAct goes on with the flags given now: {differ}")
-        self.state, self.step = LongActState.from_state_dict(state_dict, self.model.device), None
+            if selects_otherwise(state_dict["config"], self.config):
+                self.state = replace(self.state, masks=None)  # the next step selects anew
         self.active = self._without_masks(self.state) if self.state.masks is None else self.state.masks
         self._overlap.zero_()
+        self._metrics = None
         derive_quantized_weights(self._optimizer)
         self._capture.reset()
 

@@ -5,6 +5,7 @@ is the flat slice [start, end) of a parameter that this rank's optimizer owns; i
 row.
 """
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class RowIndex:
         """rows: int64 on the host, ascending; device: that of the parameter."""
         self.host = rows
         self.device = rows.to(device, non_blocking=True)
-        self._sorted: list[int] = rows.tolist()
+        self._sorted = array("q", rows.tolist())
         self._on = {rows.device: self.host, self.device.device: self.device}
 
     def __len__(self) -> int:
@@ -133,6 +134,7 @@ class StrictFreeze:
 
     def before_step(self, frozen: FrozenRows) -> None:
         """Save the frozen part of the masters, and of the moments when they are held."""
+        self._saved.clear()  # of a step that an exception ended
         for shard in self.shards:
             if not len(frozen[shard.parameter]):
                 continue

@@ -165,11 +165,8 @@ def read(*, active: QK, overlap: Tensor, squares: Tensor) -> dict[str, float | N
     active: masks of the last step; overlap: of its masks with those before; squares: squared gradient norms of the
     frozen rows and of all rows of Q and K, over all ranks, fp32 [2]. Zeros where there is nothing to tell: None then.
     """
-    nothing = torch.zeros(2, device=active.q.device)
     fractions = torch.stack([part.float().mean() for part in active])
-    pairs = [fractions, *(nothing if pair is None else pair for pair in (overlap, squares))]
-    pairs = [fractions, *(nothing if pair is None else pair for pair in (overlap, squares))]
-    q, k, both, either, masked, total = torch.cat(pairs).tolist()
+    q, k, both, either, masked, total = torch.cat([fractions, overlap, squares]).tolist()
     return {
         ACTIVE_FRACTION_Q: q,
         ACTIVE_FRACTION_K: k,

@@ -68,7 +68,8 @@ class QKVModel:
         groups = _groups(model_chunks[0])
         layers = [_find_layers(chunk, layout, groups.tp.size()) for chunk in chunks]
         numbers = _all_layer_numbers([layer.layer_number for chunk in layers for layer in chunk], groups)
-        return cls(chunks, layers, layout, groups, numbers, next(chunks[0].parameters()).device)
+        device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
+        return cls(chunks, layers, layout, groups, numbers, device)
 
     @cached_property
     def layers(self) -> list[QKVLayer]:

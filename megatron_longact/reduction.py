@@ -57,7 +57,7 @@ class Statistic:
 
             return reduce(x, weights, power=self.power, maximum=self.maximum)
         total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
-        rows = -(-x.shape[0] // CHUNKS)
+        rows = max(-(-x.shape[0] // CHUNKS), 1)
         for start in range(0, x.shape[0], rows):
             tokens = slice(start, start + rows)
             self.combine(total, self._of_part(x[tokens], None if weights is None else weights[tokens]))
@@ -68,7 +68,8 @@ class Statistic:
             weights = weights.view(-1, *(1,) * (x.dim() - 1))
             x = torch.where(weights > 0, x, 0)
         if self.maximum:
-            return x.abs().amax(0).float()
+            # gloo's maximum over ranks drops NaN
+            return x.abs().amax(0).float().nan_to_num_(nan=torch.inf, posinf=torch.inf)
         if weights is None or weights.dtype == torch.bool:
             return x.abs().sum(0, dtype=torch.float32) if self.power == 1 else x.float().square().sum(0)
         terms = x.float().abs() if self.power == 1 else x.float().square()

@@ -21,6 +21,8 @@ def reduce(x: Tensor, weights: Tensor | None, *, power: int, maximum: bool) -> T
     x = x if x.dim() == 3 else x.flatten(1)[:, None]
     tokens, runs, width = x.shape
     assert x.stride(2) == 1, "the channels of a run must lie side by side"
+    if tokens == 0:
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
     count, stretch = stretches(tokens, runs * width)
     parts = torch.empty(count, runs, width, dtype=torch.float32, device=x.device)
     reduce_stretches(x, weights, parts, stretch, power, maximum)

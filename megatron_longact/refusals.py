@@ -115,6 +115,11 @@ _REFUSED: tuple[tuple[Callable[[Setting], Any], str | Callable[[Setting], str], 
         "its up-projections mix Q and K with V, so that no row is a Q or K channel alone",
     ),
     (
+        lambda s: s("hybrid_context_parallel"),
+        "--hybrid-context-parallel",
+        "it cuts each sequence over another number of ranks, so that the tokens of a rank are not known",
+    ),
+    (
         lambda s: s("overlap_moe_expert_parallel_comm"),
         "--overlap-moe-expert-parallel-comm",
         "it runs layers outside the model's forward, where LongAct cannot tell training from rollouts",

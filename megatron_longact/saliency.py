@@ -21,6 +21,19 @@ from megatron_longact.reduction import STATISTICS, Accumulator, Block, qk_blocks
 from megatron_longact.refusals import check_layers_are_eager
 from megatron_longact.tokens import TokenRules, counted_tokens, not_padding, zigzag
 
+_FEW = 0.5
+
+
+def few_named(named: float, real: float) -> str:
+    """What is said when few of the tokens that are no padding were named; "" if enough, or none, were."""
+    if not 0 < named < _FEW * real:
+        return ""
+    return (
+        f"LongAct.set_tokens named {named:,.0f} of {real:,.0f} tokens that are no padding ({named / real:.0%}): that "
+        "is probably a loss mask, which leaves the prompts out, and with them the long context; name all tokens that "
+        "attention reads, prompt and response"
+    )
+
 
 @dataclass
 class _Forward:
@@ -57,6 +70,7 @@ class SaliencyCapture:
     ) -> None:
         """Put the hooks on; `counts`: whether the forward that begins now is to be read; `clock` times our own work."""
         self.training_forwards = 0
+        self._device = model.device
         self._counts, self._clock, self._warn = counts, clock, warn
         self._rules = TokenRules(config.min_context, config.skip_first_tokens)
         self._reads_activations = config.reads_activations
@@ -73,13 +87,11 @@ class SaliencyCapture:
         """fp32: tokens of this pass that `set_tokens` named, and those that are no padding."""
         self._hooks = ExitStack()
         self._hooks_of_layer: Counter[int] = Counter()
-        first = 0
-        for chunk, layers in zip(model.chunks, model.layers_of_chunks, strict=True):
-            if self._reads_activations:
-                for index, layer in enumerate(layers, first):
-                    self._tap_layer(index, layer)
-            self._watch(chunk, layers, slice(first, first + len(layers)))
-            first += len(layers)
+        try:
+            self._hook_all(model)
+        except BaseException:
+            self.remove()
+            raise
 
     def set_tokens(self, weights: Tensor) -> None:
         """Name the tokens of the next micro-batch that count: weights [b, s], the whole sequences."""
@@ -87,7 +99,10 @@ class SaliencyCapture:
             raise ValueError(
                 f"token_mask has shape {tuple(weights.shape)}; it must be [b, s], True where a token counts"
             )
-        self._named, self._names_tokens = weights if weights.dtype == torch.bool else weights.float(), True
+        weights = weights.to(self._device, non_blocking=True)
+        if weights.dtype != torch.bool:
+            weights = torch.where(weights >= 0, weights.float(), torch.nan)  # a refresh with NaN is rejected
+        self._named, self._names_tokens = weights, True
 
     def reset(self) -> None:
         """Begin a new pass."""
@@ -98,6 +113,15 @@ class SaliencyCapture:
     def remove(self) -> None:
         """Take every hook off."""
         self._hooks.close()
+
+    def _hook_all(self, model: QKVModel) -> None:
+        first = 0
+        for chunk, layers in zip(model.chunks, model.layers_of_chunks, strict=True):
+            if self._reads_activations:
+                for index, layer in enumerate(layers, first):
+                    self._tap_layer(index, layer)
+            self._watch(chunk, layers, slice(first, first + len(layers)))
+            first += len(layers)
 
     def _watch(self, model: nn.Module, layers: Sequence[QKVLayer], places: slice) -> None:
         signature = inspect.signature(model.forward)
@@ -115,7 +139,9 @@ class SaliencyCapture:
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             forward, self._forward = self._forward, None
-            if forward is not None and output is not None:  # None: an exception is on its way
+            if forward is not None and output is None:
+                self.reset()  # an exception is on its way: this pass will not go on
+            elif forward is not None:
                 with self._clock, torch.no_grad():
                     self._end(forward, layers, places)
 
@@ -142,16 +168,17 @@ class SaliencyCapture:
     def _named_of_real(self, named: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Tokens that were named, and those of the same that are no padding, as far as the model's arguments tell."""
         packed, padding, ids = (arguments.get(name) for name in ("packed_seq_params", "padding_mask", "input_ids"))
-        if packed is not None and packed.qkv_format == "thd":
-            real = packed.cu_seqlens_q[-1]
-        else:
+        bounds = packed.cu_seqlens_q if packed is not None and packed.qkv_format == "thd" else None
+        if bounds is None:
             named = zigzag(named, cp_rank=self._cp.rank(), cp_size=self._cp.size())
-            if padding is not None:
-                real = (~padding.bool()).sum()
-            else:
-                real = not_padding(ids) if ids is not None and ids.shape == named.shape else (named > 0).sum()
         count = (named > 0).sum()
-        return torch.stack([count, real.to(count)]).float()
+        real = not_padding(ids) if ids is not None and ids.shape == named.shape else None
+        if bounds is not None:  # the padding behind the last sequence may be one of its own
+            total = bounds[-1].to(count)
+            real = total if real is None else torch.minimum(total, real)
+        elif padding is not None:
+            real = (~padding.bool()).sum()
+        return torch.stack([count, count if real is None else real.to(count)]).float()
 
     def _end(self, forward: _Forward, layers: Sequence[QKVLayer], places: slice) -> None:
         hooked = self._hooks_of_layer
@@ -182,6 +209,9 @@ class SaliencyCapture:
             self._hook(layer.linear_qkv, index, self._blocks)
             return
         q, k, hn = self._local_q_channels(), self._local_k_channels(), self._layout.kv_channels
+        for name in ("q_layernorm", "k_layernorm"):
+            if not isinstance(getattr(layer.attention, name, None), nn.Module):
+                raise ValueError(f"--longact-tap norm: layer {layer.layer_number} has no {name}; use projection")
         self._hook(layer.attention.q_layernorm, index, [Block(0, q // hn, hn, hn)])
         self._hook(layer.attention.k_layernorm, index, [Block(0, k // hn, hn, hn)], start=q)
 

@@ -130,6 +130,7 @@ class GlobalSaliency:
         self._groups, self._layout, self._config = groups, layout, config
         self._num_layers = len(layer_numbers)
         self._places = [list(layer_numbers).index(number) for number in local_layers]
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def from_sums(self, sums: Tensor) -> QK:
         """The saliency, alike on all ranks; NaN or Inf somewhere if no token counted, or a bad one: see `is_usable`.
@@ -149,6 +150,14 @@ class GlobalSaliency:
         """Saliency from one score a local row of the fused weight: fp32 [L_r, rows of this shard]."""
         return self._share_pp(self._assemble_rows(self._gather_tp(rows)))
 
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of Q and of K in the fused weight, and places of this rank's layers; int64, copied to a device once."""
+        if device not in self._on:
+            places = torch.tensor(self._places, dtype=torch.int64)
+            parts = (self._layout.q_rows, self._layout.k_rows, places)
+            self._on[device] = tuple(part.to(device) for part in parts)  # type: ignore[assignment]
+        return self._on[device]
+
     def _gather_tp(self, local: Tensor) -> Tensor:
         size = self._groups.tp.size()
         gathered = local.new_empty(size, *local.shape)
@@ -158,8 +167,8 @@ class GlobalSaliency:
     def _assemble_rows(self, gathered: Tensor) -> QK:
         """[tp, L_r, rows of a shard] -> Q [L_r, nq], K [L_r, nk]: shards are contiguous chunks of rows."""
         rows = gathered.transpose(0, 1).flatten(1)  # [L_r, tp * rows of a shard]
-        device = rows.device
-        return QK(rows[:, self._layout.q_rows.to(device)], rows[:, self._layout.k_rows.to(device)])
+        q_rows, k_rows, _ = self._indices(rows.device)
+        return QK(rows[:, q_rows], rows[:, k_rows])
 
     def _assemble_heads(self, gathered: Tensor) -> QK:
         """[tp, L_r, nq / tp + K channels of a rank] -> Q [L_r, nq], K [L_r, nk].
@@ -176,7 +185,7 @@ class GlobalSaliency:
         nq, nk = self._layout.num_q_channels, self._layout.num_k_channels
         whole = torch.zeros(self._num_layers, nq + nk, dtype=torch.float32, device=local.q.device)
         if self._places:
-            whole[self._places] = torch.cat(local, dim=1)
+            whole[self._indices(whole.device)[2]] = torch.cat(local, dim=1)
         if self._groups.pp.size() > 1:
             dist.all_reduce(whole, group=self._groups.pp)
         return QK(*whole.split([nq, nk], dim=1))

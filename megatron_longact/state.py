@@ -13,6 +13,9 @@ from megatron_longact.selection import QK
 _NOT_COMPARED = ("on_mismatch", "import_mask")
 """Settings that a run may resume without: they say how it starts."""
 
+_SELECTING = ("ratio", "select", "statistic", "tap", "scope", "targets", "warmup_steps", "seed")
+"""Settings that say which rows are chosen."""
+
 
 @dataclass(frozen=True)
 class LongActState:
@@ -117,6 +120,21 @@ def changed_settings(saved: dict[str, Any], config: LongActConfig) -> str:
             "--longact-on-mismatch use-flags"
         )
     return differ
+
+
+def unusable(state: LongActState) -> str:
+    """What is said of a refresh that is rejected."""
+    then = "Q and K get no update" if state.masks is None else "the mask stays"
+    return (
+        f"LongAct could not select at update {state.updates + 1}: no token counted, activations of Q or K hold NaN or "
+        f"Inf, or a token weighs less than 0; {then}, and longact/rejected_refreshes counts it"
+    )
+
+
+def selects_otherwise(saved: dict[str, Any], config: LongActConfig) -> bool:
+    """Whether the masks of a checkpoint are not those that this configuration would have chosen."""
+    now = asdict(config)
+    return any(saved.get(name) != now[name] for name in _SELECTING)
 
 
 def _to_host(pair: QK | None) -> dict[str, Tensor] | None:

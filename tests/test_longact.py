@@ -523,6 +523,87 @@ def test_a_token_that_weighs_three_counts_three_times() -> None:
             torch.testing.assert_close(scores, wanted, rtol=2e-6, atol=0)
 
 
+def after_faults() -> dict[str, Any]:
+    """A forward and an optimizer's step that raise; weights below 0; NaN of one rank's maximum; metrics asked early."""
+    results: dict[str, Any] = {}
+    built, longact = both(config=LongActConfig(statistic="max-abs"))
+    step(built, longact)
+    masks = longact.active
+    projection = built.chunks[0].module.decoder.layers[1].self_attention.linear_qkv
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("a forward, or a step, that fails")
+
+    failing = projection.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        step(built, longact, seed=1)
+    failing.remove()
+    step(built, longact, seed=1)
+    results["tokens after a forward that failed"] = longact.step.tokens.tolist()
+
+    inner = longact.freezes[0].inner
+    failing = inner.register_step_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        step(built, longact, seed=2)
+    failing.remove()
+    before = full_weights(built)
+    step(built, longact, seed=3)
+    weight = "decoder.layers.0.self_attention.linear_qkv.weight"
+    moved = (full_weights(built)[weight] != before[weight]).any(1)
+    active = longact.model.layout.fused(longact.active.q[0], longact.active.k[0], fill=True)
+    results["rows moved after a step that failed"] = torch.equal(moved, active)
+
+    rejected = longact.state.rejected
+    negative = torch.arange(16)[None].expand(1, 16) - 9.0
+    step(built, longact, before_forward=lambda inputs: longact.set_tokens(negative))
+    results["weights below 0"] = longact.state.rejected - rejected
+    spoilt = projection.register_forward_hook(lambda m, a, out: (out[0] * float("nan"), out[1]), prepend=True)
+    if torch.distributed.get_rank() == 0:
+        spoilt.remove()
+    train_step(built, random_tokens(4, 16), before_forward=name_all(longact), step=False)
+    spoilt.remove()
+    results["NaN of one rank"] = longact.step.pending.rejected - longact.state.rejected
+    step(built, longact, seed=4)
+    early = longact.metrics()
+    longact.load_state_dict({**longact.state_dict(), "refreshes": 77})
+    results["metrics after a load"] = longact.metrics()[metrics.REFRESHES], early[metrics.REFRESHES] < 77
+    assert masks is not longact.active
+    return results
+
+
+def test_what_went_wrong_leaves_nothing_in_the_next_step() -> None:
+    for result in ranks.run(after_faults, world_size=2):
+        assert result == {
+            "tokens after a forward that failed": [32, 32],
+            "rows moved after a step that failed": True,
+            "weights below 0": 1,
+            "NaN of one rank": 1,
+            "metrics after a load": (77, True),
+        }
+
+
+def resumed_with(config: dict[str, Any]) -> tuple[float, float, bool]:
+    """Active fractions of Q and K after a step with other settings than the checkpoint's; whether masks stayed."""
+    built, longact = both()
+    step(built, longact)
+    state = longact.state_dict()
+    longact.detach()
+    changed = LongActConfig(**config, on_mismatch="use-flags", refresh_interval=0)
+    longact = LongAct.attach(built.chunks, built.optimizer, changed)
+    longact.load_state_dict(state)
+    stayed = bool(longact.masks)
+    step(built, longact, seed=1)
+    found = longact.metrics()
+    return found[metrics.ACTIVE_FRACTION_Q], found[metrics.ACTIVE_FRACTION_K], stayed
+
+
+def test_use_flags_uses_the_flags() -> None:
+    q, k, stayed = ranks.run(resumed_with, config={"targets": "q", "ratio": 0.6})[0]
+    assert (round(q, 1), k, stayed) == (0.6, 1.0, False)
+    assert ranks.run(resumed_with, config={"warmup_steps": 9})[0] == (1.0, 1.0, False)
+    assert ranks.run(resumed_with, config={"moments": "reset"})[0][2]
+
+
 class Waits(TorchFunctionMode):
     """Keeps what makes a host wait for its GPU: values of tensors that are asked for, with their dtype."""
 

@@ -24,6 +24,7 @@ FLAGS = {
     "use_megatron_fsdp": (True, "--use-megatron-fsdp"),
     "use_torch_fsdp2": (True, "--use-torch-fsdp2"),
     "multi_latent_attention": (True, "--multi-latent-attention"),
+    "hybrid_context_parallel": (True, "--hybrid-context-parallel"),
     "overlap_moe_expert_parallel_comm": (True, "--overlap-moe-expert-parallel-comm"),
     "rl_training_cuda_graphs": (True, "--rl-training-cuda-graphs"),
     "optimizer": ("muon", "--optimizer muon"),
