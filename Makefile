@@ -6,13 +6,16 @@
 PYTHON_BIN := .venv/bin/python
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-te lint style types suite format docs clean
+.PHONY: help setup demo observe test test-gpu test-te lint style types suite format docs clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: setup ## train a small model with GRPO and LongAct; results in runs/demo (DENSE=1: without)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo/run.sh
+
+observe: setup ## measure the query and key channels of SmolLM2-135M; results in runs/smollm2 (SMOLLM2=FOLDER: no download)
+	@bash examples/smollm2/observe.sh
 
 test: style ## everything that CI checks: lint, types, tests
 	@$(MAKE) --no-print-directory --jobs=2 types suite

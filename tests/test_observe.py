@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +25,7 @@ from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.outliers import Rope, rope_profile, spreads
 from megatron_longact.conversion import to_megatron
 from megatron_longact.qkv_layout import QKVLayout
-from tests import ranks
+from tests import launch, ranks
 from tests.conversion import build_from_args, make_hf
 from tests.ranks import Layout
 from tests.tokenizers import SENTENCEPIECE, save_hugging_face_tokenizer
@@ -307,3 +310,43 @@ def test_mistakes_are_one_line(
     assert error.startswith("observe: ")
     assert error.count("\n") == 1
     assert said in error
+
+
+def make_observe(*flags: str, **environment: str | Path) -> subprocess.CompletedProcess[str]:
+    """What `make observe` calls, where pip finds nothing."""
+    no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    given = {name: str(value) for name, value in environment.items()}
+    command = ["bash", "examples/smollm2/observe.sh", *flags]
+    return launch.run(command, timeout=120, environment=launch.QUIET | no_index | {"PYTHON": sys.executable} | given)
+
+
+def test_a_folder_of_ones_own_is_observed_without_the_package_index(with_outlier: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = ("--tasks", "niah_single_1", "--lengths", "1024")
+    first = make_observe(*flags, SMOLLM2=with_outlier, RUN_DIR=run_dir)
+    assert first.returncode == 0, first.stderr
+    assert "planted has outliers: the largest channel is" in first.stdout
+    assert (run_dir / "observe" / "overview.png").exists()
+    made = (run_dir / "megatron" / "latest_checkpointed_iteration.txt").stat()
+    again = make_observe("--tasks", "poetry", RUN_DIR=run_dir)
+    assert "--tasks has 'poetry'" in again.stderr  # all before the observation is there, and taken as it is
+    assert again.stdout == ""
+    assert (run_dir / "megatron" / "latest_checkpointed_iteration.txt").stat() == made
+    other = make_observe(SMOLLM2=tmp_path, RUN_DIR=run_dir)
+    assert f"holds the model of {with_outlier}, not that of {tmp_path}" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("smollm2", "said"),
+    [
+        ("", "call: SMOLLM2=FOLDER make observe"),
+        ("nowhere", "SMOLLM2=nowhere is no folder"),
+        ("tests", "tests holds neither a config.json nor one GGUF file"),
+    ],
+)
+def test_without_a_model_one_line_says_what_to_bring(tmp_path: Path, smollm2: str, said: str) -> None:
+    done = make_observe(SMOLLM2=smollm2, RUN_DIR=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("observe: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
