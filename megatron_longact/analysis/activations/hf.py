@@ -18,7 +18,6 @@ from megatron_longact.reduction import STATISTICS, Accumulator
 from megatron_longact.selection import QK
 
 Encode = Callable[[str], list[int]]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass
