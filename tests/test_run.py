@@ -76,7 +76,7 @@ def test_longact_attaches_to_an_unchanged_program(without_longact: subprocess.Co
     assert "ratio=0.25" in next(line for line in said if "starts fresh" in line)
     found = re.fullmatch(
         r"LongAct ends at update 2: in 2 steps (\d+) of (\d+) Q/K rows were updated at some step, (\d+) were frozen in "
-        r"all; LongAct took (\d+\.\d)% of the steps' time",
+        r"all; LongAct took (\d+\.\d)% of the steps' time on rank 0",
         said[-1],
     )
     assert found is not None, said
