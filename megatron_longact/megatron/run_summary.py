@@ -49,8 +49,9 @@ class RunSummary:
             counted = (
                 f"{updated:,} of {rows:,} Q/K rows were updated at some step, {rows - updated:,} were frozen in all"
             )
-        share = f"LongAct took {(self._longact.time_s() - self._time_before) / self._step_s:.1%} of the steps' time on rank 0"
-        return f"LongAct ends at update {self._longact.state.updates}: in {self._steps} steps {counted}; {share}"
+        share = (self._longact.time_s() - self._time_before) / self._step_s
+        took = f"LongAct took {share:.1%} of the steps' time on rank 0"
+        return f"LongAct ends at update {self._longact.state.updates}: in {self._steps} steps {counted}; {took}"
 
 
 def _union(a: QK, b: QK) -> QK:
