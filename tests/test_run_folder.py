@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,40 @@ def opened(args: Namespace) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_run_is_gone_on_with(run: Path) -> None:
     before = contents(run)
     assert opened(flags(run)) == []
     assert contents(run) == before
+
+
+def test_a_run_that_is_still_going_keeps_its_folder(run: Path) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(run / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            with pytest.raises(ValueError, match="is that of a run that is still going"):
+                opened(flags(run))
+        finally:
+            other.kill()
+    assert opened(flags(run)) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_said_first(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: --save needs a folder there"):
+        opened(flags(run, save=str(tmp_path / "file" / "checkpoints")))
+    with (
+        pytest.raises(ValueError, match="file is a file: --run-dir needs a folder there"),
+        megatron_output(["--run-dir", str(tmp_path / "file")]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, or score predictions, on RULER or LongBench v2.
+r"""Evaluate a checkpoint, or score predictions, on RULER or LongBench v2.
 
 Score predictions that are there already, without Megatron:
 

@@ -11,12 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_longact.conversion import command, masks
+from megatron_longact.megatron.quiet import quiet_libraries
 from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new
 
 
 def main(args: argparse.Namespace) -> int:
     """Export."""
+    quiet_libraries()
+    from megatron_longact.conversion import command, masks
 
     def export() -> str:
         check_new(args.save, overwrite=args.overwrite, flag="--save")

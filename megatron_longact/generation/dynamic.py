@@ -9,7 +9,7 @@ Shapes: n responses, m of them on this replica, R response tokens, b requests of
 What the engine does behind one's back (megatron-core 0.19) and what is done about it here:
 
 - it puts the process into `InferenceMode`, fills RoPE caches with tensors of `torch.inference_mode`, leaves `eval()`
-  on: `generation_mode` of static_engine.py undoes all of it;
+  on: `generation_mode` of engine.py undoes all of it;
 - one generator a replica, seeded by data-parallel rank, serves all requests in the order in which they happen to be
   batched; log-probs are taken in the logits' dtype; top-k and top-p exclude each other; every rank of a replica samples
   for itself, and ranks that disagree once hang: `_Draws` takes the place of its sampling kernels, draws each token from

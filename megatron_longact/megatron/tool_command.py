@@ -35,8 +35,19 @@ def add_overwrite_arg(parser: ArgumentParser) -> None:
 
 def check_new(results: Path | None, *, overwrite: bool, flag: str = "--output") -> None:
     """Raise `ValueError` if an earlier call has left its results there; flag: the one that names another place."""
+    if results is not None:
+        check_folder(results.parent, flag=flag)
     if results is not None and not overwrite and results.exists():
         raise ValueError(f"{results} is there already: give another {flag}, or --overwrite to replace it")
+
+
+def check_folder(folder: Path, *, flag: str) -> None:
+    """Raise `ValueError` if there is a file where a folder is to be."""
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"{path} is a file: {flag} needs a folder there")
+            return
 
 
 def end_together() -> None:

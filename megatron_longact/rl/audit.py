@@ -32,13 +32,21 @@ class RowCounts:
     moved: int
     never_active: int
     frozen_changed: int
+    since: int = 0
+    """The iteration that they are counted from: where this process began."""
 
 
 class RowAudit:
     """Keeps this rank's start masters of Q and K on the host, and the union of all masks since."""
 
-    def __init__(self, model_chunks: Sequence[nn.Module], optimizer: Any, longact: LongAct | None) -> None:
-        """optimizer: what `get_megatron_optimizer` returned; one that we do not know is audited by the weights."""
+    def __init__(
+        self, model_chunks: Sequence[nn.Module], optimizer: Any, longact: LongAct | None, *, since: int = 0
+    ) -> None:
+        """optimizer: what `get_megatron_optimizer` returned; one that we do not know is audited by the weights.
+
+        since: the iteration that this process begins at.
+        """
+        self._since = since
         self._longact = longact
         self._model = QKVModel.find(model_chunks)
         weights = [layer.weight for layer in self._model.layers]
@@ -63,7 +71,8 @@ class RowAudit:
         on_device = totals.cuda()
         for group in (self._model.groups.tp, self._model.groups.pp):
             torch.distributed.all_reduce(on_device, group=group)
-        return RowCounts(*on_device.tolist())
+        rows, moved, never_active, frozen_changed = on_device.tolist()
+        return RowCounts(rows, moved, never_active, frozen_changed, since=self._since)
 
     def _changed_rows(self) -> list[Tensor]:
         """Of each layer of this rank: bool [local rows], over the slices of all data-parallel ranks."""

@@ -6,8 +6,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 CLIP = ("--grpo-clamp-eps-lower", "--grpo-clamp-eps-upper")
-DEFAULTS = {CLIP[0]: 0.2, CLIP[1]: 0.28, "--grpo-group-size": 8, "--grpo-iterations": 1}
-"""Of Megatron's flags, in place of its own: 0.01, 0.01, 2 and 2."""
+SAVE_INTERVAL = "--save-interval"
+DEFAULTS = {CLIP[0]: 0.2, CLIP[1]: 0.28, "--grpo-group-size": 8, "--grpo-iterations": 1, SAVE_INTERVAL: 100}
+"""Of Megatron's flags, in place of its own: 0.01, 0.01, 2, 2 and none, which with `--save` is an assertion."""
 
 CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28), "clip-cov": (1.0, 1.0)}
 """Of the policy losses that have others, as their papers do: docs/algorithms.md."""
@@ -26,7 +27,9 @@ def settle_defaults(args: Namespace, argv: Sequence[str]) -> None:
     Raises ValueError where there is no default that fits.
     """
     given = {word.partition("=")[0] for word in argv}
-    chosen: dict[str, float] = dict(DEFAULTS)
+    chosen: dict[str, float] = {
+        flag: value for flag, value in DEFAULTS.items() if flag != SAVE_INTERVAL or getattr(args, "save", None)
+    }
     for flag, value in zip(CLIP, CLIPS.get(args.policy_loss, ()), strict=False):
         if flag not in given and getattr(args, _name(flag)) == DEFAULTS[flag]:
             chosen[flag] = value

@@ -45,6 +45,7 @@ def write_outcome(
         moved=rows.moved,
         frozen=rows.never_active,
         frozen_changed=rows.frozen_changed,
+        since=rows.since,
         longact_time_share=None if longact is None else _time_share(steps),
         pass_at=_pass_at(before or {}, after or {}),
         expected_gain=config.expected_gain,

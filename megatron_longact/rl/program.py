@@ -155,7 +155,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         engine=engine,
         judge=judge,
         longact=longact,
-        audit=RowAudit(trainer.model, trainer.optimizer, longact),
+        audit=RowAudit(trainer.model, trainer.optimizer, longact, since=trainer.iteration),
         **_logs(args, terminal),
     )
 

@@ -28,7 +28,8 @@ class RunSummary:
     """The numbers of a finished run.
 
     rows: Q and K rows of the model; moved: those that differ from the start weights; frozen: those that no
-    mask ever let through; frozen_changed: frozen rows that differ from the start weights all the same.
+    mask ever let through; frozen_changed: frozen rows that differ from the start weights all the same. since: these
+    were counted since that iteration, at which the run was last started.
     longact_time_share: of the optimizer steps' time, in [0, 1]; None for a run without LongAct.
     pass_at: overall pass@k before and after, by k; empty if it was not measured.
     before, after: None for a run without held-out data.
@@ -42,6 +43,7 @@ class RunSummary:
     moved: int
     frozen: int
     frozen_changed: int
+    since: int = 0
     longact_time_share: float | None
     pass_at: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     expected_gain: float | None = None
@@ -80,6 +82,8 @@ def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
 def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """What was counted, and the count, as text."""
     moved = f"{summary.moved} of {summary.rows} ({summary.moved / summary.rows:.1%})"
+    start = f"those of iteration {summary.since}" if summary.since else "the start weights"
+    moved += f" since iteration {summary.since}, where it was started again" if summary.since else ""
     pass_at = [
         (f"held-out pass@{k}", f"{old:.1%} before, {new:.1%} after") for k, (old, new) in summary.pass_at.items()
     ]
@@ -88,7 +92,7 @@ def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
     return [
         *pass_at,
         ("Q/K rows that moved", moved),
-        ("frozen rows changed", f"{summary.frozen_changed} of {summary.frozen}, against the start weights"),
+        ("frozen rows changed", f"{summary.frozen_changed} of {summary.frozen}, against {start}"),
         ("step time that LongAct took", f"{summary.longact_time_share:.1%}"),
     ]
 

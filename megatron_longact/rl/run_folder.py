@@ -6,6 +6,8 @@ from the start weights if it was killed before the first. Anything else would wr
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from typing import TextIO
 
 from megatron_longact.conversion.torch_dist import TRACKER
 from megatron_longact.megatron.checkpointing import holds_checkpoint, resume_note, right_pair, same_folder
+from megatron_longact.megatron.tool_command import check_folder
 from megatron_longact.reporting.run_log import EVALUATIONS, MEGATRON_LOG, METRICS, output_in_file, replaced
 from megatron_longact.rl.outcome import PICTURES, REPORT
 
@@ -37,6 +40,7 @@ def megatron_output(argv: Sequence[str]) -> Iterator[TextIO]:
     if flags.run_dir is None or flags.help:
         yield sys.stdout
         return
+    check_folder(flags.run_dir, flag="--run-dir")
     log = flags.run_dir / MEGATRON_LOG
     if flags.overwrite and not started_again() and os.environ.get("RANK", "0") == "0" and log.is_file():
         os.truncate(log, 0)
@@ -51,6 +55,9 @@ def open_run(args: Namespace, *, say: Callable[[str], None]) -> None:
     that names the way on and the way to start anew, for what would write over a run.
     """
     run_dir, save = Path(args.run_dir), Path(args.save) if args.save else None
+    if save is not None:
+        check_folder(save, flag="--save")
+    _hold(run_dir)
     if args.pretrained_checkpoint and not holds_checkpoint(args.pretrained_checkpoint):
         raise ValueError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint to start from")
     if args.overwrite and not started_again():
@@ -67,6 +74,23 @@ def open_run(args: Namespace, *, say: Callable[[str], None]) -> None:
     note = resume_note(args)
     if note is not None:
         say(note)
+
+
+_HELD: list[TextIO] = []
+
+
+def _hold(run_dir: Path) -> None:
+    """Keep others out of the folder while this process lives; where the file system has no locks nobody is kept out."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(
+                f"{run_dir} is that of a run that is still going: end it, or give another --run-dir and --save"
+            ) from error
+    _HELD.append(lock)
 
 
 def started_again() -> bool:
