@@ -150,6 +150,11 @@ def _compare(old: StoredTensor, new: StoredTensor, mask: Tensor | None) -> Chang
     if (old.shape, old.dtype) != (new.shape, new.dtype):
         raise ValueError(
             f"{old.name} is {list(old.shape)} {old.dtype} in {old.path}, {list(new.shape)} {new.dtype} in {new.path}"
+            + (
+                "; the training's own precision (--bf16, --fp16) must be that of the folder"
+                if old.shape == new.shape
+                else ""
+            )
         )
     rows = old.shape[0] if old.shape else 1
     changed, squares, before = [], 0.0, 0.0
