@@ -62,7 +62,7 @@ class LongAct:
         self.step: Step | None = None
         """Since the last refresh; it stays until the next one, for whoever asks what was done."""
         self.model = QKVModel.find(model_chunks)
-        self.active = self._without_masks(self.state)
+        self.active = self._active_of(self.state)
         """Channels whose rows the last successful step could move: bool [L, nq] and [L, nk]."""
 
         self._optimizer = optimizer
@@ -215,8 +215,8 @@ class LongAct:
             return state
         saliency = self._measure(state)
         usable, named, real = self._read_verdict(saliency)
-        if few_named(named, real):
-            self._warn_once(few_named(named, real), once="few named")
+        if warning := few_named(named, real):
+            self._warn_once(warning, once="few named")
         if not usable:
             self._warn_once(unusable(state), once="unusable")
             return replace(state, rejected=state.rejected + 1)
@@ -251,11 +251,13 @@ class LongAct:
         same_warmup = last is not None and in_warmup(last.pending, self.config) == in_warmup(pending, self.config)
         if last is not None and last.pending.masks is masks and (masks is not None or same_warmup):
             return last.active, last.frozen
-        active = self._without_masks(pending) if masks is None else masks
+        active = self._active_of(pending)
         return active, self.model.frozen_rows(active)
 
-    def _without_masks(self, state: LongActState) -> QK:
-        """What a step may move while there are no masks: everything in warm-up, else nothing that is a target."""
+    def _active_of(self, state: LongActState) -> QK:
+        """What a step may move; while there are no masks everything in warm-up, else nothing that is a target."""
+        if state.masks is not None:
+            return state.masks
         channels = target(self.model.channels(in_warmup(state, self.config)), self.config)
         return QK(*(part.to(self.model.device) for part in channels))
 
@@ -370,7 +372,7 @@ class LongAct:
             _log(f"LongAct goes on with the flags given now: {differ}")
             if selects_otherwise(state_dict["config"], self.config):
                 self.state = replace(self.state, masks=None)  # the next step selects anew
-        self.active = self._without_masks(self.state) if self.state.masks is None else self.state.masks
+        self.active = self._active_of(self.state)
         self._overlap.zero_()
         self._metrics = None
         derive_quantized_weights(self._optimizer)
