@@ -1,13 +1,16 @@
 """Policy losses, aggregation and KL against plain loops over tokens."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_longact.rl import POLICY_LOSSES, PolicyLossConfig, aggregate, aggregation_weight, kl_penalty
+from megatron_longact.rl import POLICY_LOSSES, PolicyLoss, PolicyLossConfig, aggregate, aggregation_weight, kl_penalty
 from megatron_longact.rl.objectives.kl import masked_kl
+from megatron_longact.rl.objectives.policy_losses import loss_metrics
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 NAMES = sorted(POLICY_LOSSES)
@@ -284,6 +287,20 @@ def test_importance_weights_scale_token_losses(batch: Batch, name: str) -> None:
     by_response = torch.tensor([0.0, 2.0, 1.0, 0.5, 1.0, 0.0])[:, None].expand(B, S)
     weighted = value_and_gradient(name, batch, config, selected=selected, importance_weights=by_response)
     torch.testing.assert_close(weighted[1], plain[1] * by_response, check_dtype=False)
+
+
+def test_a_metric_that_a_loss_declares_is_a_column_of_every_run(monkeypatch: pytest.MonkeyPatch, batch: Batch) -> None:
+    def plain(tokens: Any, *, config: PolicyLossConfig, selected: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return -tokens.advantages * tokens.log_probs, {"likely_fraction": tokens.log_probs > -3}
+
+    silent = PolicyLoss(token_losses=plain, metrics=())
+    with pytest.raises(ValueError, match=r"declares the metrics \(\) and reports \('likely_fraction',\)"):
+        silent(**batch, config=PolicyLossConfig())
+    before = loss_metrics()
+    assert before == ("clip_fraction", "dual_clip_fraction", "selected_fraction", "kl_old")
+    monkeypatch.setitem(POLICY_LOSSES, "plain", replace(silent, metrics=("likely_fraction",)))
+    assert set(loss_metrics()) == {*before, "likely_fraction"}
+    assert POLICY_LOSSES["plain"](**batch, config=PolicyLossConfig())[1].keys() == {"likely_fraction", "kl_old"}
 
 
 @pytest.mark.parametrize("name", NAMES)

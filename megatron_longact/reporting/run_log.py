@@ -131,6 +131,47 @@ class MetricsLog:
             self._file.close()
 
 
+class RunLog:
+    """What a training writes and shows of itself: metrics.jsonl, evaluations.jsonl, TensorBoard, the console.
+
+    folder: of the files; None on processes that neither write files nor show anything. writer: see `MetricsLog`.
+    done: the iteration, out of `total`, at which this process begins.
+    """
+
+    def __init__(self, folder: Path | None, terminal: TextIO, writer: Any | None, *, total: int, done: int) -> None:
+        self._metrics, self._evaluations = (
+            MetricsLog(None if folder is None else folder / name, writer, resume_from=done)
+            for name in (METRICS, EVALUATIONS)
+        )
+        self._progress = None if folder is None else Progress(total, terminal, done=done)
+
+    def write_step(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str]) -> None:
+        """A row of metrics.jsonl; in_tensorboard: see `MetricsLog.write`."""
+        self._metrics.write(row, iteration=iteration, in_tensorboard=in_tensorboard)
+
+    def write_evaluation(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        """A row of evaluations.jsonl, which has its own iteration, and the scalars that TensorBoard shows of it."""
+        # Under names of their own: `accuracy` is that of the rollouts.
+        self._evaluations.write({**row, **scalars}, iteration=row["iteration"], in_tensorboard=row.keys())
+
+    def say(self, text: str) -> None:
+        """A line on the console, which stays."""
+        if self._progress is not None:
+            self._progress.say(text)
+
+    def show(self, iteration: int, values: Mapping[str, str], *, now_too: bool = False) -> None:
+        """How far the run is; see `Progress.update`."""
+        if self._progress is not None:
+            self._progress.update(iteration, values, now_too=now_too)
+
+    def close(self) -> None:
+        """Close the files and end the console's line."""
+        self._metrics.close()
+        self._evaluations.close()
+        if self._progress is not None:
+            self._progress.close()
+
+
 def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 

@@ -1,9 +1,13 @@
-"""One rollout step: tasks, responses, rewards, advantages, and log-probs by the trainer's forward."""
+"""What is asked of the model between optimizer steps: rollout batches to train on, and held-out tasks.
+
+A batch is tasks, responses, rewards, advantages, and log-probs by the trainer's forward.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +15,7 @@ from torch import Tensor
 from megatron_longact.generation.engine import Prompt, RolloutEngine
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.heldout import Judge
+from megatron_longact.rl.heldout import Judge, evaluate_heldout
 from megatron_longact.rl.log_probs import TrainerLogProbs
 from megatron_longact.rl.objectives.advantages import group_relative_advantages
 from megatron_longact.rl.objectives.importance_weights import truncated_importance_weights
@@ -20,7 +24,7 @@ from megatron_longact.rl.reference import ReferenceWeights
 
 
 class Collector:
-    """Makes rollout batches with the model as it is; called by all ranks, between optimizer steps."""
+    """Asks the model as it is; called by all ranks, between optimizer steps."""
 
     def __init__(
         self,
@@ -117,6 +121,16 @@ class Collector:
                 level=self._config.importance_level,
                 threshold=self._config.importance_threshold,
             )
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there are held-out tasks."""
+        return bool(self._judge.environment.heldout_lengths)
+
+    def heldout(self, *, iteration: int) -> dict[str, Any]:
+        """The row of `evaluate_heldout`."""
+        config = self._config
+        return evaluate_heldout(self._engine, self._judge, config, iteration=iteration, pass_at=config.data.pass_at)
 
     def _log_probs(self, batch: RolloutBatch, weights: AbstractContextManager[None]) -> Tensor:
         with weights:

@@ -10,6 +10,7 @@ repeated in each of its iterations.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,23 +19,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_longact import metrics as longact_metrics
-from megatron_longact.generation.engine import RolloutEngine
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron import telemetry
-from megatron_longact.reporting.run_log import MEGATRON_LOG, MetricsLog, Progress
+from megatron_longact.reporting.run_log import MEGATRON_LOG, RunLog
 from megatron_longact.rl.audit import RowAudit, RowCounts
-from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.batches.plans import StepPlan
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.collect import Collector
-from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.heldout import Judge, evaluate_heldout, heldout_scalars
-from megatron_longact.rl.objectives.objective import Objective
-from megatron_longact.rl.objectives.token_selection import TokenSelector
+from megatron_longact.rl.heldout import heldout_scalars
 from megatron_longact.rl.signals import SignalWatch
 from megatron_longact.rl.signals import missing as missing_signal
 from megatron_longact.rl.state import LoopState
-from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome, StepSize
+from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome
+from megatron_longact.rl.update import PolicyUpdate
 
 TIME_SHARE = "longact/time_share"
 """Share of an optimizer step's wall time that LongAct took."""
@@ -42,69 +39,48 @@ TIME_SHARE = "longact/time_share"
 TIMES = (longact_metrics.TIME, "step_time_s", "rollout_time_s", "log_prob_time_s", "selection_time_s")
 """Wall times in seconds, those of the slowest rank."""
 
-STEP_METRICS = ("loss", "clip_fraction", "dual_clip_fraction", "selected_fraction", "kl_old", "kl", "entropy")
-"""Names that the objective may report, in the order in which pipeline stages exchange them."""
-
 
 class RLLoop:
     """A run from its first to its last iteration; every rank has one and calls the same methods."""
 
     def __init__(
         self,
-        config: RLConfig,
         trainer: MegatronTrainer,
         *,
         state: LoopState,
         collector: Collector,
-        objective: Objective,
-        selector: TokenSelector,
-        layout: BatchLayout,
-        engine: RolloutEngine,
-        judge: Judge,
-        longact: LongAct | None,
+        update: PolicyUpdate,
         audit: RowAudit,
-        metrics_log: MetricsLog,
-        evaluations_log: MetricsLog,
-        progress: Progress | None,
+        log: RunLog,
     ) -> None:
-        self._config = config
+        self.longact = LongAct.of(trainer.optimizer)
         self._trainer = trainer
         self._state = state
         self._collector = collector
-        self._objective = objective
-        self._selector = selector
-        self._layout = layout
-        self._engine = engine
-        self._judge = judge
-        self.longact = longact
+        self._update = update
         self._audit = audit
-        self._metrics_log = metrics_log
-        self._evaluations_log = evaluations_log
-        self._progress = progress
+        self._log = log
         self._signals = SignalWatch()
         self._times: dict[str, float | None] = dict.fromkeys(TIMES)
 
     def run(self) -> bool:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
         trainer, args = self._trainer, self._trainer.args
-        self._state.take_up(self._layout)
+        self._state.take_up(self._update.layout)
         trainer.begin()
         self._evaluate_if_due()
         exiting = False
         while trainer.iteration < args.train_iters and not exiting:
             exiting = self._iterate()
         if not exiting:
-            if self._judge.environment.heldout_lengths and self._last_evaluation != trainer.iteration:
+            if self._collector.has_heldout and self._last_evaluation != trainer.iteration:
                 self._evaluate()
             if args.save and not trainer.saved_now:
                 trainer.save()
         trainer.finish()
-        if self.verdict is not None and self._progress is not None:
-            self._progress.say(self.verdict)
-        for log in (self._metrics_log, self._evaluations_log):
-            log.close()
-        if self._progress is not None:
-            self._progress.close()
+        if self.verdict is not None:
+            self._log.say(self.verdict)
+        self._log.close()
         return not exiting
 
     def count_rows(self) -> RowCounts:
@@ -135,10 +111,10 @@ class RLLoop:
         batch, use = state.batch, state.use
         assert batch is not None
         assert use is not None
-        plan, *later = self._layout.plan(batch, use)
+        plan, *later = self._update.layout.plan(batch, use)
         selected = self._select(batch, plan)
         begun = time.perf_counter()
-        outcome = self._update(batch, plan, selected)
+        outcome = self._update.step(batch, plan, selected=selected)
         self._times["step_time_s"] = time.perf_counter() - begun
         if outcome.should_exit:
             return True
@@ -163,34 +139,23 @@ class RLLoop:
             self._collector.add_log_probs(batch)
         self._times["rollout_time_s"] = made - begun
         self._times["log_prob_time_s"] = time.perf_counter() - made
-        self._state.batch, self._state.use = batch, self._layout.new_use()
+        self._state.batch, self._state.use = batch, self._update.layout.new_use()
         self._state.rollout_steps += 1
 
     def _select(self, batch: RolloutBatch, plan: StepPlan) -> Tensor | None:
-        if not self._selector.selects:
+        if not self._update.selects:
             return None
         begun = time.perf_counter()
         with self._trainer.between_steps():
-            selected = self._selector.select(batch, plan, update=self._state.updates_done)
+            selected = self._update.select(batch, plan, updates_done=self._state.updates_done)
         self._times["selection_time_s"] = time.perf_counter() - begun
         return selected
-
-    def _update(self, batch: RolloutBatch, plan: StepPlan, selected: Tensor | None) -> StepOutcome:
-        lengths = [batch.total_length(row) for row in plan.rows]
-        return self._trainer.step(
-            self._objective.forward_step(
-                batch.response_mask[list(plan.rows)], num_microbatches=len(plan.micro_batches)
-            ),
-            [self._layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches],
-            micro_batch_size=self._layout.micro_batch_size,
-            size=StepSize(responses=len(plan.rows), tokens=sum(lengths), squared_lengths=sum(n * n for n in lengths)),
-        )
 
     def _evaluate_if_due(self) -> None:
         """At the start of a run and every `--eval-interval` iterations, once; never without held-out data."""
         iteration, interval = self._trainer.iteration, self._trainer.args.eval_interval
         due = self._last_evaluation is None or (interval and iteration % interval == 0)
-        if self._judge.environment.heldout_lengths and due and self._last_evaluation != iteration:
+        if self._collector.has_heldout and due and self._last_evaluation != iteration:
             self._evaluate()
 
     @property
@@ -200,32 +165,23 @@ class RLLoop:
 
     def _evaluate(self) -> None:
         with self._trainer.between_steps():
-            row = evaluate_heldout(
-                self._engine,
-                self._judge,
-                self._config,
-                iteration=self._trainer.iteration,
-                pass_at=self._config.data.pass_at,
-            )
+            row = self._collector.heldout(iteration=self._trainer.iteration)
         self._state.evaluations.append(row)
-        scalars = heldout_scalars(row)
-        # Under names of their own: `accuracy` is that of the rollouts.
-        self._evaluations_log.write({**row, **scalars}, iteration=row["iteration"], in_tensorboard=row.keys())
-        if self._progress is not None:
-            by_length = "  ".join(f"{n}: {v:.0%}" for n, v in row["accuracy_by_length"].items())
-            self._progress.say(
-                f"held-out accuracy at iteration {row['iteration']}: {row['accuracy']:.1%}"
-                f"  (by context length  {by_length})"
-            )
+        self._log.write_evaluation(row, heldout_scalars(row))
+        by_length = "  ".join(f"{n}: {v:.0%}" for n, v in row["accuracy_by_length"].items())
+        self._log.say(
+            f"held-out accuracy at iteration {row['iteration']}: {row['accuracy']:.1%}"
+            f"  (by context length  {by_length})"
+        )
 
     def _report(self, batch: RolloutBatch, plan: StepPlan, outcome: StepOutcome) -> None:
-        losses = _from_last_stage(outcome.losses, pp_group=self._trainer.pg_collection.pp)
+        names, pp_group = self._update.metrics, self._trainer.pg_collection.pp
         row: dict[str, Any] = {
             "rollout_step": batch.step,
-            **_rollout_metrics(batch),
-            **losses,
+            **batch.metrics(),
+            **_from_last_stage(outcome.losses, names, pp_group=pp_group),
             "grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
-            "padding_share": self._layout.padding_share(batch, plan),
+            "padding_share": self._update.layout.padding_share(batch, plan),
             **self._times,
             **self._longact_metrics(),
             **telemetry.scalars(self._trainer.iteration),
@@ -236,18 +192,17 @@ class RLLoop:
             row[TIME_SHARE] = row[longact_metrics.TIME] / row["step_time_s"]
         # Megatron has written the losses to TensorBoard, and its seams LongAct's scalars and those of the GPUs.
         written = {*outcome.losses, *(name for name in row if name.startswith(("longact/", "gpu/")))}
-        self._metrics_log.write(row, iteration=self._trainer.iteration, in_tensorboard=written - {TIME_SHARE})
-        if self._progress is not None:
-            self._show(self._progress, batch)
+        self._log.write_step(row, iteration=self._trainer.iteration, in_tensorboard=written - {TIME_SHARE})
+        self._show(batch)
 
-    def _show(self, progress: Progress, batch: RolloutBatch) -> None:
+    def _show(self, batch: RolloutBatch) -> None:
         missing = missing_signal(batch)
         shown = {"reward": f"{batch.rewards.mean():.3f}", "accuracy": f"{batch.correct.float().mean():.0%}"}
         shown |= {"no signal:": ", ".join(missing)} if missing else {}
-        progress.update(self._trainer.iteration, shown, now_too=bool(missing) and batch.step != self._signals.step)
+        self._log.show(self._trainer.iteration, shown, now_too=bool(missing) and batch.step != self._signals.step)
         warning = self._signals.see(batch)
         if warning is not None:
-            progress.say(warning)
+            self._log.say(warning)
 
     def _longact_metrics(self) -> dict[str, float | None]:
         if self.longact is None:
@@ -271,37 +226,6 @@ def _per_second(count: float, seconds: float | None) -> float | None:
     return None if seconds is None else count / seconds
 
 
-def _rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
-    return {
-        "reward_mean": batch.rewards.mean().item(),
-        "reward_std": batch.rewards.std().item(),
-        "accuracy": batch.correct.float().mean().item(),
-        "response_length_mean": batch.lengths.float().mean().item(),
-        "truncated_fraction": 1.0 - batch.finished.float().mean().item(),
-        "prompt_tokens": float(sum(map(len, batch.prompts))),
-        "response_tokens": float(batch.lengths.sum()),
-        **batch.counts,
-        **_mismatch_metrics(batch),
-    }
-
-
-def _mismatch_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """How far the distribution that was sampled is from the trainer's, at response tokens."""
-    mask = batch.response_mask
-    assert batch.old_log_probs is not None
-    log_ratio = (batch.old_log_probs - batch.rollout_log_probs)[mask]
-    metrics = {
-        "rollout_train_logprob_abs_diff": log_ratio.abs().mean().item(),
-        "rollout_train_logprob_abs_diff_max": log_ratio.abs().max().item(),
-        "rollout_train_kl": (log_ratio.expm1() - log_ratio).mean().item(),
-    }
-    if batch.importance_weights is not None:
-        weights = batch.importance_weights[mask]
-        metrics["importance_weight_mean"] = weights.mean().item()
-        metrics["importance_weight_max"] = weights.max().item()
-    return metrics
-
-
 def _of_slowest_rank(times: dict[str, float | None]) -> dict[str, float | None]:
     """The largest of each time over all ranks, the same on all; None where it was not measured."""
     measured = torch.tensor([-1.0 if time is None else time for time in times.values()], dtype=torch.float64)
@@ -310,14 +234,16 @@ def _of_slowest_rank(times: dict[str, float | None]) -> dict[str, float | None]:
     return {name: None if time < 0 else time for name, time in zip(times, on_device.tolist(), strict=True)}
 
 
-def _from_last_stage(losses: dict[str, Tensor], *, pp_group: ProcessGroup) -> dict[str, float | None]:
+def _from_last_stage(
+    losses: dict[str, Tensor], names: Sequence[str], *, pp_group: ProcessGroup
+) -> dict[str, float | None]:
     """The step's metrics by name on every pipeline stage; None for what was not reported."""
     nothing = torch.tensor(torch.nan)
-    values = torch.stack([losses.get(name, nothing).float().cpu() for name in STEP_METRICS])
+    values = torch.stack([losses.get(name, nothing).float().cpu() for name in names])
     if pp_group.size() > 1:
         on_device = values.cuda()
         source = torch.distributed.get_process_group_ranks(pp_group)[-1]
         torch.distributed.broadcast(on_device, src=source, group=pp_group)
         values = on_device.cpu()
-    numbers = dict(zip(STEP_METRICS, values.tolist(), strict=True))
+    numbers = dict(zip(names, values.tolist(), strict=True))
     return {name: None if number != number else number for name, number in numbers.items()}

@@ -22,7 +22,7 @@ from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron.checkpointing import check_load, check_schedule
 from megatron_longact.megatron.tool_command import end_together
-from megatron_longact.reporting.run_log import EVALUATIONS, METRICS, MetricsLog, Progress
+from megatron_longact.reporting.run_log import RunLog
 from megatron_longact.rl.audit import RowAudit
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.collect import Collector
@@ -40,6 +40,7 @@ from megatron_longact.rl.reference import ReferenceWeights, start_reference
 from megatron_longact.rl.run_folder import open_run
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals
+from megatron_longact.rl.update import PolicyUpdate
 
 SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
@@ -120,7 +121,6 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     trainer = _trainer(args, state)
     pgs = trainer.pg_collection
     vocabulary = vocabulary_from_args(args, get_tokenizer())
-    judge = Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD)
     scorer = ResponseScorer(
         temperature=config.sampling.temperature,
         vocab_size=vocabulary.size,
@@ -135,28 +135,26 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         dp_size=pgs.dp.size(),
         pp_size=pgs.pp.size(),
     )
-    engine = rollout_engine(args, trainer.model, pgs)
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
     longact = LongAct.of(trainer.optimizer)
     return RLLoop(
-        config,
         trainer,
         state=state,
         collector=Collector(
             config,
-            engine=engine,
-            judge=judge,
+            engine=rollout_engine(args, trainer.model, pgs),
+            judge=Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD),
             trainer_log_probs=trainer_log_probs,
             reference=_reference(config, trainer),
         ),
-        objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
-        selector=TokenSelector(config, trainer_log_probs),
-        layout=layout,
-        engine=engine,
-        judge=judge,
-        longact=longact,
+        update=PolicyUpdate(
+            trainer,
+            layout=layout,
+            objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
+            selector=TokenSelector(config, trainer_log_probs),
+        ),
         audit=RowAudit(trainer.model, trainer.optimizer, longact, since=trainer.iteration),
-        **_logs(args, terminal),
+        log=_log(args, terminal),
     )
 
 
@@ -178,11 +176,6 @@ def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
     return MegatronTrainer(args, model, optimizer, scheduler, checkpointing_context=context)
 
 
-def _logs(args: Namespace, terminal: TextIO) -> dict[str, Any]:
-    run_dir, first = Path(args.run_dir), args.rank == 0
-    names = {"metrics_log": METRICS, "evaluations_log": EVALUATIONS}
-    logs: dict[str, Any] = {
-        key: MetricsLog(run_dir / name if first else None, get_tensorboard_writer(), resume_from=args.iteration)
-        for key, name in names.items()
-    }
-    return logs | {"progress": Progress(args.train_iters, terminal, done=args.iteration) if first else None}
+def _log(args: Namespace, terminal: TextIO) -> RunLog:
+    folder = Path(args.run_dir) if args.rank == 0 else None
+    return RunLog(folder, terminal, get_tensorboard_writer(), total=args.train_iters, done=args.iteration)

@@ -55,6 +55,36 @@ class RolloutBatch:
         """Prompt and response of a row: int64 [total length]."""
         return torch.cat([torch.tensor(self.prompts[row]), self.responses[row, : self.lengths[row]]])
 
+    def metrics(self) -> dict[str, float]:
+        """What a training reports of the batch, by name; the log-probs must be known."""
+        return {
+            "reward_mean": self.rewards.mean().item(),
+            "reward_std": self.rewards.std().item(),
+            "accuracy": self.correct.float().mean().item(),
+            "response_length_mean": self.lengths.float().mean().item(),
+            "truncated_fraction": 1.0 - self.finished.float().mean().item(),
+            "prompt_tokens": float(sum(map(len, self.prompts))),
+            "response_tokens": float(self.lengths.sum()),
+            **self.counts,
+            **self._mismatch_metrics(),
+        }
+
+    def _mismatch_metrics(self) -> dict[str, float]:
+        """How far the distribution that was sampled is from the trainer's, at response tokens."""
+        mask = self.response_mask
+        assert self.old_log_probs is not None
+        log_ratio = (self.old_log_probs - self.rollout_log_probs)[mask]
+        metrics = {
+            "rollout_train_logprob_abs_diff": log_ratio.abs().mean().item(),
+            "rollout_train_logprob_abs_diff_max": log_ratio.abs().max().item(),
+            "rollout_train_kl": (log_ratio.expm1() - log_ratio).mean().item(),
+        }
+        if self.importance_weights is not None:
+            weights = self.importance_weights[mask]
+            metrics["importance_weight_mean"] = weights.mean().item()
+            metrics["importance_weight_max"] = weights.max().item()
+        return metrics
+
     def select(self, rows: list[Row]) -> RolloutBatch:
         """Some of the responses, in the order of `rows`; without counts."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

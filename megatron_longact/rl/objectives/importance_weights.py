@@ -5,11 +5,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from megatron_longact.rl.objectives.aggregation import masked
+from megatron_longact.rl.objectives.log_ratio import MAX_LOG_RATIO
 
 Level = Literal["token", "sequence"]
-
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this before `exp`, as verl does."""
 
 
 def truncated_importance_weights(

@@ -5,11 +5,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from megatron_longact.rl.objectives.aggregation import masked
+from megatron_longact.rl.objectives.log_ratio import MAX_LOG_RATIO
 
 KLKind = Literal["k1", "k2", "k3"]
-
-MAX_LOG_RATIO = 20.0
-"""k3 clamps log-ratios to this before `exp`, as verl does: exp(20) is still far from overflow."""
 
 MAX_K3 = 10.0
 """Upper bound of one token's k3 estimate, verl's."""

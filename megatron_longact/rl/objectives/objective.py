@@ -19,7 +19,7 @@ from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.log_probs import ResponseScorer
 from megatron_longact.rl.objectives.aggregation import aggregate, aggregation_weight
 from megatron_longact.rl.objectives.kl import masked_kl
-from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES
+from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, loss_metrics
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -45,6 +45,11 @@ class Objective:
         self._scorer = scorer
         self._longact = longact
         self._dp_size = dp_size
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all that an objective may report, whichever its loss: the same on all ranks, in this order."""
+        return ("loss", *loss_metrics(), "kl", "entropy")
 
     def forward_step(
         self, response_mask: Tensor, *, num_microbatches: int

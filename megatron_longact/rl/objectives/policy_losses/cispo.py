@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_longact.rl.objectives.policy_losses.clipped import clamped_ratio
 from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.policy_loss import PolicyLoss, TokenBatch
 
 
 def cispo_token_losses(
@@ -21,3 +21,6 @@ def cispo_token_losses(
     ratio = clamped_ratio(batch).detach()
     weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     return -weight * batch.advantages * batch.log_probs, {"clip_fraction": weight != ratio}
+
+
+CISPO = PolicyLoss(token_losses=cispo_token_losses, metrics=("clip_fraction",))

@@ -13,7 +13,7 @@ from megatron_longact.rl.objectives.policy_losses.covariance import (
     tokens_at,
     unclipped_ratio,
 )
-from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.policy_loss import PolicyLoss, TokenBatch
 
 
 def clip_cov_token_losses(
@@ -44,3 +44,8 @@ def select_clip_cov(batch: TokenBatch, *, config: PolicyLossConfig, generator: G
     count = share_of_tokens(len(covariances), config.clip_cov_ratio)
     drawn = torch.randperm(len(candidates), generator=generator)[:count]
     return tokens_at(candidates[drawn], batch.mask)
+
+
+CLIP_COV = PolicyLoss(
+    token_losses=clip_cov_token_losses, metrics=("clip_fraction", "selected_fraction"), selection=select_clip_cov
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_longact.rl.objectives.log_ratio import MAX_LOG_RATIO
 from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.objectives.policy_losses.policy_loss import MAX_LOG_RATIO, TokenBatch
+from megatron_longact.rl.objectives.policy_losses.policy_loss import PolicyLoss, TokenBatch
 
 
 def clipped_token_losses(
@@ -40,3 +41,6 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, config: PolicyLossCo
 def clamped_ratio(batch: TokenBatch) -> Tensor:
     """The ratio p / p_old, [b, s], with its logarithm clamped to `MAX_LOG_RATIO`."""
     return batch.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+CLIPPED = PolicyLoss(token_losses=clipped_token_losses, metrics=("clip_fraction", "dual_clip_fraction"))

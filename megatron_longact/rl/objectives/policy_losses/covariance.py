@@ -8,11 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_longact.rl.objectives.log_ratio import OVERFLOW_LOG_RATIO
 from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
-
-MAX_LOG_RATIO = 85.0
-"""Log-ratios are clamped to this from above before `exp`: fp32 then has room for a factor of 40. A
-smaller bound would be another loss than verl's, which has none."""
 
 
 def token_covariances(batch: TokenBatch) -> Tensor:
@@ -40,4 +37,4 @@ def tokens_at(indices: Tensor, mask: Tensor) -> Tensor:
 
 def unclipped_ratio(batch: TokenBatch) -> Tensor:
     """The ratio p / p_old, [b, s], kept from overflow."""
-    return batch.log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    return batch.log_ratio.clamp(max=OVERFLOW_LOG_RATIO).exp()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron_longact.rl.objectives.log_ratio import MAX_SEQUENCE_LOG_RATIO
 from megatron_longact.rl.objectives.policy_losses.clipped import clipped_surrogate
 from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
-from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
-
-MAX_SEQUENCE_LOG_RATIO = 10.0
-"""The logarithm of a response's ratio is clamped to this from above, as verl does."""
+from megatron_longact.rl.objectives.policy_losses.policy_loss import PolicyLoss, TokenBatch
 
 
 def gspo_token_losses(
@@ -28,3 +26,6 @@ def gspo_token_losses(
     ratio = log_ratio.clamp(max=MAX_SEQUENCE_LOG_RATIO).exp()
     loss, clipped = clipped_surrogate(ratio, batch.advantages, config=config)
     return loss, {"clip_fraction": clipped}
+
+
+GSPO = PolicyLoss(token_losses=gspo_token_losses, metrics=("clip_fraction",), fixed_aggregation="seq-mean-token-mean")

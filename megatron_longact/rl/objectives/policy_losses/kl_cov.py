@@ -12,7 +12,7 @@ from megatron_longact.rl.objectives.policy_losses.covariance import (
     tokens_at,
     unclipped_ratio,
 )
-from megatron_longact.rl.objectives.policy_losses.policy_loss import TokenBatch
+from megatron_longact.rl.objectives.policy_losses.policy_loss import PolicyLoss, TokenBatch
 
 
 def kl_cov_token_losses(
@@ -37,3 +37,8 @@ def select_kl_cov(batch: TokenBatch, *, config: PolicyLossConfig, generator: Gen
     covariances = token_covariances(batch)
     count = share_of_tokens(len(covariances), config.kl_cov_ratio)
     return tokens_at(covariances.topk(count).indices, batch.mask)
+
+
+KL_COV = PolicyLoss(
+    token_losses=kl_cov_token_losses, metrics=("clip_fraction", "selected_fraction"), selection=select_kl_cov
+)

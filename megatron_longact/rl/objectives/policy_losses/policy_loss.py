@@ -12,10 +12,11 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_longact.rl.objectives.aggregation import Aggregation, aggregate, masked, token_mean
+from megatron_longact.rl.objectives.log_ratio import MAX_LOG_RATIO
 from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
 
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this before `exp`, as verl does: exp(20) is still far from overflow."""
+KL_OLD = "kl_old"
+"""A metric of every loss: log p_old - log p, bounded at `MAX_LOG_RATIO`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class PolicyLoss:
     """One of `POLICY_LOSSES`: called with a batch, it gives the loss and its metrics."""
 
     token_losses: TokenLosses
+    metrics: tuple[str, ...]
+    """What `token_losses` reports, by name; one of every run's columns, null in runs with another loss."""
+
     selection: TokenSelection | None = None
     """None: the loss treats all tokens alike."""
 
@@ -92,15 +96,16 @@ class PolicyLoss:
         a larger one; None: chosen within this batch. importance_weights: [b, s], multiplied with
         the tokens' losses (`truncated_importance_weights`).
 
-        Metrics of all losses: `clip_fraction` (tokens at which the clip acts) and `kl_old`
-        (log p_old - log p, bounded at `MAX_LOG_RATIO`).
+        The metrics are those that the loss declares, and `KL_OLD`. Raises ValueError if it reports others.
         """
         batch = TokenBatch.of(log_probs, old_log_probs, advantages, response_mask)
         selected = self._selected(batch, config, selected)
         losses, metrics = self.token_losses(batch, config=config, selected=selected)
+        if set(metrics) != set(self.metrics):
+            raise ValueError(f"a policy loss declares the metrics {self.metrics} and reports {tuple(metrics)}")
         if importance_weights is not None:
             losses = losses * masked(importance_weights, batch.mask)
-        metrics = metrics | {"kl_old": -batch.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)}
+        metrics = metrics | {KL_OLD: -batch.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)}
         means = {name: token_mean(values.detach(), batch.mask) for name, values in metrics.items()}
         return aggregate(losses, batch.mask, mode=self.aggregation(config)), means
 
