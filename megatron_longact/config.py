@@ -13,6 +13,9 @@ Freeze = Literal["strict", "grad-only"]
 Moments = Literal["decay", "hold", "reset"]
 OnMismatch = Literal["error", "use-flags"]
 
+PREFIX = "--longact-"
+"""Of the flags of `LongActConfig`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongActConfig:
@@ -120,4 +123,4 @@ class LongActConfig:
 
 def flag(name: str) -> str:
     """The command-line flag of a field of `LongActConfig`."""
-    return "--longact-" + name.replace("_", "-")
+    return PREFIX + name.replace("_", "-")

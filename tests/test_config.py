@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_longact import LongActConfig, add_longact_args, longact_config_from_args
-from megatron_longact.arguments import field_docs
+from megatron_longact.flags import field_docs
 from tests.launch import ROOT
 from tests.ranks import run_program
 
@@ -26,7 +26,7 @@ def test_defaults_stand_in_the_dataclass() -> None:
 
 def test_every_field_has_a_flag_and_a_docstring() -> None:
     names = {field.name for field in fields(LongActConfig)}
-    assert set(field_docs()) == names
+    assert set(field_docs(LongActConfig)) == names
     assert {name for name in vars(parse()) if name.startswith("longact_")} == {f"longact_{name}" for name in names}
 
 
@@ -103,4 +103,4 @@ def test_bad_flag_value_reaches_the_one_line_message(flags: tuple[str, str]) -> 
 
 def test_flags_doc_is_up_to_date() -> None:
     done = run_program(str(ROOT / "tools/generate_flags_doc.py"), "--check", launcher=False, cpu=False)
-    assert done.returncode == 0, "docs/flags.md is not what LongActConfig makes of it: make docs"
+    assert done.returncode == 0, "a page of flags is not what the dataclasses make of it: make docs"

@@ -113,7 +113,7 @@ def test_one_optimizer_step_a_rollout_batch_if_no_batch_size_is_given() -> None:
 
 def test_sampling_flags_become_the_run() -> None:
     plain = rl_config_from_args(parse())
-    assert (plain.dynamic_sampling, plain.max_sampling_rounds, plain.importance_level) == (False, 1, None)
+    assert (plain.dynamic_sampling, plain.sampling_rounds, plain.importance_level) == (False, 1, None)
     flags = ["--importance-sampling-level", "sequence", "--overlong-buffer-length", "4", "--policy-loss", "kl-cov"]
     megatron = {
         "grpo_filter_groups_with_same_reward": True,
@@ -121,7 +121,7 @@ def test_sampling_flags_become_the_run() -> None:
         "rl_importance_sampling_truncation_coef": 4.0,
     }
     config = rl_config_from_args(parse(*flags, **megatron))
-    assert (config.dynamic_sampling, config.max_sampling_rounds) == (True, 10)
+    assert (config.dynamic_sampling, config.sampling_rounds) == (True, 10)
     assert (config.importance_level, config.importance_threshold) == ("sequence", 4.0)
     assert (config.overlong_buffer_length, config.policy_loss) == (4, "kl-cov")
 

@@ -132,9 +132,8 @@ def test_long_responses_lose_reward() -> None:
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_weights_are_near_one_where_engine_and_trainer_agree(level: str) -> None:
-    batch = ranks.run(collect, right="starts low", importance_level=level, layout=Layout(tp=2), world_size=2)[0][
-        "batch"
-    ]
+    level_of = {"corrects_rollouts": True, "importance_sampling_level": level}
+    batch = ranks.run(collect, right="starts low", **level_of, layout=Layout(tp=2), world_size=2)[0]["batch"]
     weights, mask = batch.importance_weights, batch.response_mask
     assert (weights[~mask] == 0).all()
     assert ((weights[mask] - 1).abs() < 1e-3).all()

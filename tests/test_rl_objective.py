@@ -55,24 +55,20 @@ def make_batch() -> Any:
 
 def grpo_config(**settings: Any) -> Any:
     """A configuration of a small run, with some settings of one's own."""
-    from megatron_longact.generation.sampling import Sampling
     from megatron_longact.rl.config import RLConfig
     from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
 
     defaults: dict[str, Any] = {
+        "run_dir": "runs/x",
         "prompts_per_step": N,
         "group_size": 1,
         "epochs": 1,
         "global_batch_size": N,
         "micro_batch_size": N,
         "seq_length": SEQ_LENGTH,
-        "sampling": Sampling(max_response_length=6),
-        "policy_loss": "grpo",
+        "max_response_length": 6,
         "loss": PolicyLossConfig(),
         "kl_beta": 0.0,
-        "kl_estimator": "k3",
-        "normalize_advantages": True,
-        "tasks": (),
         "context_lengths": (8,),
         "heldout_context_lengths": (8,),
         "heldout_prompts": 1,
@@ -88,7 +84,6 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_longact.generation.sampling import Sampling
     from megatron_longact.rl.batches.micro_batches import BatchLayout
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
     from megatron_longact.rl.objectives.objective import Objective
@@ -108,7 +103,7 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
             clip_cov_lower=-10.0,
             aggregation=aggregation,
         ),
-        sampling=Sampling(max_response_length=6, temperature=0.8),
+        temperature=0.8,
         kl_beta=0.1,
     )
     built = build(ModelSpec(layers=2))

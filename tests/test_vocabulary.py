@@ -192,7 +192,7 @@ def test_a_tokenizer_without_an_end_needs_one_by_hand(folder: Path) -> None:
 def test_both_programs_take_the_ids_by_hand() -> None:
     for add, needed in ((add_data_args, []), (add_evaluation_args, ["--benchmark", "ruler"])):
         assert add(ArgumentParser()).parse_args([*needed, "--stop-token-ids", "2", "296"]).stop_token_ids == [2, 296]
-        assert add(ArgumentParser()).parse_args(needed).stop_token_ids is None
+        assert not add(ArgumentParser()).parse_args(needed).stop_token_ids
 
 
 def told_to_the_engine(model: Path) -> dict[str, Any]:

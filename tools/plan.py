@@ -13,7 +13,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_longact.arguments import add_longact_args, field_docs, longact_config_from_args
+from megatron_longact.arguments import add_longact_args, longact_config_from_args
+from megatron_longact.flags import field_docs
 from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan, text

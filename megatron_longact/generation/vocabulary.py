@@ -9,12 +9,13 @@ ends a turn with.
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from megatron_longact.flags import Flag, add_flags
 from megatron_longact.tasks.chat import own_template, read_chat_template, turn_end
 from megatron_longact.tasks.json_lines import parse_json
 
@@ -36,16 +37,18 @@ class Vocabulary:
         return self.stop_ids[0]
 
 
-def add_stop_args(parser: ArgumentParser | Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class StopFlags:
+    """The flags, of every program that lets a model write, that `vocabulary_from_args` reads."""
+
+    stop_token_ids: Annotated[tuple[int, ...], Flag(metavar="ID")] = ()
+    """Token ids that end a response, and no others. Default: the tokenizer's end of text, eos_token_id of a
+    generation_config.json beside it, and what the chat template ends a turn with."""
+
+
+def add_stop_args(parser: Any) -> None:
     """Add `--stop-token-ids` to a parser or a group of one."""
-    parser.add_argument(
-        "--stop-token-ids",
-        nargs="+",
-        type=int,
-        metavar="ID",
-        help="Token ids that end a response, and no others. Default: the tokenizer's end of text, eos_token_id of a "
-        "generation_config.json beside it, and what the chat template ends a turn with.",
-    )
+    add_flags(parser, StopFlags)
 
 
 def vocabulary_from_args(args: Namespace, tokenizer: Any) -> Vocabulary:

@@ -50,7 +50,7 @@ class Collector:
         config = self._config
         kept: list[RolloutBatch] = []
         sampled = thrown_out = without_spread = 0
-        for round_ in range(config.max_sampling_rounds):
+        for round_ in range(config.sampling_rounds):
             made, spread = self._sample(step, first=round_ * config.prompts_per_step)
             wanted = spread if config.dynamic_sampling else torch.ones_like(spread)
             kept.append(made.select(wanted.repeat_interleave(config.group_size).nonzero().flatten().tolist()))
@@ -87,7 +87,7 @@ class Collector:
         if config.overlong_buffer_length:
             rewards = rewards + overlong_penalty(
                 rollouts.lengths,
-                max_response_length=config.sampling.max_response_length,
+                max_response_length=config.max_response_length,
                 buffer_length=config.overlong_buffer_length,
                 penalty_factor=config.overlong_penalty_factor,
             )

@@ -38,6 +38,7 @@ def settle_defaults(args: Namespace, argv: Sequence[str]) -> None:
         quarter = max(1, min(args.seq_length // 4, LONGEST_DEFAULT_RESPONSE))
         args.max_response_length = quarter if args.train_data or args.heldout_data else NEEDLE_RESPONSE
         chosen["--max-response-length"] = args.max_response_length
+    args.heldout_context_lengths = args.heldout_context_lengths or args.context_lengths
     if not getattr(args, "_is_global_batch_size_explicitly_specified", True):  # Megatron's: one micro-batch a replica
         args.global_batch_size = _responses_per_step(args)
         chosen["--global-batch-size"] = args.global_batch_size

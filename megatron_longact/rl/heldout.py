@@ -21,7 +21,7 @@ SAMPLING_STEP = 2**32 - 1
 """Chooses the random numbers of held-out samples: no rollout step has them, and each evaluation has the same."""
 
 
-class EvaluationConfig(Protocol):
+class HeldOutSettings(Protocol):
     """What an evaluation reads of a run's configuration."""
 
     @property
@@ -90,7 +90,7 @@ class Judge:
 
 
 def evaluate_heldout(
-    engine: RolloutEngine, judge: Judge, config: EvaluationConfig, *, iteration: int, pass_at: PassAtK | None = None
+    engine: RolloutEngine, judge: Judge, config: HeldOutSettings, *, iteration: int, pass_at: PassAtK | None = None
 ) -> dict[str, Any]:
     """One row: `iteration`, `accuracy` and `reward` over all prompts, `accuracy_by_length`, `prompts`.
 
@@ -130,7 +130,7 @@ def heldout_scalars(row: Mapping[str, Any]) -> dict[str, float]:
 def _pass_at_k(
     engine: RolloutEngine,
     judge: Judge,
-    config: EvaluationConfig,
+    config: HeldOutSettings,
     tasks: Sequence[Task],
     *,
     lengths: Sequence[int],

@@ -107,7 +107,7 @@ def _settings(args: Namespace, config: RLConfig, longact: LongAct | None) -> dic
         "responses a rollout step": f"{config.prompts_per_step} prompts x {config.group_size}",
         "responses an optimizer step": config.global_batch_size,
         "times through a rollout batch": config.epochs,
-        "response tokens at most": config.sampling.max_response_length,
+        "response tokens at most": config.max_response_length,
         "context lengths": config.context_lengths,
         "sampling": config.sampling,
         "policy loss": f"{config.policy_loss}, {config.loss}",

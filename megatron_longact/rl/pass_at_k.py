@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb
+from typing import Annotated
+
+from megatron_longact.flags import Flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassAtK:
     """Which pass@k an evaluation measures. Raises ValueError for what cannot be."""
 
-    samples: int = 0
-    """Responses sampled for each held-out prompt, beside the greedy one; 0: none, and no pass@k."""
+    samples: Annotated[int, Flag("--eval-samples")] = 0
+    """Responses sampled for each held-out prompt, for pass@k, beside the greedy one. Default: 0, no pass@k."""
 
-    ks: tuple[int, ...] = ()
-    """The k's; none given: 1 and all samples."""
+    ks: Annotated[tuple[int, ...], Flag("--eval-pass-at", metavar="K", nargs="*")] = ()
+    """The k's of pass@k. Default: 1 and --eval-samples."""
 
-    temperature: float | None = None
-    """Of the samples; None: that of training."""
+    temperature: Annotated[float | None, Flag("--eval-temperature")] = None
+    """Temperature of these samples. Default: that of training."""
 
     def __post_init__(self) -> None:
         if self.samples < 0:

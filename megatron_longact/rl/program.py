@@ -57,7 +57,7 @@ def environment_of(config: RLConfig, *, say: Callable[[str], None]) -> Environme
     def needles(curriculum: Curriculum) -> NeedleEnvironment:
         return NeedleEnvironment(
             tokenizer,
-            names=config.tasks,
+            names=config.needle_tasks,
             lengths=config.context_lengths,
             heldout_lengths=config.heldout_context_lengths,
             seed=config.seed,
@@ -122,7 +122,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     pgs = trainer.pg_collection
     vocabulary = vocabulary_from_args(args, get_tokenizer())
     scorer = ResponseScorer(
-        temperature=config.sampling.temperature,
+        temperature=config.temperature,
         vocab_size=vocabulary.size,
         tp_group=pgs.tp,
         chunk_size=config.logits_chunk_size,

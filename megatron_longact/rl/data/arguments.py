@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_longact.generation.vocabulary import add_stop_args
-from megatron_longact.rl.data.curriculum import USAGE, Curriculum
+from megatron_longact.flags import Flag, MegatronFlag, add_flags, config_from_flags
+from megatron_longact.generation.vocabulary import StopFlags
+from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, Source
 from megatron_longact.rl.data.mixture import Mixture
@@ -29,119 +30,72 @@ NEEDLE = "needle"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(StopFlags):
     """What the flags say about data; `data_config_from_args` checks them."""
 
-    train: tuple[tuple[str, float], ...] = ()
-    """Paths, or `needle`, with weights; none: the needle tasks alone."""
-    heldout: tuple[str, ...] = ()
-    heldout_length_edges: tuple[int, ...] = ()
-    default_reward: str | None = None
+    train_data: Annotated[tuple[str, ...], Flag(metavar="PATH[:WEIGHT]")] = ()
+    """JSONL data sets to train on, mixed by weight (default: 1 each). `needle` stands for the needle tasks, which are
+    what is trained on without this flag."""
+
+    heldout_data: Annotated[tuple[str, ...], Flag(metavar="PATH")] = ()
+    """JSONL data sets of the held-out evaluation, or `needle`, the default if the needle tasks are trained on. Without
+    either nothing is measured."""
+
+    heldout_length_edges: Annotated[tuple[int, ...], Flag(metavar="LENGTH")] = ()
+    """Context lengths that held-out prompts are grouped by: the smallest one that the prompt fits in. Default: the
+    `length` of the line, else the next power of two."""
+
+    default_reward: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Reward of the lines that name none."""
+
     correct_reward: float = 1.0
-    drop_overlong: bool = False
-    curriculum: Curriculum = field(default_factory=Curriculum)
-    chat_template: str | None = None
+    """Least reward with which a response counts as right in the accuracy and in pass@k."""
+
+    drop_overlong_prompts: bool = False
+    """Leave prompts out that do not fit, and say how many, instead of refusing the data set."""
+
+    curriculum: Annotated[Curriculum, Flag(nargs="+", metavar="STEP:LENGTH", parse=Curriculum.parse)] = field(
+        default_factory=Curriculum
+    )
+    """Longest prompt, in tokens, that training draws from a rollout step on: STEP:LENGTH pairs from step 0 on, such as
+    0:4096 100:8192. Default: any length."""
+
+    chat_template: Annotated[str | None, MegatronFlag(parse=read_chat_template)] = None
+    """What turns the messages of a prompt into text: a template, or the name of its file."""
+
     pass_at: PassAtK = field(default_factory=PassAtK)
-    remarks: tuple[str, ...] = ()
-    """What a user should know of how the flags were read, a line each."""
+
+    @property
+    def train(self) -> tuple[tuple[str, float], ...]:
+        """Paths, or `needle`, with weights; none: the needle tasks alone."""
+        return tuple(_weighted(item) for item in self.train_data)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of how the flags were read, a line each."""
+        return tuple(_ambiguities(self.train_data, self.heldout_data))
 
     @property
     def trains_on_needles(self) -> bool:
         """Whether the needle tasks are trained on."""
-        return not self.train or NEEDLE in dict(self.train)
+        return not self.train_data or NEEDLE in dict(self.train)
 
     @property
     def uses_needles(self) -> bool:
         """Whether the needle tasks are trained or measured on."""
-        return self.trains_on_needles or NEEDLE in self.heldout
+        return self.trains_on_needles or NEEDLE in self.heldout_data
 
 
 def add_data_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
-    group = parser.add_argument_group(title="rl data")
-    add = group.add_argument
-    add(
-        "--train-data",
-        nargs="+",
-        metavar="PATH[:WEIGHT]",
-        default=[],
-        help="JSONL data sets to train on, mixed by weight (default: 1 each). `needle` stands for the needle tasks, "
-        "which are what is trained on without this flag.",
-    )
-    add(
-        "--heldout-data",
-        nargs="+",
-        metavar="PATH",
-        default=[],
-        help="JSONL data sets of the held-out evaluation, or `needle`, the default if the needle tasks are trained on. "
-        "Without either nothing is measured.",
-    )
-    add(
-        "--heldout-length-edges",
-        nargs="+",
-        type=int,
-        default=[],
-        metavar="LENGTH",
-        help="Context lengths that held-out prompts are grouped by: the smallest one that the prompt fits in. "
-        "Default: the `length` of the line, else the next power of two.",
-    )
-    add("--default-reward", metavar="NAME", help="Reward of the lines that name none.")
-    add(
-        "--correct-reward",
-        type=float,
-        default=DataConfig.correct_reward,
-        help="Least reward with which a response counts as right in the accuracy and in pass@k. Default: 1.",
-    )
-    add(
-        "--drop-overlong-prompts",
-        action="store_true",
-        help="Leave prompts out that do not fit, and say how many, instead of refusing the data set.",
-    )
-    add(
-        "--curriculum",
-        nargs="+",
-        default=[],
-        metavar="STEP:LENGTH",
-        help=f"Longest prompt, in tokens, that training draws from a rollout step on: {USAGE}. Default: any length.",
-    )
-    add_stop_args(group)
-    _add_evaluation_args(parser)
+    add_flags(parser.add_argument_group(title="rl data"), DataConfig)
+    add_flags(parser.add_argument_group(title="rl evaluation"), PassAtK)
     return parser
-
-
-def _add_evaluation_args(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group(title="rl evaluation").add_argument
-    add(
-        "--eval-samples",
-        type=int,
-        default=PassAtK.samples,
-        help="Responses sampled for each held-out prompt, for pass@k, beside the greedy one. Default: 0, no pass@k.",
-    )
-    add(
-        "--eval-pass-at",
-        nargs="*",
-        type=int,
-        default=[],
-        metavar="K",
-        help="The k's of pass@k. Default: 1 and --eval-samples.",
-    )
-    add("--eval-temperature", type=float, help="Temperature of these samples. Default: that of training.")
 
 
 def data_config_from_args(args: Namespace) -> DataConfig:
     """What the flags say; reads no data set yet. Raises ValueError, in one line, for what cannot be."""
-    config = DataConfig(
-        train=tuple(_weighted(item) for item in args.train_data),
-        remarks=tuple(_ambiguities(args.train_data, args.heldout_data)),
-        heldout=tuple(args.heldout_data),
-        heldout_length_edges=tuple(args.heldout_length_edges),
-        default_reward=args.default_reward,
-        correct_reward=args.correct_reward,
-        drop_overlong=args.drop_overlong_prompts,
-        curriculum=Curriculum.parse(args.curriculum),
-        chat_template=read_chat_template(args.chat_template),
-        pass_at=PassAtK(samples=args.eval_samples, ks=tuple(args.eval_pass_at), temperature=args.eval_temperature),
-    )
+    config: DataConfig = config_from_flags(DataConfig, args)
     _check_data_sets(config)
     _check_numbers(config)
     if config.default_reward is not None and config.default_reward not in REWARDS:
@@ -167,7 +121,7 @@ def build_environment(
     """
     for remark in data.remarks:
         say(remark)
-    if not data.train and not data.heldout:
+    if not data.train_data and not data.heldout_data:
         return needles(data.curriculum)
     encoder = PromptEncoder(tokenizer, chat_template=data.chat_template)
 
@@ -178,7 +132,7 @@ def build_environment(
             name,
             encoder,
             max_prompt_length=max_prompt_length,
-            drop_overlong=data.drop_overlong,
+            drop_overlong=data.drop_overlong_prompts,
             default_reward=data.default_reward,
         )
         say(dataset.summary)
@@ -191,7 +145,7 @@ def build_environment(
         )
 
     training = data.train or ((NEEDLE, 1.0),)
-    heldout = data.heldout or ((NEEDLE,) if data.trains_on_needles else ())
+    heldout = data.heldout_data or ((NEEDLE,) if data.trains_on_needles else ())
     return Mixture(
         [(source(name, data.curriculum), weight) for name, weight in training],
         heldout=[source(name, Curriculum()) for name in heldout],
@@ -222,7 +176,7 @@ def _ambiguities(train: Sequence[str], heldout: Sequence[str]) -> Iterator[str]:
 
 
 def _check_data_sets(config: DataConfig) -> None:
-    for flag, names in (("--train-data", [name for name, _ in config.train]), ("--heldout-data", config.heldout)):
+    for flag, names in (("--train-data", [name for name, _ in config.train]), ("--heldout-data", config.heldout_data)):
         for name in names:
             if name != NEEDLE and not Path(name).is_file():
                 raise ValueError(f"{flag} {name}: no such file (give PATH, or for training PATH:WEIGHT, or `needle`)")
@@ -231,7 +185,7 @@ def _check_data_sets(config: DataConfig) -> None:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"--train-data {name}: the weight is {weight}; it must be positive and finite")
     trained = {Path(name).resolve() for name, _ in config.train if name != NEEDLE}
-    for name in config.heldout:
+    for name in config.heldout_data:
         if Path(name).resolve() in trained:
             raise ValueError(f"--heldout-data {name} is in --train-data as well; hold out what is not trained on")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from megatron_longact.flags import Flag, MegatronFlag
 from megatron_longact.rl.objectives.aggregation import Aggregation, check_aggregation
 
 
@@ -11,25 +13,25 @@ from megatron_longact.rl.objectives.aggregation import Aggregation, check_aggreg
 class PolicyLossConfig:
     """How a policy loss clips and averages. Raises ValueError for a value that makes no sense."""
 
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low; 1 or more: never. Not used by kl-cov."""
+    clip_low: Annotated[float, MegatronFlag("--grpo-clamp-eps-lower")] = 0.2
+    """The ratio is clipped below at 1 minus this; 1 or more: never. Not used by kl-cov."""
 
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high; larger than clip_low is DAPO's clip-higher. Not
+    clip_high: Annotated[float, MegatronFlag("--grpo-clamp-eps-upper")] = 0.2
+    """The ratio is clipped above at 1 plus this; larger than the lower one it is DAPO's clip-higher. Not
     used by kl-cov."""
 
     dual_clip: float | None = None
     """Bound of the loss for negative advantages, in units of |advantage|, above 1 (arXiv
-    1912.09729); None: off. grpo and dapo only."""
+    1912.09729); grpo and dapo only. Default: off."""
 
     kl_cov_ratio: float = 0.0002
-    """kl-cov: share of the tokens, those of largest covariance, that get a KL penalty; one at least."""
+    """kl-cov: share of the step's tokens, those of largest covariance, that get a KL penalty; one at least."""
 
     kl_cov_coef: float = 1.0
     """kl-cov: weight of that penalty."""
 
     clip_cov_ratio: float = 0.0002
-    """clip-cov: share of the tokens that are left out; one at least, where one qualifies."""
+    """clip-cov: share of the step's tokens that are left out; one at least, where one qualifies."""
 
     clip_cov_lower: float = 1.0
     """clip-cov: tokens are left out only where their covariance is larger than this."""
@@ -37,8 +39,8 @@ class PolicyLossConfig:
     clip_cov_upper: float = 5.0
     """clip-cov: tokens are left out only where their covariance is smaller than this."""
 
-    aggregation: Aggregation = "token-mean"
-    """How the tokens' losses become one number; see `aggregate`. gspo is an objective of responses: it
+    aggregation: Annotated[Aggregation, Flag("--loss-aggregation")] = "token-mean"
+    """How the tokens' losses become one number. gspo is an objective of responses: it
     always takes seq-mean-token-mean, as in verl."""
 
     def __post_init__(self) -> None:
