@@ -37,6 +37,16 @@ _LLAMA3 = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "qwen3-yarn": {  # as Qwen's own recipe writes it: max_position_embeddings stays
+        "model_type": "qwen3",
+        "max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "qwen3-moe": {
         "model_type": "qwen3_moe",
         "num_experts": 4,
@@ -57,6 +67,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-linear": {
         "model_type": "llama",
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e3,
+            "factor": 2.5,
+            "original_max_position_embeddings": 24,
+            "attention_factor": 1.3,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+        },
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "rms_norm_eps": 1e-5},
 }

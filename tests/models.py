@@ -39,6 +39,19 @@ class ModelSpec:
     qk_layernorm: bool = True
     dtype: str = "fp32"
     config: dict[str, Any] = field(default_factory=dict)
+    yarn: bool = False
+
+
+_YARN = {
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 8,
+    "yarn_beta_fast": 2.0,
+    "yarn_beta_slow": 0.1,
+    "yarn_mscale": 1.5,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}
+"""What Megatron's YaRN reads; no fields of its config, but set on it by `core_transformer_config_from_args`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,10 @@ def transformer_config(spec: ModelSpec) -> TransformerConfig:
         "batch_p2p_comm": not interleaved,
         "deterministic_mode": True,
     }
-    return TransformerConfig(**{**settings, **spec.config})
+    config = TransformerConfig(**{**settings, **spec.config})
+    for name, value in _YARN.items() if spec.yarn else ():
+        setattr(config, name, value)
+    return config
 
 
 def build(spec: ModelSpec, optimizer: OptimizerSpec | None = None) -> Built:
@@ -148,7 +164,7 @@ def _gpt(spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> GP
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if spec.yarn else "rope",
         vp_stage=vp_stage,
     )
     with torch.no_grad():

@@ -3,14 +3,19 @@
 fp32, randomly initialised; 1e-4 of the largest logit is asked for, 1e-6 is what is seen. EP is checked with experts.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_longact.conversion import to_megatron
+from megatron_longact.conversion.hf_config import model_from_config
+from megatron_longact.conversion.megatron_args import model_args
 from tests import ranks
-from tests.conversion import FAMILIES, SMALL, hf_logits, make_hf, megatron_logits
+from tests.conversion import FAMILIES, SMALL, config_of, hf_logits, make_hf, megatron_logits
 from tests.ranks import Layout
 
 pytestmark = pytest.mark.timeout(200)  # the first one starts the ranks
@@ -77,9 +82,57 @@ def test_experts_are_spread_over_expert_parallel_ranks(models: Path) -> None:
     assert_same(logits(load, Layout(ep=2)), wanted)
 
 
-def test_rope_scaling_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "unscaled"), [("llama3", "mistral"), ("qwen3-yarn", "qwen3")])
+def test_rope_scaling_is_seen(tmp_path: Path, family: str, unscaled: str) -> None:
     """The comparison above could not tell scaled from plain RoPE if this were below its tolerance."""
-    make_hf("llama3", tmp_path / "scaled")
-    make_hf("mistral", tmp_path / "plain")
+    make_hf(family, tmp_path / "scaled")
+    make_hf(unscaled, tmp_path / "plain")
     scaled, plain = (hf_logits(tmp_path / name, TOKENS) for name in ("scaled", "plain"))
     assert (scaled - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+YARNS: list[dict[str, Any]] = [
+    {"factor": 4.0, "original_max_position_embeddings": 32},  # what Qwen's recipe has
+    {"factor": 4.0},  # then the original length is max_position_embeddings
+    {"factor": None, "original_max_position_embeddings": 16},  # then it is the ratio of the two
+    {"factor": 2.5, "original_max_position_embeddings": 24, "beta_fast": 4, "beta_slow": 0.5, "truncate": False},
+    {"factor": 8.0, "original_max_position_embeddings": 32, "attention_factor": 0.9, "mscale": 0.5},
+    {"factor": 8.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 1.2},
+    {"factor": 8.0, "original_max_position_embeddings": 32, "mscale": 0.7, "beta_fast": None, "truncate": None},
+    {"factor": 1.0, "original_max_position_embeddings": 32, "attention_factor": 1.0},
+]
+
+
+def megatron_yarn(*, args: list[dict[str, Any]]) -> list[tuple[torch.Tensor, float]]:
+    """Angles [64, hn] and the factor of cos and sin that Megatron makes of its arguments."""
+    from types import SimpleNamespace
+
+    from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+    from megatron.training.argument_utils import _apply_yarn_config_from_args
+
+    made = []
+    for values in args:
+        config = SimpleNamespace()
+        _apply_yarn_config_from_args(config, SimpleNamespace(**values))
+        settings = {name.removeprefix("yarn_"): value for name, value in vars(config).items()}
+        settings["scaling_factor"] = settings.pop("rotary_scaling_factor")
+        rope = YarnRotaryEmbedding(
+            values["kv_channels"], rotary_base=values["rotary_base"], use_cpu_initialization=True, **settings
+        )
+        angles, mscale = rope.get_emb(64)
+        made.append((angles[:, 0, 0], mscale))
+    return made
+
+
+def test_yarn_turns_as_in_transformers() -> None:
+    """Every setting that config.json may have, or leave to a default: frequencies, and the attention factor."""
+    settings = [{"type": "yarn", "rope_theta": 1e3, **yarn} for yarn in YARNS]
+    configs = [config_of("qwen3", rope_parameters=dict(each)) for each in settings]
+    files = [json.loads(config.to_json_string(use_diff=False)) for config in configs]
+    models = [model_from_config(file | {"rope_parameters": each}) for file, each in zip(files, settings, strict=True)]
+    [made] = ranks.run(megatron_yarn, args=[model_args(model) for model in models])
+    for config, (angles, mscale) in zip(configs, made, strict=True):
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        wanted = torch.arange(64.0)[:, None] * torch.cat((inv_freq, inv_freq))
+        torch.testing.assert_close(angles, wanted, rtol=1e-6, atol=0)
+        assert mscale == pytest.approx(attention_factor, rel=1e-12)

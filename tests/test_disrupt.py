@@ -492,8 +492,8 @@ def test_the_demo_checkpoint_is_disturbed_on_two_tensor_parallel_ranks(tmp_path)
     assert (tmp_path / "disruption.png").stat().st_size > 5000
 
 
-# q/k-layernorm, epsilon and RoPE's interpolation are what Megatron's own --use-checkpoint-args leaves out
-HUGGING_FACE: dict[str, dict[str, Any]] = {"qwen3": {"rms_norm_eps": 1e-2}, "llama-linear": {}}
+# q/k-layernorm, epsilon and YaRN are what Megatron's own --use-checkpoint-args leaves out
+HUGGING_FACE: dict[str, dict[str, Any]] = {"qwen3": {"rms_norm_eps": 1e-2}, "llama-yarn": {}}
 
 
 @pytest.mark.timeout(200)

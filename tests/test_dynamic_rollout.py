@@ -109,7 +109,8 @@ def generate_all(samplings: list[Sampling], *, static: bool, **settings: Any) ->
     from tests.test_rollout import make_engine
 
     config = {"sequence_parallel": settings.pop("sequence_parallel", False)}
-    model = build(ModelSpec(layers=2, dtype=settings.pop("dtype", "fp32"), config=config)).chunks[0].module
+    spec = ModelSpec(layers=2, dtype=settings.pop("dtype", "fp32"), config=config, yarn=settings.pop("yarn", False))
+    model = build(spec).chunks[0].module
     model = getattr(model, "module", model)  # bf16 has one wrapper more
     with attention_on_cpu():
         engine = make_engine(model) if static else make_dynamic_engine(model, **settings)
@@ -152,6 +153,13 @@ def test_it_says_what_the_static_engine_says(name: str) -> None:
     assert all(len({tuple(row.tolist()) for row in expected["tokens"]}) >= 5 for expected in all_expected)
     assert all_expected[-1]["finished"].any()
     assert not all_expected[-1]["finished"].all()
+
+
+def test_with_yarn_too_beyond_the_original_length() -> None:
+    [all_expected] = ranks.run(generate_all, samplings=SAMPLINGS[:2], static=True, yarn=True)
+    [everything] = ranks.run(generate_all, samplings=SAMPLINGS[:2], static=False, yarn=True)
+    for got, expected in zip(everything, all_expected, strict=True):
+        assert_same(got, expected)
 
 
 def test_each_of_several_tokens_ends_a_response() -> None:

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
-from megatron_longact.evaluation.plots import ruler_figure
+from megatron_longact.evaluation.plots import curves_figure
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
-from megatron_longact.evaluation.samples import check_tasks, groups_of
-from megatron_longact.tasks import longbench_v2, ruler
+from megatron_longact.evaluation.scoring import checked_predictions, table_text
+from megatron_longact.tasks import by_length, longbench_v2, ruler
+from megatron_longact.tasks.benchmark import Group
+from megatron_longact.tasks.benchmarks import BENCHMARKS, benchmark_from
+from megatron_longact.tasks.ruler.benchmark import CATEGORIES
 from tests.launch import ROOT, demo_model_args
 from tests.ranks import run_program
 
@@ -340,9 +343,20 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
 
 def config(*flags: str) -> EvaluationConfig:
     return config_from_args(add_evaluation_args(argparse.ArgumentParser()).parse_args(flags))
+
+
+def groups_of(config: EvaluationConfig, *, positions: int) -> list[Group]:
+    return benchmark_from(config.benchmark, vars(config)).samples(Letters(), positions=positions)
+
+
+def check_lengths(config: EvaluationConfig) -> None:
+    benchmark_from(config.benchmark, vars(config)).check_lengths(Letters())
 
 
 def test_longbench_prompts_fit_into_the_model(tmp_path):
@@ -350,7 +364,7 @@ def test_longbench_prompts_fit_into_the_model(tmp_path):
     data.write_text(json.dumps(longbench_items(70)))
     template = "<user>{task_template}</user>\\n"
     flags = ["--benchmark", "longbench-v2", "--data", str(data), "--model-template", template]
-    groups = groups_of(config(*flags, "--max-length", "300"), Letters(), positions=500)
+    groups = groups_of(config(*flags, "--max-length", "300"), positions=500)
     assert [len(group.ids) for group in groups] == [64, 6]
     [*_, sample] = groups[1].make()
     text = bytes(list(sample.tokens)).decode()
@@ -358,7 +372,7 @@ def test_longbench_prompts_fit_into_the_model(tmp_path):
     assert text == f"<user>{prompt[:150]}{prompt[-150:]}</user>\n"
     row = sample.answered(" The correct answer is (A) ")
     assert (row["_id"], row["pred"], row["judge"]) == ("id69", "A", True)
-    [*_, sample] = groups_of(config(*flags), Letters(), positions=500)[0].make()
+    [*_, sample] = groups_of(config(*flags), positions=500)[0].make()
     assert len(sample.tokens) == 500 - 128
     for more, positions, message in (
         (["--max-length", "360"], 500, "--max-length can be at most 358"),
@@ -366,28 +380,60 @@ def test_longbench_prompts_fit_into_the_model(tmp_path):
         (["--style", "rag"], 500, "has no 'retrieved_context'"),
     ):
         with pytest.raises(ValueError, match=message):
-            groups_of(config(*flags, *more), Letters(), positions=positions)
+            groups_of(config(*flags, *more), positions=positions)
     with pytest.raises(ValueError, match="needs its file: --data"):
-        groups_of(config("--benchmark", "longbench-v2"), Letters(), positions=500)
+        groups_of(config("--benchmark", "longbench-v2"), positions=500)
+
+
+def settings_of(name: str, folder: Path) -> dict[str, Any]:
+    """The least that a benchmark can be asked with."""
+    (folder / "data.json").write_text(json.dumps(longbench_items()))
+    return {
+        "ruler": {"tasks": ("vt", "qa_1"), "lengths": (4096,), "num_samples": 2},
+        "needle": {"lengths": (800,), "num_samples": 2},
+        "longbench-v2": {"data": folder / "data.json"},
+    }[name]
+
+
+def right_answer(name: str, row: dict[str, Any]) -> str:
+    return f"The correct answer is ({row['answer']})" if name == "longbench-v2" else " ".join(row["outputs"])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_what_a_benchmark_asks_it_reads_and_scores(name: str, tmp_path: Path) -> None:
+    """Samples, their rows as JSON lines, back by id, one right and one wrong in turn, to scores and a table."""
+    benchmark = benchmark_from(name, settings_of(name, tmp_path))
+    groups = benchmark.samples(Letters(), positions=9000)
+    samples = [sample for group in groups for sample in group.make()]
+    ids = [each for group in groups for each in group.ids]
+    assert [sample.id for sample in samples] == ids
+    said = [right_answer(name, sample.answered("")) if i % 2 else "no idea" for i, sample in enumerate(samples)]
+    path = write(tmp_path / "p.jsonl", [sample.answered(text) for sample, text in zip(samples, said, strict=True)])
+    rows = checked_predictions(benchmark, path, None)
+    assert list(rows) == ids
+    assert [benchmark.score(row) for row in rows.values()] == [100.0 * (i % 2) for i in range(len(ids))]
+    report = benchmark.report(rows)
+    assert report.results["benchmark"] == name
+    assert "50.0" in table_text(report.table)
 
 
 def test_ruler_lengths_must_fit_into_the_model():
     flags = ["--benchmark", "ruler", "--tasks", "vt", "--lengths", "4096", "2048", "--num-samples", "2"]
-    groups = groups_of(config(*flags), Letters(), positions=4096)
+    groups = groups_of(config(*flags), positions=4096)
     assert [group.ids for group in groups] == [((n, "vt", 0), (n, "vt", 1)) for n in (2048, 4096)]
     sample = groups[0].make()[0]
     assert len(sample.tokens) + sample.tokens_to_generate <= 2048
     assert "input" not in sample.answered("x")
-    assert groups_of(config(*flags, "--keep-inputs"), Letters(), positions=4096)[0].make()[0].answered("x")["input"]
+    assert groups_of(config(*flags, "--keep-inputs"), positions=4096)[0].make()[0].answered("x")["input"]
     with pytest.raises(ValueError, match="--lengths asks for 4096 tokens, but the model has 4095 positions"):
-        groups_of(config(*flags), Letters(), positions=4095)
+        groups_of(config(*flags), positions=4095)
 
 
 def test_tasks_that_do_not_fit_are_named_before_a_model_is_loaded_with_those_that_do() -> None:
     flags = ("--benchmark", "ruler", "--num-samples", "3", "--tokens-to-generate", "4")
     tasks = ("--tasks", "niah_single_1", "vt", "cwe", "niah_multikey_3")
     with pytest.raises(ValueError, match=r"^--lengths 1200: vt \(needs \d+\), cwe ") as refused:
-        check_tasks(config(*flags, *tasks, "--lengths", "1200", "9000"), Letters())
+        check_lengths(config(*flags, *tasks, "--lengths", "1200", "9000"))
     least = {task: int(tokens) for task, tokens in re.findall(r"(\w+) \(needs (\d+)\)", str(refused.value))}
     fit = str(refused.value).split("these fit: --tasks ")[1].split()
     assert [task for task in tasks[1:] if task in least or task in fit] == list(tasks[1:])
@@ -397,12 +443,13 @@ def test_tasks_that_do_not_fit_are_named_before_a_model_is_loaded_with_those_tha
         with pytest.raises(ValueError, match="does not fit"):
             ruler.generate(task, max_seq_length=length - 1, **settings)
     with pytest.raises(ValueError, match="give longer --lengths"):
-        check_tasks(config(*flags, "--tasks", "vt", "--lengths", "64"), Letters())
+        check_lengths(config(*flags, "--tasks", "vt", "--lengths", "64"))
 
 
 def test_equal_scores_are_drawn_apart_and_no_tick_is_above_100_percent() -> None:
     scores = {"4096": dict.fromkeys(ruler.TASKS, 100.0)}
-    curves = ruler_figure({"benchmark": "ruler", "scores": scores, "averages": {"4096": 100.0}}).axes[0]
+    picture = by_length.picture({"scores": scores, "averages": {"4096": 100.0}}, "RULER", CATEGORIES)
+    curves = curves_figure(picture).axes[0]
     places = [tuple(line.get_xdata()) for line in curves.lines]
     assert len(set(places)) == len(places) == 5
     assert max(curves.get_yticks()) == 100

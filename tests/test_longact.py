@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -300,9 +301,9 @@ def test_packed_sequences_are_counted_by_their_bounds(named: bool) -> None:
             torch.testing.assert_close(result["saliency"][layer][part].double(), scores, rtol=2e-5, atol=0)
 
 
-def packed_logits() -> list[Tensor]:
+def packed_logits(yarn: bool) -> list[Tensor]:
     """Losses of two sequences, apart and packed into one row."""
-    model = build(SPEC).chunks[0].module
+    model = build(replace(SPEC, yarn=yarn)).chunks[0].module
     tokens = random_tokens(1, 14, seed=4)
     bounds = torch.tensor([0, 6, 14], dtype=torch.int32)
     packed = PackedSeqParams(
@@ -319,8 +320,9 @@ def packed_logits() -> list[Tensor]:
     return [together.detach(), torch.cat(apart, dim=1).detach()]
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
-    together, apart = ranks.run(packed_logits)[0]
+@pytest.mark.parametrize("yarn", [False, True], ids=["rope", "yarn"])
+def test_packed_sequences_do_not_see_each_other(yarn: bool) -> None:
+    together, apart = ranks.run(packed_logits, yarn=yarn)[0]
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 

@@ -50,7 +50,7 @@ def load_tool(name: str) -> ModuleType:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each family's folder, and its Megatron checkpoint."""
     folder = tmp_path_factory.mktemp("models")
-    for family in ("qwen3", "llama3", "qwen2"):
+    for family in ("qwen3", "llama3", "qwen2", "qwen3-yarn"):
         make_hf(family, folder / family)
         with redirect_stdout(io.StringIO()):
             to_megatron.convert(folder / family, folder / f"{family}-megatron")
@@ -154,11 +154,13 @@ def megatron_measurement(*, load: Path, sizes: Layout, flags: list[str]) -> tupl
         ("qwen3", Layout(pp=2), 2),
         ("qwen3", Layout(), 2),  # three prompts on two replicas
         ("llama3", Layout(tp=2), 2),
+        ("qwen3-yarn", Layout(), 1),
     ],
-    ids=["one rank", "tp2", "pp2", "dp2", "llama tp2"],
+    ids=["one rank", "tp2", "pp2", "dp2", "llama tp2", "yarn"],
 )
 def test_megatron_and_transformers_agree(models: Path, family: str, layout: Layout, world: int) -> None:
     source = activations_hf.open_folder(models / family)
+    assert source.positions == 64
     wanted = measure(source, PROMPTS)
     results = ranks.run(
         megatron_measurement,

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.evaluation.arguments import add_evaluation_args, config_from_args
-from megatron_longact.evaluation.samples import groups_of
 from megatron_longact.tasks import longbench_v2
+from megatron_longact.tasks.benchmarks import benchmark_from
 from megatron_longact.tasks.chat import PromptEncoder
 from megatron_longact.tasks.needle import NEEDLE_TASKS, NeedleGenerator
 from megatron_longact.tasks.pieces import PieceEncoder
@@ -82,7 +82,7 @@ def test_prompts_of_benchmarks_begin_once(template: str, end: bool, tmp_path: Pa
     for flags in (longbench, ruler):
         given = (*flags, "--model-template", TEMPLATES[template])
         config = config_from_args(add_evaluation_args(argparse.ArgumentParser()).parse_args(given))
-        [group] = groups_of(config, AddsTokens(end=end), positions=1024)
+        [group] = benchmark_from(config.benchmark, vars(config)).samples(AddsTokens(end=end), positions=1024)
         [sample] = group.make()
         made[flags[1]] = tokens = list(sample.tokens)
         assert [i for i, token in enumerate(tokens) if token == BOS] == [0]

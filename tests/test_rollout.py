@@ -47,7 +47,7 @@ def generate(sampling: Sampling, *, copies: int = 3, **settings: Any) -> dict[st
     return vars(make_engine(model, **settings).generate(make_prompts(copies), sampling))
 
 
-def score(sampling: Sampling) -> dict[str, Tensor]:
+def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
     """Sample, then score the responses by the trainer's forward: log-probs [n, R] both ways, and the mask."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -58,7 +58,7 @@ def score(sampling: Sampling) -> dict[str, Tensor]:
     from megatron_longact.rl.log_probs import ResponseScorer, score_responses
     from tests.models import ModelSpec, build
 
-    chunks = build(ModelSpec(layers=2)).chunks
+    chunks = build(ModelSpec(layers=2, **spec)).chunks
     prompts = make_prompts()
     rollouts = make_engine(chunks[0].module).generate(prompts, sampling)
     n = len(prompts)
@@ -116,12 +116,13 @@ def test_greedy_is_the_argmax_of_a_full_forward(name: str) -> None:
         assert responses == expected
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, "yarn"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_trainers_forward(name: str, temperature: float) -> None:
-    layout, world_size = LAYOUTS[name]
+    """Also where YaRN takes them beyond the original length."""
+    layout, world_size = LAYOUTS.get(name, (Layout(), 1))
     sampling = Sampling(max_response_length=RESPONSE, temperature=temperature, seed=2)
-    for got in ranks.run(score, layout=layout, world_size=world_size, sampling=sampling):
+    for got in ranks.run(score, layout=layout, world_size=world_size, sampling=sampling, yarn=name == "yarn"):
         mask = got["mask"]
         difference = (got["rollout"] - got["trainer"]).abs()[mask]
         assert difference.max() < LOG_PROB_TOLERANCE

@@ -7,6 +7,7 @@ module does not know is never passed over in silence.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ _MAPPED = """
     mlp_only_layers partial_rotary_factor
 """
 _KNOWN = frozenset((_DESCRIPTIVE + _MAPPED).split())
+_YARN = """
+    factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim truncate
+"""
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071), in Megatron's terms.
+
+    cos and sin are multiplied by m(mscale) / m(mscale_all_dim), where m(x) = 1 + 0.1 x ln(factor).
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    """Whether the ramp between the frequencies begins and ends at whole ones."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class Rope:
     llama3_factor: float | None = None
     """Llama 3.1's scaling, with the other constants of it as Megatron has them built in."""
     linear_factor: int | None = None
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +120,7 @@ class HFModel:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    """As config.json says it, or as far as YaRN takes the model where that is farther."""
     norm_epsilon: float
     tied: bool
     attention_dropout: float = 0.0
@@ -147,7 +170,7 @@ def model_from_config(config: Mapping[str, Any], *, where: str = "config.json") 
         num_query_groups=groups,
         head_dim=reader.size("head_dim", family.head_dim or hidden // heads),
         vocab_size=reader.size("vocab_size"),
-        max_position_embeddings=reader.size("max_position_embeddings"),
+        max_position_embeddings=reader.positions(),
         norm_epsilon=reader.number("rms_norm_eps"),
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_dropout=reader.number("attention_dropout", 0.0),
@@ -201,7 +224,7 @@ class _Reader:
         if family.window_by_layer and self._has_no_window_layer():
             return
         window = self.config.get("sliding_window", family.sliding_window)
-        if window is not None and window < self.size("max_position_embeddings"):
+        if window is not None and window < self.positions():
             self.refuse("sliding_window", window, "null, attention over everything, would work")
 
     def _has_no_window_layer(self) -> bool:
@@ -230,6 +253,12 @@ class _Reader:
             count, per_token, self.size("moe_intermediate_size"), bool(self.config.get("norm_topk_prob", False))
         )
 
+    def positions(self) -> int:
+        """As far as the model goes; Qwen's own recipe for YaRN leaves `max_position_embeddings` as it was."""
+        yarn = self.rope().yarn
+        scaled = int(yarn.factor * yarn.original_positions) if yarn else 0
+        return max(self.size("max_position_embeddings"), scaled)
+
     def rope(self) -> Rope:
         """Old files have `rope_theta` and `rope_scaling`, newer ones `rope_parameters` with both."""
         parameters = self.config.get("rope_parameters") or {}
@@ -247,12 +276,38 @@ class _Reader:
             return Rope(float(theta), llama3_factor=float(scaling["factor"]))
         if kind == "linear" and set(scaling) == {"factor"} and float(scaling["factor"]).is_integer():
             return Rope(float(theta), linear_factor=int(scaling["factor"]))
+        if kind == "yarn" and "factor" in scaling and set(_YARN.split()).issuperset(scaling):
+            return Rope(float(theta), yarn=_yarn(_Reader(scaling, self.where), self.size("max_position_embeddings")))
         self.refuse(
             "rope_parameters" if parameters else "rope_scaling",
             {"rope_type": kind, **scaling},
-            "default, linear by a whole factor, and llama3 with low 1, high 4 and 8192 original positions would work",
+            "default, yarn, linear by a whole factor, and llama3 with low 1, high 4 and 8192 original positions would "
+            "work",
         )
         raise AssertionError
+
+
+def _yarn(scaling: _Reader, positions: int) -> Yarn:
+    """As `transformers` reads it; Megatron has no attention factor, but an mscale that makes the same of it."""
+    original = scaling.size("original_max_position_embeddings", positions)
+    factor = scaling.number("factor", positions / original)
+    mscale, all_dim = scaling.number("mscale", 0), scaling.number("mscale_all_dim", 0)
+    if not (mscale and all_dim):
+        mscale, all_dim = 1.0, 0.0
+    attention = scaling.config.get("attention_factor")
+    if factor < 1 or (factor == 1 and attention not in (None, 1)):
+        scaling.refuse("factor", factor, "more than 1 would work")
+    if factor > 1 and attention is not None:
+        mscale, all_dim = (scaling.number("attention_factor") - 1) / (0.1 * log(factor)), 0.0
+    return Yarn(
+        factor,
+        original,
+        beta_fast=scaling.number("beta_fast", 0) or 32.0,
+        beta_slow=scaling.number("beta_slow", 0) or 1.0,
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+        truncate=bool(scaling.config.get("truncate", True)),
+    )
 
 
 _LLAMA3 = {

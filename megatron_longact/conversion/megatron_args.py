@@ -2,11 +2,23 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import wraps
 from typing import Any
 
 from megatron_longact.conversion.hf_config import HFModel
 from megatron_longact.conversion.mapping import padded_vocab_size
+
+_YARN = (
+    "rotary_scaling_factor",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_correction_range_round_to_int",
+)
+"""YaRN's arguments, in the order of the fields of `Yarn`."""
 
 _NOT_TAKEN_BY_MEGATRON = (
     "layernorm_epsilon",
@@ -14,6 +26,7 @@ _NOT_TAKEN_BY_MEGATRON = (
     "use_rope_scaling",
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
+    *_YARN,
     "window_size",
     "hf_vocab_size",
 )
@@ -40,7 +53,7 @@ def model_args(model: HFModel) -> dict[str, Any]:
         "kv_channels": model.head_dim,
         "seq_length": model.max_position_embeddings,
         "max_position_embeddings": model.max_position_embeddings,
-        "position_embedding_type": "rope",
+        "position_embedding_type": "yarn" if rope.yarn else "rope",
         "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
         "rotary_base": int(rope.theta) if rope.theta.is_integer() else rope.theta,
@@ -62,6 +75,8 @@ def model_args(model: HFModel) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "padded_vocab_size": padded_vocab_size(model),
     }
+    if rope.yarn:
+        values |= dict(zip(_YARN, astuple(rope.yarn), strict=True))
     if experts is not None:
         values |= {
             "num_experts": experts.count,
@@ -117,6 +132,10 @@ def flags_not_taken(model: HFModel) -> list[str]:
         flags += [f"--use-rope-scaling --rope-scaling-factor {model.rope.llama3_factor}"]
     if model.rope.linear_factor is not None:
         flags += [f"--rotary-seq-len-interpolation-factor {model.rope.linear_factor}"]
+    if yarn := model.rope.yarn:
+        values = zip(_YARN, astuple(yarn), strict=True)
+        flags += [f"--{name.replace('_', '-')} {value}" for name, value in values if not isinstance(value, bool)]
+        flags += ["--no-yarn-correction-range-round-to-int"] * (not yarn.truncate)
     return flags
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
 
 from megatron_longact.generation.vocabulary import add_stop_args
 from megatron_longact.megatron.tool_command import add_overwrite_arg
-from megatron_longact.tasks import longbench_v2
+from megatron_longact.tasks.benchmarks import BENCHMARKS
 from megatron_longact.tasks.longbench_v2 import Style
-from megatron_longact.tasks.ruler import TASKS
-from megatron_longact.tasks.ruler.generation import TASK_TEMPLATE
+from megatron_longact.tasks.pieces import TASK_TEMPLATE
 
-Benchmark = Literal["ruler", "longbench-v2"]
 STYLES: dict[str, Style] = {
     "0shot": "0shot",
     "cot": "0shot_cot",
@@ -27,7 +24,7 @@ STYLES: dict[str, Style] = {
 class EvaluationConfig:
     """What is evaluated and how, from the flags; `config_from_args` checks it."""
 
-    benchmark: Benchmark
+    benchmark: str
     output: Path
     data: Path | None
     tasks: tuple[str, ...]
@@ -51,26 +48,34 @@ def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
     group = parser.add_argument_group(title="evaluation")
     add = group.add_argument
-    add("--benchmark", required=True, choices=["ruler", "longbench-v2"])
+    add("--benchmark", required=True, choices=list(BENCHMARKS))
     add("--output", type=Path, default=Path("runs/evaluation"), help="Folder for results. Default: runs/evaluation.")
     add(
         "--data",
         type=Path,
         help="longbench-v2: its JSON file. With --predictions: the samples that were to be answered.",
     )
-    add("--tasks", nargs="+", metavar="TASK", help="RULER's tasks. Default: all 13.")
+    add("--tasks", nargs="+", metavar="TASK", help="Of the benchmark. Default: all.")
     add(
         "--lengths",
         nargs="+",
         type=int,
         metavar="TOKENS",
-        help="RULER: context lengths, tokens to generate included. Default: 4096.",
+        help="RULER: context lengths, answers included (default: 4096). Needle: lengths of prompts (64 128 256).",
     )
-    add("--num-samples", type=int, help="Samples of a task and length (default: 500), or the first items of a file.")
+    add(
+        "--num-samples",
+        type=int,
+        help="Samples of a task and length (RULER 500, needle 32), or the first items of a file.",
+    )
     add(
         "--sample-seed", type=int, default=42, help="RULER: seed of the samples, and of sampled responses. Default: 42."
     )
-    add("--tokens-to-generate", type=int, help="RULER: instead of the task's own number; figures then do not compare.")
+    add(
+        "--tokens-to-generate",
+        type=int,
+        help="RULER, needle: instead of the task's own number; figures then do not compare.",
+    )
     add(
         "--model-template",
         default=TASK_TEMPLATE,
@@ -96,13 +101,13 @@ def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:
 
 def config_from_args(args: Namespace) -> EvaluationConfig:
     """The evaluation that the flags ask for; ValueError, in one line, for what makes no sense."""
-    default = longbench_v2.TEMPERATURE if args.benchmark == "longbench-v2" else 0.0
+    asked = BENCHMARKS[args.benchmark]
     config = EvaluationConfig(
-        benchmark=cast(Benchmark, args.benchmark),
+        benchmark=args.benchmark,
         output=args.output,
         data=args.data,
-        tasks=tuple(args.tasks or TASKS),
-        lengths=tuple(sorted(set(args.lengths or (4096,)))),
+        tasks=tuple(args.tasks or asked.TASKS),
+        lengths=tuple(sorted(set(args.lengths or getattr(asked, "lengths", (4096,))))),
         num_samples=args.num_samples,
         sample_seed=args.sample_seed,
         tokens_to_generate=args.tokens_to_generate,
@@ -115,16 +120,18 @@ def config_from_args(args: Namespace) -> EvaluationConfig:
         style=STYLES[args.style],
         num_chunks=args.num_chunks,
         max_length=args.max_length,
-        temperature=default if args.sampling_temperature is None else args.sampling_temperature,
+        temperature=asked.TEMPERATURE if args.sampling_temperature is None else args.sampling_temperature,
     )
     _check(config)
     return config
 
 
 def _check(config: EvaluationConfig) -> None:
-    unknown = [task for task in config.tasks if task not in TASKS]
+    asked = BENCHMARKS[config.benchmark]
+    unknown = [task for task in config.tasks if task not in asked.TASKS]
     if unknown:
-        raise ValueError(f"--tasks has {unknown[0]!r}; RULER's tasks are {', '.join(TASKS)}")
+        known = f"'s tasks are {', '.join(asked.TASKS)}" if asked.TASKS else " has no tasks to choose from"
+        raise ValueError(f"--tasks has {unknown[0]!r}; {asked.TITLE}{known}")
     at_least_one = {
         "--num-samples": config.num_samples,
         "--tokens-to-generate": config.tokens_to_generate,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_longact.evaluation.predictions import Id, Row
-from megatron_longact.evaluation.samples import Group, Sample
 from megatron_longact.generation.engine import Prompt, RolloutEngine
 from megatron_longact.generation.sampling import Sampling
+from megatron_longact.tasks.benchmark import Group, Sample
+from megatron_longact.tasks.rows import Id, Row
 
 
 def predict(

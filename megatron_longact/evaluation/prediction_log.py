@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_longact.evaluation.predictions import Row
+from megatron_longact.tasks.rows import Row
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
 

@@ -17,13 +17,14 @@ from megatron_longact.conversion.torch_dist import latest_iteration
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.predicting import predict
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
-from megatron_longact.evaluation.predictions import Id, Row, check_complete
-from megatron_longact.evaluation.samples import check_tasks, groups_of
-from megatron_longact.evaluation.scoring import report, rows_by_id
+from megatron_longact.evaluation.scoring import write_report
 from megatron_longact.generation.from_args import rollout_engine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
+from megatron_longact.tasks.benchmark import MegatronEncoder
+from megatron_longact.tasks.benchmarks import benchmark_from
+from megatron_longact.tasks.rows import Id, Row, check_complete
 
 _CONTENT = {"output", "keep_inputs"}
 """Settings that do not change what is predicted."""
@@ -41,13 +42,6 @@ def main() -> None:
         Evaluation(args, config, iteration=iteration, terminal=terminal).run()
 
 
-class _Encoder:
-    """Megatron's tokenizer with the one method that the benchmarks use."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(get_tokenizer().tokenize(text))
-
-
 class Evaluation:
     """One evaluation on all ranks; rank 0 reads and writes the files and speaks.
 
@@ -61,31 +55,29 @@ class Evaluation:
         if self.first:
             print(vocabulary.remark, file=terminal)
         self.settings = _settings(args, config, iteration) | {"stop_token_ids": list(vocabulary.stop_ids)}
-        self.groups = groups_of(config, _Encoder(), positions=args.max_position_embeddings)
+        self.encoder = MegatronEncoder(get_tokenizer())
+        self.benchmark = benchmark_from(config.benchmark, vars(config))
+        self.groups = self.benchmark.samples(self.encoder, positions=args.max_position_embeddings)
 
     def run(self) -> None:
         """Predict what is missing, then score everything."""
         done = self._done()
         self._predict(done)
         if self.first:
-            rows = rows_by_id(self.config.benchmark, open_log(self.config.output, self.settings))
-            expected = [each for group in self.groups for each in group.ids]
-            check_complete(rows, expected)
-            report(
-                self.config.benchmark,
-                rows,
-                output=self.config.output,
-                terminal=self.terminal,
-                about={"settings": self.settings},
-            )
+            rows = self._by_id(open_log(self.config.output, self.settings))
+            check_complete(rows, [each for group in self.groups for each in group.ids])
+            about = {"settings": self.settings}
+            write_report(self.benchmark.report(rows), output=self.config.output, terminal=self.terminal, about=about)
+
+    def _by_id(self, rows: list[Row]) -> dict[Id, Row]:
+        return self.benchmark.by_id(rows, what="predictions")
 
     def _done(self) -> set[Id]:
         """Ids that have a prediction, as rank 0 finds them; all ranks hear it, or its ValueError."""
         told: list[Any] = [None]
         if self.first:
             try:
-                rows = open_log(self.config.output, self.settings)
-                told = [list(rows_by_id(self.config.benchmark, rows))]
+                told = [list(self._by_id(open_log(self.config.output, self.settings)))]
             except ValueError as error:
                 told = [str(error)]
         torch.distributed.broadcast_object_list(told, src=0)
@@ -97,7 +89,7 @@ class Evaluation:
         total = sum(len(group.ids) for group in self.groups)
         if len(done) >= total:
             return
-        check_tasks(self.config, _Encoder())
+        self.benchmark.check_lengths(self.encoder)
         pgs = ProcessGroupCollection.use_mpu_process_groups()
         model = load_model(self.args, pgs)
         tokenizer = get_tokenizer()

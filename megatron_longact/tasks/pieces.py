@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+TASK_TEMPLATE = "{task_template}"
+"""Where a prompt stands in a model's template."""
+
 
 class PieceEncoder:
     """Encodes pieces of a prompt with nothing added, and begins the whole as the tokenizer begins a text.

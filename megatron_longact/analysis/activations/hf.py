@@ -127,7 +127,7 @@ def open_folder(
         layer_numbers=tuple(_number(each, i) for i, each in enumerate(attentions)),
         taps=("projection", "norm") if norms else ("projection",),
         inv_freq=_inv_freq(model, layout.kv_channels),
-        positions=int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)),
+        positions=_positions(model.config.get_text_config()),
         embeddings=embeddings,
     )
 
@@ -155,6 +155,14 @@ def _layout(attentions: Sequence[nn.Module], config: Any, folder: Path) -> QKVLa
                 f"{groups} heads of {hn}"
             )
     return QKVLayout(heads, groups, hn)
+
+
+def _positions(config: Any) -> int:
+    """What the model takes; YaRN's own numbers hold where `max_position_embeddings` was left as it was before it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    yarn = rope.get("rope_type") == "yarn"
+    scaled = (rope["factor"] or 0) * rope["original_max_position_embeddings"] if yarn else 0
+    return max(int(getattr(config, "max_position_embeddings", 1 << 30)), int(scaled))
 
 
 def _number(attention: nn.Module, place: int) -> int:

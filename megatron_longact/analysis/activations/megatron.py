@@ -116,9 +116,11 @@ def _no_logits(*, hidden_states: Tensor, **unused: Any) -> Tensor:
 
 
 def _inv_freq(chunk: nn.Module) -> Tensor | None:
+    """What a token turns, fp32 [pairs]; a scaled RoPE's `inv_freq` need not say it: its row for position 1 does."""
     try:
         rope = get_attr_wrapped_model(chunk, "rotary_pos_emb", allow_none=False)
     except RuntimeError:
         return None
-    inv_freq: Tensor = rope.inv_freq
-    return inv_freq.detach().float().cpu()
+    angles: Tensor | tuple[Tensor, float] = rope.get_emb(2)  # [positions, 1, 1, 2 pairs]; YaRN's with its mscale
+    turned = (angles if isinstance(angles, Tensor) else angles[0])[1, 0, 0].detach().float().cpu()
+    return turned[::2] if rope.rotary_interleaved else turned[: len(turned) // 2]

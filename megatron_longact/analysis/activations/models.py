@@ -15,7 +15,7 @@ from megatron_longact.analysis.activations.measurement import Source, run_name
 from megatron_longact.analysis.activations.prompts import DEFAULT_LENGTHS, DEFAULT_TASKS, PromptOptions
 from megatron_longact.conversion.torch_dist import latest_iteration
 from megatron_longact.megatron.tool_command import megatron_flags
-from megatron_longact.tasks.ruler.generation import TASK_TEMPLATE
+from megatron_longact.tasks.pieces import TASK_TEMPLATE
 
 RULER_FILES = ("essays", "words", "squad", "hotpotqa")
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from megatron_longact.tasks import ruler
 from megatron_longact.tasks.json_lines import check_text, parse_json
-from megatron_longact.tasks.pieces import PieceEncoder
-from megatron_longact.tasks.ruler.generation import TASK_TEMPLATE
+from megatron_longact.tasks.pieces import TASK_TEMPLATE, PieceEncoder
 
 DEFAULT_TASKS = ("niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1")
 DEFAULT_LENGTHS = (2048, 4096)

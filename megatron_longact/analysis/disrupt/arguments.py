@@ -9,12 +9,11 @@ from typing import Literal, get_args
 
 from megatron_longact.analysis.disrupt.channels import Channels, Replacement
 from megatron_longact.config import LongActConfig, Scope, Statistic, Targets
-from megatron_longact.evaluation.arguments import EvaluationConfig
 from megatron_longact.generation.vocabulary import add_stop_args
 from megatron_longact.megatron.tool_command import add_overwrite_arg
 from megatron_longact.tasks.needle import NEEDLE_TASKS
+from megatron_longact.tasks.pieces import TASK_TEMPLATE
 from megatron_longact.tasks.ruler import TASKS
-from megatron_longact.tasks.ruler.generation import TASK_TEMPLATE
 
 FROM_CHECKPOINT = "checkpoint"
 _FILES = ("essays", "words", "squad", "hotpotqa")
@@ -49,29 +48,6 @@ class DisruptConfig:
     text_tokens: int
     text_windows: int
     show: int
-
-    def ruler(self, *, num_samples: int, sample_seed: int) -> EvaluationConfig:
-        """The RULER samples as the evaluation makes them."""
-        return EvaluationConfig(
-            benchmark="ruler",
-            output=self.output,
-            data=None,
-            tasks=self.tasks,
-            lengths=self.lengths,
-            num_samples=num_samples,
-            sample_seed=sample_seed,
-            tokens_to_generate=self.tokens_to_generate,
-            model_template=self.model_template,
-            essays=self.essays,
-            words=self.words,
-            squad=self.squad,
-            hotpotqa=self.hotpotqa,
-            keep_inputs=True,
-            style="0shot",
-            num_chunks=0,
-            max_length=None,
-            temperature=0.0,
-        )
 
 
 def add_disrupt_args(parser: ArgumentParser) -> ArgumentParser:

@@ -33,7 +33,7 @@ from megatron_longact.analysis.disrupt.channels import (
     shared,
 )
 from megatron_longact.analysis.disrupt.report import Run
-from megatron_longact.analysis.disrupt.tasks import SCORES, Row, measured_samples, responses, scored_samples
+from megatron_longact.analysis.disrupt.tasks import Row, benchmark_of, measured_samples, responses, scored_samples
 from megatron_longact.analysis.disrupt.text import perplexity, text_windows
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.generation.engine import Prompt
@@ -169,7 +169,7 @@ class Disruption:
             self.engine,
             chunk=self.args.inference_max_requests * self.pgs.dp.size(),
             detokenize=self.tokenizer.detokenize,
-            score=SCORES[self.config.benchmark],
+            score=benchmark_of(self.config).score,
         ):
             yield from rows
             done += len(rows)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_longact.analysis.disrupt.arguments import DisruptConfig
 from megatron_longact.analysis.disrupt.repetition import distinct_ratio, longest_loop, loop_share
-from megatron_longact.evaluation.samples import Sample, groups_of
 from megatron_longact.generation.engine import Prompt, RolloutEngine
 from megatron_longact.generation.sampling import Sampling
-from megatron_longact.tasks import ruler
-from megatron_longact.tasks.needle import NeedleGenerator, Split, Tokenizer, exact_match
+from megatron_longact.tasks.benchmark import Benchmark, MegatronEncoder, Sample
+from megatron_longact.tasks.benchmarks import benchmark_from
+from megatron_longact.tasks.needle import Split, Tokenizer
 
-NEEDLE_TOKENS = 32
-"""Tokens to generate for a needle task; a right answer of the demo's model has at most 13."""
 NGRAM = 3
 
 Row = dict[str, Any]
 """A response: `task`, `length` (nominal), `index`, `input`, `pred`, `outputs`, and what `responses` adds."""
 
 
-class _Encoder:
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.encode = tokenizer.tokenize
+def benchmark_of(config: DisruptConfig, **others: Any) -> Benchmark:
+    """The benchmark of `--benchmark`; others: settings instead of the config's."""
+    return benchmark_from(config.benchmark, {**vars(config), "keep_inputs": True, **others})
 
 
 def scored_samples(config: DisruptConfig, tokenizer: Tokenizer, *, positions: int) -> list[Sample]:
@@ -41,39 +38,9 @@ def measured_samples(config: DisruptConfig, tokenizer: Tokenizer, *, positions: 
 def _samples(
     config: DisruptConfig, tokenizer: Tokenizer, split: Split, count: int, seed: int, *, positions: int
 ) -> list[Sample]:
-    if config.benchmark == "ruler":
-        own = config.ruler(num_samples=count, sample_seed=seed)
-        groups = groups_of(own, _Encoder(tokenizer), positions=positions)
-        return [sample for group in groups for sample in group.make()]
-    answer = config.tokens_to_generate or NEEDLE_TOKENS
-    if max(config.lengths) + answer > positions:
-        raise ValueError(
-            f"--lengths {max(config.lengths)} and {answer} tokens to generate do not fit into the model's "
-            f"{positions} positions"
-        )
-    generator = NeedleGenerator(tokenizer, tasks=config.tasks, lengths=config.lengths, split=split, seed=seed)
-    return [
-        _needle(generator, task, length, i, tokens=answer)
-        for length in config.lengths
-        for task in config.tasks
-        for i in range(count)
-    ]
-
-
-def _needle(generator: NeedleGenerator, task: str, length: int, index: int, *, tokens: int) -> Sample:
-    made = generator.sample(length, index, task=task, length=length)
-
-    def answered(response: str) -> dict[str, Any]:
-        return {
-            "task": task,
-            "max_seq_length": length,
-            "index": index,
-            "pred": response,
-            "input": made.prompt,
-            "outputs": list(made.references),
-        }
-
-    return Sample((length, task, index), array("i", made.prompt_ids), tokens, answered)
+    asked = benchmark_of(config, num_samples=count, sample_seed=seed, split=split)
+    groups = asked.samples(MegatronEncoder(tokenizer), positions=positions)
+    return [sample for group in groups for sample in group.make()]
 
 
 def responses(
@@ -103,19 +70,6 @@ def responses(
             row |= {"distinct": distinct_ratio(ids, NGRAM), "loop": longest_loop(ids), "loop_share": loop_share(ids)}
             rows.append(row)
         yield rows
-
-
-def needle_score(row: Row) -> float:
-    """100 if the numbers of the response are those asked for and no others, else 0."""
-    return 100.0 * exact_match(row["pred"], row["outputs"])
-
-
-def ruler_score(row: Row) -> float:
-    """RULER's score of one response."""
-    return ruler.score(row["task"], [row["pred"]], [row["outputs"]])
-
-
-SCORES: Mapping[str, Callable[[Row], float]] = {"needle": needle_score, "ruler": ruler_score}
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from math import floor
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_longact.tasks.pieces import TASK_TEMPLATE
 from megatron_longact.tasks.ruler.haystack import haystack
 from megatron_longact.tasks.ruler.makers import PROBE, Draft, Maker, rng_of
 from megatron_longact.tasks.ruler.needles import NeedleMaker
@@ -18,7 +19,6 @@ from megatron_longact.tasks.ruler.tracking import TrackingMaker
 from megatron_longact.tasks.ruler.word_counts import CodedWordsMaker, CommonWordsMaker
 from megatron_longact.tasks.ruler.words import word_list
 
-TASK_TEMPLATE = "{task_template}"
 TOKENS_A_CODED_WORD, LEAST_CODED_WORDS = 50, 4
 TOKENS_OF_TRACKING_EXAMPLE = 500
 

@@ -1,0 +1,25 @@
+"""The benchmarks that there are, by the names of `--benchmark`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron_longact.tasks.benchmark import Benchmark
+from megatron_longact.tasks.longbench_v2 import LongBenchV2
+from megatron_longact.tasks.needle_benchmark import Needle
+from megatron_longact.tasks.ruler.benchmark import Ruler
+
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    "ruler": Ruler,
+    "longbench-v2": LongBenchV2,
+    "needle": Needle,
+}
+
+
+def benchmark_from(name: str, settings: Mapping[str, Any]) -> Benchmark:
+    """The benchmark of a name, with those of the settings that it has fields for."""
+    kind: Any = BENCHMARKS[name]
+    benchmark: Benchmark = kind(**{own.name: settings[own.name] for own in fields(kind) if own.name in settings})
+    return benchmark
