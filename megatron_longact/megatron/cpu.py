@@ -46,8 +46,8 @@ Megatron
                                     when Megatron itself is a checkout
     `WrappedTorchNorm`              refuses `--sequence-parallel`; here its weights are marked
                                     `sequence_parallel`, which is what the gradient reduction reads
-    `DotProductAttention` refuses packed sequences; here they are kept apart by a block-diagonal mask,
-                                    at the price of attention over the whole row
+    `DotProductAttention`           holds the scores of whole rows, and refuses packed ones; here it is torch's
+                                    `scaled_dot_product_attention`, piece by piece: torch_attention.py
     `communication_utils._is_cuda`  an assertion of the inference engine, met when pipeline stages
                                     exchange logits
     `maybe_move_tensor_to_cpu`      leaves the all-to-all's split sizes a tensor if they are on the CPU
@@ -128,7 +128,7 @@ def enable_cpu_mode(*, transformer_engine: bool = False) -> None:
     _replace_dataset_compilation()
     _replace_norm()
     _replace_inference_assertion()
-    _replace_packed_attention()
+    _replace_attention()
     _replace_split_sizes()
     _replace_optimizer_checkpointing()
 
@@ -399,28 +399,10 @@ def _replace_norm() -> None:
     WrappedTorchNorm.__new__ = new_marked
 
 
-def _replace_packed_attention() -> None:
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
+def _replace_attention() -> None:
+    from megatron_longact.megatron.torch_attention import replace_attention
 
-    original = DotProductAttention.forward
-
-    def forward(self: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
-        packed = kwargs.pop("packed_seq_params", None)
-        if packed is not None and packed.qkv_format == "thd":
-            mask = _apart(packed, len(query))
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))  # [t, np, hn] -> [t, 1, np, hn]
-        return original(self, query, key, value, mask, *rest, **kwargs)
-
-    DotProductAttention.forward = forward
-
-
-def _apart(packed: Any, num_tokens: int) -> torch.Tensor:
-    """What a token of a packed row must not see, bool [1, 1, t, t]: other sequences, and what comes later."""
-    bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    position = torch.arange(num_tokens)
-    sequence = torch.bucketize(position, bounds[1:].to(position.dtype), right=True)
-    seen = (sequence[:, None] == sequence[None]) & (position[:, None] >= position[None])
-    return ~seen[None, None]
+    replace_attention()
 
 
 def _replace_split_sizes() -> None:
