@@ -24,7 +24,12 @@ from tests.ranks import Layout, run_program
 from tests.tokenizers import SENTENCEPIECE, DemoTokenizer
 
 START = ROOT / "examples/demo/start_checkpoint"
-LAYOUTS = {"tp1": (Layout(), 1), "tp2": (Layout(tp=2), 2), "pp2": (Layout(pp=2), 2), "dp2": (Layout(), 2)}
+LAYOUTS = {
+    "tp1": (Layout(), 1),
+    "tp2 sequence parallel": (Layout(tp=2), 2),
+    "pp2": (Layout(pp=2), 2),
+    "dp2": (Layout(), 2),
+}
 TOLERANCE = 2e-5
 """fp32; shards add in another order."""
 TOKENS = torch.arange(40).view(2, 20) * 7 % 64
@@ -34,10 +39,13 @@ TOKENS = torch.arange(40).view(2, 20) * 7 % 64
 
 
 def built() -> tuple[Any, Any]:
+    from megatron.core.parallel_state import get_tensor_model_parallel_world_size
+
     from megatron_longact.qkv_layers import QKVModel
     from tests.models import ModelSpec, build
 
-    chunks = build(ModelSpec(layers=2, groups=2)).chunks
+    config = {"sequence_parallel": get_tensor_model_parallel_world_size() > 1}
+    chunks = build(ModelSpec(layers=2, groups=2, config=config)).chunks
     return chunks, QKVModel.find(chunks)
 
 

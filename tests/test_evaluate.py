@@ -495,8 +495,8 @@ def rows_of(output: Path) -> dict[tuple[Any, ...], str]:
 
 @pytest.mark.timeout(300)
 def test_a_checkpoint_is_evaluated_and_a_killed_evaluation_goes_on(tmp_path):
-    """On two tensor-parallel ranks; then on one, from what a kill would have left, with the same responses."""
-    done = evaluate(tmp_path, *RULER_FLAGS, "--tensor-model-parallel-size", "2", ranks=2)
+    """On two ranks, sequence parallel; then on one, from what a kill would have left, with the same responses."""
+    done = evaluate(tmp_path, *RULER_FLAGS, "--tensor-model-parallel-size", "2", "--sequence-parallel", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "12/12" in done.stdout
     assert "256 tokens" in done.stdout

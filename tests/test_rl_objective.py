@@ -1,6 +1,6 @@
 """The objective on Megatron's schedule: one loss and one gradient, whatever the micro-batches and the layout."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -14,20 +14,40 @@ RELATIVE = 2e-5
 """fp32; sums over tokens and shards are rounded in another order."""
 
 EOD, SEQ_LENGTH, N = 5, 32, 8
-CASES: dict[str, tuple[Layout, int, Any, int]] = {
-    "micro-batches of 8": (Layout(), 1, 8, 1024),
-    "packed": (Layout(), 1, "packed", 1024),
-    "micro-batches of 1": (Layout(), 1, 1, 1024),
-    "logits of 8 tokens at once": (Layout(), 1, 8, 8),
-    "tp2": (Layout(tp=2), 2, 4, 1024),
-    "tp2 dp2 packed": (Layout(tp=2), 4, "packed", 1024),
-    "pp2 packed": (Layout(pp=2), 2, "packed", 1024),
-    "tp2, logits of 9 tokens at once": (Layout(tp=2), 2, 4, 9),
-    "pp2": (Layout(pp=2), 2, 2, 1024),
-    "dp2": (Layout(), 2, 2, 1024),
-    "tp2 dp2": (Layout(tp=2), 4, 1, 1),
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a step is laid out; micro_batch_size None: packed into rows; chunk: tokens whose logits are made at once."""
+
+    layout: Layout = field(default_factory=Layout)
+    ranks: int = 1
+    micro_batch_size: int | None = 8
+    chunk: int = 1024
+    sequence_parallel: bool = False
+
+
+FIRST = "micro-batches of 8"
+CASES = {
+    FIRST: Case(),
+    "packed": Case(micro_batch_size=None),
+    "micro-batches of 1, logits of 8 tokens at once": Case(micro_batch_size=1, chunk=8),
+    "dp2": Case(ranks=2, micro_batch_size=2),
+    "pp2": Case(Layout(pp=2), 2, 2),
+    "pp2 packed": Case(Layout(pp=2), 2, None),
+    "tp2, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9),
+    "tp2 dp2 packed": Case(Layout(tp=2), 4, None),
+    "tp2 sequence parallel, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9, sequence_parallel=True),
+    "tp2 dp2 sequence parallel": Case(Layout(tp=2), 4, 1, sequence_parallel=True),
+    "tp2 pp2 sequence parallel, packed": Case(Layout(tp=2, pp=2), 4, None, sequence_parallel=True),
 }
-"""Layout, ranks, micro-batch size (or packed into rows), tokens whose logits are made at once."""
+OBJECTIVES = {
+    "grpo": "token-mean",
+    "gspo": "seq-mean-token-mean",  # the ratio of a whole response
+    "kl-cov": "token-mean",
+    "clip-cov": "token-mean",
+}
+"""Policy losses, and how they are aggregated."""
 
 
 def make_batch() -> Any:
@@ -77,13 +97,13 @@ def grpo_config(**settings: Any) -> Any:
     return RLConfig(**{**defaults, **settings})
 
 
-def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: int) -> dict[str, Any]:
-    """One forward and backward of a whole step: gradients of the whole model, the reported means, what was selected."""
+def step(policy_loss: str, aggregation: str, case: Case) -> dict[str, Any]:
+    """One optimizer step: gradients of the whole model, their norm, the reported means, selections and masks."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_longact import LongAct, LongActConfig
     from megatron_longact.rl.batches.micro_batches import BatchLayout
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
     from megatron_longact.rl.objectives.objective import Objective
@@ -91,10 +111,10 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
     from megatron_longact.rl.objectives.token_selection import TokenSelector
     from tests.models import ModelSpec, _named_shards, build
 
-    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    packed = case.micro_batch_size is None
     config = grpo_config(
         policy_loss=policy_loss,
-        **({"pack_sequences": True} if micro_batch_size == "packed" else {"micro_batch_size": micro_batch_size}),
+        **({"pack_sequences": True} if packed else {"micro_batch_size": case.micro_batch_size}),
         loss=PolicyLossConfig(
             clip_low=0.1,
             clip_high=0.2,
@@ -106,17 +126,18 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
         temperature=0.8,
         kl_beta=0.1,
     )
-    built = build(ModelSpec(layers=2))
+    built = build(ModelSpec(layers=4, config={"sequence_parallel": case.sequence_parallel}))
     batch = make_batch()
     pgs = ProcessGroupCollection.use_mpu_process_groups()
-    layout = BatchLayout(config, EOD, 16, dp_rank=dp_rank, dp_size=dp_size, pp_size=pgs.pp.size())
+    layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=pgs.pp.size())
     [plan] = layout.plan(batch)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=tp_group, chunk_size=chunk_size)
-    objective = Objective(config, scorer, None, dp_size=dp_size)
-    selector = TokenSelector(config, TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs))
-    selected = selector.select(batch, plan, update=1)
-    built.chunks[0].zero_grad_buffer()
+    scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=pgs.tp, chunk_size=case.chunk)
+    longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(ratio=0.4))
+    objective = Objective(config, scorer, longact, dp_size=pgs.dp.size())
+    trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
+    selected = TokenSelector(config, trainer_log_probs).select(batch, plan, update=1)
+    for chunk in built.chunks:
+        chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
         forward_step_func=objective.forward_step(batch.response_mask, num_microbatches=len(plan.micro_batches)),
         data_iterator=iter([layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches]),
@@ -127,42 +148,48 @@ def step(policy_loss: str, aggregation: str, micro_batch_size: Any, chunk_size: 
         forward_only=False,
     )
     gradients = {}
-    for name, parameter, shard in _named_shards(built.chunks[0].module):
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(shard.size)]
-        if shard.size > 1:
-            dist.all_gather(parts, parameter.main_grad, group=parallel_state.get_tensor_model_parallel_group())
-        gradients[name] = torch.cat(parts, shard.dim) if shard.size > 1 else parameter.main_grad.clone()
+    for chunk in built.chunks:
+        for name, parameter, shard in _named_shards(chunk.module):
+            parts = [torch.empty_like(parameter.main_grad) for _ in range(shard.size)]
+            if shard.size > 1:
+                dist.all_gather(parts, parameter.main_grad, group=pgs.tp)
+            gradients[name] = torch.cat(parts, shard.dim) if shard.size > 1 else parameter.main_grad.clone()
     sums = {}
     for name in reports[0] if reports else ():
         total = torch.stack([report[name] for report in reports]).sum(0)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=pgs.dp_cp)
         sums[name] = float(total[0] / total[1])
-    return {"gradients": gradients, "metrics": sums, "selected": selected}
-
-
-@pytest.mark.parametrize(
-    ("policy_loss", "aggregation"),
-    [
-        ("grpo", "token-mean"),
-        ("gspo", "seq-mean-token-mean"),  # the ratio of a whole response
-        ("kl-cov", "token-mean"),
-        ("clip-cov", "token-mean"),
-    ],
-)
-def test_loss_and_gradient_do_not_depend_on_the_layout(policy_loss: str, aggregation: str) -> None:
-    results = {
-        name: ranks.run(
-            step,
-            layout=layout,
-            world_size=world,
-            policy_loss=policy_loss,
-            aggregation=aggregation,
-            micro_batch_size=mb,
-            chunk_size=chunk,
-        )
-        for name, (layout, world, mb, chunk) in CASES.items()
+    log_probs = trainer_log_probs.of_batch(batch)
+    _, grad_norm, _ = built.optimizer.step()
+    longact.detach()
+    return {
+        "gradients": gradients,
+        "metrics": sums,
+        "grad_norm": grad_norm,
+        "log_probs": log_probs,
+        "selected": selected,
+        "saliency": longact.saliency,
+        "masks": longact.masks,
     }
-    expected = results["micro-batches of 8"][0]
+
+
+def steps(case: Case) -> dict[str, dict[str, Any]]:
+    """A step of each objective."""
+    return {loss: step(loss, aggregation, case) for loss, aggregation in OBJECTIVES.items()}
+
+
+@pytest.fixture(scope="module")
+def by_case() -> dict[str, list[dict[str, dict[str, Any]]]]:
+    """What each rank of each case has, by objective."""
+    return {
+        name: ranks.run(steps, layout=case.layout, world_size=case.ranks, case=case) for name, case in CASES.items()
+    }
+
+
+@pytest.mark.parametrize("policy_loss", OBJECTIVES)
+def test_loss_gradient_and_masks_do_not_depend_on_the_layout(policy_loss: str, by_case: dict[str, Any]) -> None:
+    results = {name: [rank[policy_loss] for rank in on_ranks] for name, on_ranks in by_case.items()}
+    expected = results[FIRST][0]
     metrics = expected["metrics"]
     assert metrics["kl"] > 0
     if "cov" in policy_loss:
@@ -182,6 +209,13 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(policy_loss: str, aggrega
                 assert torch.equal(result["selected"], expected["selected"]), name
             if result["metrics"]:
                 assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4), name
+            assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=RELATIVE), name
+            torch.testing.assert_close(result["log_probs"], expected["log_probs"], rtol=RELATIVE, atol=0)
+            for layer, masks in expected["masks"].items():
+                for part, mask in masks.items():
+                    assert torch.equal(result["masks"][layer][part], mask), (name, layer, part)
+                    saliency = expected["saliency"][layer][part]
+                    torch.testing.assert_close(result["saliency"][layer][part], saliency, rtol=RELATIVE, atol=0)
 
 
 def peak_of_scoring(response_length: int, vocab: int) -> int:

@@ -16,7 +16,12 @@ LOG_PROB_TOLERANCE = 2e-5
 
 EOD = 5
 RESPONSE = 6
-LAYOUTS = {"tp1": (Layout(), 1), "tp2": (Layout(tp=2), 2), "pp2": (Layout(pp=2), 2), "dp2": (Layout(), 2)}
+LAYOUTS = {
+    "tp1": (Layout(), 1),
+    "tp2 sequence parallel": (Layout(tp=2), 2),
+    "pp2": (Layout(pp=2), 2),
+    "dp2": (Layout(), 2),
+}
 
 
 def make_prompts(copies: int = 3) -> list[Any]:
@@ -40,10 +45,18 @@ def make_engine(model: Any, **settings: Any) -> Any:
     )
 
 
-def generate(sampling: Sampling, *, copies: int = 3, **settings: Any) -> dict[str, Tensor]:
+def make_model(**spec: Any) -> Any:
+    """Chunks of a small model; with tensor parallelism it is sequence parallel."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_world_size
+
     from tests.models import ModelSpec, build
 
-    model = build(ModelSpec(layers=2)).chunks[0].module
+    config = {"sequence_parallel": get_tensor_model_parallel_world_size() > 1} | spec.pop("config", {})
+    return build(ModelSpec(layers=2, config=config, **spec))
+
+
+def generate(sampling: Sampling, *, copies: int = 3, **settings: Any) -> dict[str, Tensor]:
+    model = make_model().chunks[0].module
     return vars(make_engine(model, **settings).generate(make_prompts(copies), sampling))
 
 
@@ -56,9 +69,8 @@ def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
     from megatron_longact.rl.batches.plans import MicroBatchPlan
     from megatron_longact.rl.batches.rollout_batch import RolloutBatch
     from megatron_longact.rl.log_probs import ResponseScorer, score_responses
-    from tests.models import ModelSpec, build
 
-    chunks = build(ModelSpec(layers=2, **spec)).chunks
+    chunks = make_model(**spec).chunks
     prompts = make_prompts()
     rollouts = make_engine(chunks[0].module).generate(prompts, sampling)
     n = len(prompts)
@@ -217,6 +229,10 @@ def test_padded_vocabulary_is_never_sampled() -> None:
     assert got["tokens"].max() < 10
 
 
+def sequence_parallel_switches(model: Any) -> list[Any]:
+    return [getattr(each, "sequence_parallel", None) for m in model.modules() for each in (m, getattr(m, "config", 0))]
+
+
 def leaves_nothing_behind(fail: bool) -> dict[str, bool]:
     import random
 
@@ -225,13 +241,14 @@ def leaves_nothing_behind(fail: bool) -> dict[str, bool]:
     from megatron.core.inference.utils import InferenceMode
 
     from megatron_longact.generation.engine import generation_mode
-    from tests.models import ModelSpec, build, random_tokens, train_step
+    from tests.models import random_tokens, train_step
 
-    built = build(ModelSpec(layers=2))
+    built = make_model()
     model = built.chunks[0].module
     model.train()
     model.decoder.layers[0].eval()  # one module has a mode of its own
     modes = [m.training for m in model.modules()]
+    switches = sequence_parallel_switches(model)
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
 
     def generators() -> list[Any]:
@@ -249,17 +266,18 @@ def leaves_nothing_behind(fail: bool) -> dict[str, bool]:
     after = tensor_parallel.get_cuda_rng_tracker().get_states()
     return {
         "modes": modes == [m.training for m in model.modules()],
+        "sequence parallel": switches == sequence_parallel_switches(model),
         "generators": before == generators(),
         "tracker": all(torch.equal(after[k], tracker[k]) for k in tracker),
         "inference mode off": not InferenceMode.is_active(),
-        "trains": train_step(built, random_tokens(4, 15))[0],  # as long as a cached RoPE table of the engine
+        "trains": train_step(built, random_tokens(4, 16))[0],  # as long as a cached RoPE table of the engine
     }
 
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_generation_leaves_nothing_behind(fail: bool) -> None:
-    [kept] = ranks.run(leaves_nothing_behind, fail=fail)
-    assert all(kept.values()), kept
+    for kept in ranks.run(leaves_nothing_behind, layout=Layout(tp=2), world_size=2, fail=fail):
+        assert all(kept.values()), kept
 
 
 def test_draw_follows_the_distribution() -> None:

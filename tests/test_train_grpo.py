@@ -69,6 +69,7 @@ EVERYTHING = [
     *("--grpo-filter-groups-with-same-reward", "--overlong-buffer-length", "8"),
     "--rl-inference-logprobs-is-correction",
     "--rl-use-sequence-packing",
+    "--sequence-parallel",
     *("--eval-samples", "2"),
 ]
 """Of a run that uses what there is."""
@@ -89,7 +90,7 @@ def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run without a break at TP=2 with everything; its folder and what the terminal showed."""
+    """A run without a break at TP=2, sequence parallel, with everything; its folder and what the terminal showed."""
     run_dir = tmp_path_factory.mktemp("straight")
     done = train(run_dir, *EVERYTHING, "--save-first-iteration", tp=2)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -102,7 +102,8 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
 
     Enters the engine's `InferenceMode` and `eval()` without gradients. On the way out, also when an
     exception flies: the flag, every module's mode, every generator (python, numpy, torch CPU and
-    device, Megatron's tracker), and no RoPE table made under `torch.inference_mode` stays cached.
+    device, Megatron's tracker), and nothing made under `torch.inference_mode` stays cached: RoPE tables, Megatron's
+    global buffers, into which sequence parallelism gathers.
     """
     was_training = {module: module.training for module in model.modules()}
     generators = _generator_states()
@@ -119,7 +120,14 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
             if hasattr(module.forward, "cache_clear"):
                 module.forward.cache_clear()
+        _forget_inference_buffers()
         _restore_generators(generators)
+
+
+def _forget_inference_buffers() -> None:
+    buffers = parallel_state.get_global_memory_buffer().buffer
+    for key in [key for key, buffer in buffers.items() if buffer.is_inference()]:
+        del buffers[key]
 
 
 def _generator_states() -> dict[str, Any]:

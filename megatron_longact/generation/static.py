@@ -14,6 +14,7 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
   those of the untempered logits in the logits' dtype, and the end-of-text token is cut off:
   `_Controller` samples, keeps fp32 log-probs and counts that token;
 - it stops at one token: of the tokens that end a response it is told that each is that one;
+- it refuses sequence parallelism: `whole_sequences` switches that off while it generates;
 - a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once.
 """
 
@@ -42,10 +43,11 @@ from torch.distributed import ProcessGroup
 
 from megatron_longact.generation.engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
 from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+from megatron_longact.generation.whole_sequences import whole_sequences
 
 
 class StaticRolloutEngine:
-    """Rollouts by `StaticInferenceEngine` with a KV cache, at the model's own TP and PP size.
+    """Rollouts by `StaticInferenceEngine` with a KV cache, at the model's own TP and PP size, sequence parallel or not.
 
     model: the unwrapped GPTModel; eod: the token that ends a response, and fills what lies behind an end;
     stop_ids: others that end one; vocab_size: ids from it on, the model's padded ones, are never sampled;
@@ -74,7 +76,7 @@ class StaticRolloutEngine:
         n, length = len(prompts), sampling.max_response_length
         tokens = torch.zeros(n, length, dtype=torch.int64)
         log_probs = torch.zeros(n, length, dtype=torch.float32)
-        with generation_mode(self.model):
+        with generation_mode(self.model), whole_sequences(self.model):
             for rows in self._own_batches(prompts):
                 draws = self._generate_batch([prompts[row] for row in rows], sampling)
                 made = len(draws.tokens)

@@ -56,7 +56,6 @@ def load_model(args: Namespace, pg_collection: ProcessGroupCollection) -> Sequen
 def check_layout(args: Namespace, program: str) -> None:
     """ValueError for a parallel layout that Megatron's inference engines cannot generate with."""
     refused = {
-        "--sequence-parallel": args.sequence_parallel,
         "--context-parallel-size": args.context_parallel_size > 1,
         "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
     }

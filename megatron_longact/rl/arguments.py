@@ -40,6 +40,7 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_schedule(args)
     config: RLConfig = config_from_flags(RLConfig, args, data=data_config_from_args(args))
     _check_lengths(config, max_position_embeddings=args.max_position_embeddings)
+    _check_parts(args)
     _check_batches(config)
     _check_objective(config)
     return config
@@ -70,6 +71,15 @@ def _check_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
         )
     if config.data.uses_needles:
         _check_needle_lengths(config, max_position_embeddings=max_position_embeddings)
+
+
+def _check_parts(args: Namespace) -> None:
+    parts = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if args.seq_length % parts:
+        raise ValueError(
+            f"--seq-length is {args.seq_length}, and --sequence-parallel at --tensor-model-parallel-size {parts} cuts "
+            f"rows into {parts} equal parts: choose a multiple of {parts}"
+        )
 
 
 def _check_needle_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
@@ -137,7 +147,6 @@ def _refuse_unsupported(args: Namespace) -> None:
     static = not args.inference_dynamic_batching
     refused = {
         "--perform-rl-step": (args.perform_rl_step, "it switches on Megatron's own RL loop"),
-        "--sequence-parallel": (args.sequence_parallel, "log-probs are taken from hidden states of whole sequences"),
         "--cuda-graph-impl local": (
             args.cuda_graph_impl == "local" and static,
             "without --inference-dynamic-batching it captures training forwards, whose replay runs no hook",

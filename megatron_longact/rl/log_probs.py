@@ -6,12 +6,14 @@ vocabulary, h hidden size.
 Only the hidden states that predict a response token reach the output layer, through GPTModel's own
 `output_processor` seam: at a context of s the logits take R/s of the memory and of the time, and
 they are never gathered over tensor-parallel ranks. Long responses go through it in chunks, whose logits
-the backward makes again, so that [chunk, V / tp] is all that ever exists of them.
+the backward makes again, so that [chunk, V / tp] is all that ever exists of them. Under sequence parallelism each
+rank has the hidden states of s / tp tokens: only those that are needed are put together, never whole sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
@@ -65,18 +67,18 @@ class ResponseScorer:
         self,
         *,
         hidden_states: Tensor,
-        output_layer: Callable[..., tuple[Tensor, Any]],
+        output_layer: Any,
         output_weight: Tensor | None,
         scale_logits: Callable[[Tensor], Tensor],
         context: MicroBatch,
         **unused: Any,
     ) -> Tensor:
-        index = context.positions.t()  # [R, b]
-        hidden_states = hidden_states.flatten(0, 1)[index.flatten()].unflatten(0, index.shape)
+        hidden_states = self._predicting(hidden_states, context.positions.t(), split=output_layer.sequence_parallel)
         targets = context.targets.t().contiguous()  # [R, b]
 
         def score(hidden_states: Tensor, targets: Tensor) -> Tensor:
-            logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
+            with _without_sequence_parallel(output_layer):
+                logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
             return self._score(scale_logits(logits), targets)
 
         positions = max(self.chunk_size // targets.shape[1], 1)
@@ -85,6 +87,21 @@ class ResponseScorer:
             return score(*chunks[0])
         scored = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.cat(scored, dim=2)
+
+    def _predicting(self, hidden_states: Tensor, index: Tensor, *, split: bool) -> Tensor:
+        """The hidden states at `index` [R, b] of the flattened [s, b]: [R, b, h], the same on all ranks of the group.
+
+        hidden_states: [s, b, h], or, `split`, this rank's part of them [s / tp, b, h], which alone is then given a
+        gradient, as it came: the output layer has summed it over the ranks.
+        """
+        hidden_states = hidden_states.flatten(0, 1)  # [s b, h]
+        if not split:
+            return hidden_states[index]
+        index = index - self.tp_group.rank() * len(hidden_states)
+        here = (index >= 0) & (index < len(hidden_states))
+        found = hidden_states[index.clamp(0, len(hidden_states) - 1)]
+        found = torch.where(here.unsqueeze(-1), found, torch.zeros_like(found))
+        return reduce_from_tensor_model_parallel_region(found, group=self.tp_group)
 
     def _score(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits [r, b, V / tp] and targets [r, b] -> log-probs and entropies, fp32 [2, b, r]."""
@@ -105,6 +122,16 @@ class ResponseScorer:
             return logits
         padded = torch.arange(first, last, device=logits.device) >= self.vocab_size
         return logits.masked_fill(padded, torch.finfo(logits.dtype).min)
+
+
+@contextmanager
+def _without_sequence_parallel(output_layer: Any) -> Iterator[None]:
+    """It is given whole hidden states, which it must not gather, and sums their gradient over the ranks."""
+    before, output_layer.sequence_parallel = output_layer.sequence_parallel, False
+    try:
+        yield
+    finally:
+        output_layer.sequence_parallel = before
 
 
 def _packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     layout = BatchLayout(
         config,
         pad_token=vocabulary.eod,
-        multiple_of=SEQUENCE_MULTIPLE,
+        multiple_of=_sequence_multiple(args),
         dp_rank=pgs.dp.rank(),
         dp_size=pgs.dp.size(),
         pp_size=pgs.pp.size(),
@@ -156,6 +157,10 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         audit=RowAudit(trainer.model, trainer.optimizer, longact, since=trainer.iteration),
         log=_log(args, terminal),
     )
+
+
+def _sequence_multiple(args: Namespace) -> int:
+    return math.lcm(SEQUENCE_MULTIPLE, args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
 def _reference(config: RLConfig, trainer: MegatronTrainer) -> ReferenceWeights | None:

@@ -44,6 +44,7 @@ from megatron_longact.imported_masks import read_masks
 from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
+from megatron_longact.rl.batches.micro_batches import round_up
 from megatron_longact.selection import QK
 
 
@@ -160,7 +161,7 @@ class Disruption:
             replacement=replacement,
             statistics=statistics,
             seed=self.config.channel_seed,
-            positions=max(*needed, self.config.text_tokens),
+            positions=round_up(max(*needed, self.config.text_tokens), self.pgs.tp.size()),
         )
 
     def _rows(self, progress: Progress | None, name: str, *, done: int) -> Iterator[Row]:

@@ -13,7 +13,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
-from megatron_longact.rl.batches.micro_batches import MicroBatch
+from megatron_longact.rl.batches.micro_batches import MicroBatch, round_up
 from megatron_longact.rl.log_probs import ResponseScorer, score_responses
 from megatron_longact.tasks.needle import Tokenizer, sentences_of
 from megatron_longact.tasks.pieces import PieceEncoder
@@ -49,12 +49,13 @@ def perplexity(
 
     All windows have one length. Every replica scores all of them; the same number on all ranks.
     """
+    length = round_up(len(windows[0]), pgs.tp.size())  # sequence parallelism cuts them into equal parts
     scorer = ResponseScorer(temperature=1.0, vocab_size=vocab_size, tp_group=pgs.tp)
     scored = score_responses(
         model,
-        [_micro_batch(i, window) for i, window in enumerate(windows)],
+        [_micro_batch(i, window, length=length) for i, window in enumerate(windows)],
         scorer=scorer,
-        seq_length=len(windows[0]),
+        seq_length=length,
         micro_batch_size=1,
         pg_collection=pgs,
     )
@@ -62,11 +63,12 @@ def perplexity(
     return math.exp(-mean) if mean > -700 else math.inf
 
 
-def _micro_batch(row: int, window: Sequence[int]) -> MicroBatch:
-    """A window as a row whose response is everything behind its first token."""
-    tokens = torch.tensor([list(window)])  # [1, s]
-    predicted = torch.arange(tokens.shape[1] - 1).unsqueeze(0)  # [1, R]
-    everything = torch.ones_like(tokens, dtype=torch.bool)
+def _micro_batch(row: int, window: Sequence[int], *, length: int) -> MicroBatch:
+    """A window, padded to `length`, as a row whose response is everything behind its first token."""
+    own = torch.tensor([list(window)])  # [1, s]
+    predicted = torch.arange(own.shape[1] - 1).unsqueeze(0)  # [1, R]
+    tokens = torch.nn.functional.pad(own, (0, length - own.shape[1]))
+    everything = torch.arange(length).unsqueeze(0) < own.shape[1]
     return MicroBatch(
         rows=(row,),
         tokens=tokens,
@@ -74,8 +76,8 @@ def _micro_batch(row: int, window: Sequence[int]) -> MicroBatch:
         token_mask=everything,
         positions=predicted,
         cu_seqlens=None,
-        targets=tokens[:, 1:].contiguous(),
-        response_mask=everything[:, 1:],
+        targets=own[:, 1:].contiguous(),
+        response_mask=torch.ones_like(predicted, dtype=torch.bool),
         advantages=torch.zeros(1),
         old_log_probs=None,
         ref_log_probs=None,
