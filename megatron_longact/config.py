@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal, get_args, get_origin, get_type_hints
 
-Select = Literal["high", "low", "random", "weight-norm"]
+Select = Literal["high", "low", "random", "weight-norm", "gradient"]
 Statistic = Literal["mean-abs", "rms", "max-abs"]
 Tap = Literal["projection", "norm"]
 Scope = Literal["layer", "head", "model"]
@@ -29,8 +29,8 @@ class LongActConfig:
     """Share of the Q rows, and of the K rows, that are updated; in (0, 1]."""
 
     select: Select = "high"
-    """Which channels are salient: the highest saliency, the lowest, a random set, or the largest row norm of
-    the weight. The last three are ablations."""
+    """Which channels are salient: the highest saliency, the lowest, a random set, the largest row norm of the
+    weight, or of its gradient, accumulated over the step. The last four are ablations."""
 
     statistic: Statistic = "mean-abs"
     """Statistic of a channel's activation over tokens, accumulated in fp32."""

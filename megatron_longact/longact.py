@@ -218,7 +218,7 @@ class LongAct:
         if warning := few_named(named, real):
             self._warn_once(warning, once="few named")
         if not usable:
-            self._warn_once(unusable(state), once="unusable")
+            self._warn_once(unusable(state, self.config), once="unusable")
             return replace(state, rejected=state.rejected + 1)
         if state.saliency is not None and self.config.smooths_saliency:
             old = self.config.ema
@@ -235,6 +235,9 @@ class LongAct:
             return QK(*(part.to(self.model.device) for part in scores))
         if self.config.select == "weight-norm":
             return self._saliency.from_rows(self.model.weight_norms())
+        if self.config.select == "gradient":
+            sums = self.model.gradient_sums(shard for freeze in self.freezes for shard in freeze.shards)
+            return self._saliency.from_gradients(sums, scale=self._optimizer.get_loss_scale())
         return self._saliency.from_sums(self._capture.accumulator.sums)
 
     def _read_verdict(self, saliency: QK) -> tuple[bool, float, float]:

@@ -89,6 +89,18 @@ def gradient_squares(shards: Sequence["Shard"], row_sets: Sequence[FrozenRows], 
     return sums
 
 
+def add_gradient_rows(sums: Tensor, shard: "Shard") -> None:
+    """Add what this rank owns of a gradient to its rows: to sums[0] the squares, to sums[1] how many; fp32 [2, r].
+
+    Over all ranks each element is then as often in the one as in the other, however many own it.
+    """
+    flat = gradient_of(shard.parameter).view(-1)[shard.start : shard.end]
+    for view, first in row_views(flat, shard.start, shard.row_width):
+        rows = sums[:, first : first + len(view)]
+        rows[0] += view.float().square().sum(1)
+        rows[1] += view.shape[1]
+
+
 def gradient_of(parameter: nn.Parameter) -> Tensor:
     """Megatron's gradient of a parameter: `main_grad`, a view of the DDP gradient buffer."""
     gradient = getattr(parameter, "main_grad", None)

@@ -1,6 +1,6 @@
 """The self-attention layers of a Megatron model that LongAct works on, and where they stand in the whole model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
 from torch import Tensor, nn
 
-from megatron_longact.masked_update import FrozenRows, RowIndex
+from megatron_longact.masked_update import FrozenRows, RowIndex, Shard, add_gradient_rows
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.refusals import check_linear_qkv
 from megatron_longact.selection import QK, ModelGroups
@@ -97,6 +97,19 @@ class QKVModel:
         norms = [torch.linalg.vector_norm(layer.weight.detach().float(), dim=1) for layer in self.layers]
         rows = self.layout.rows_per_partition(self.groups.tp.size())
         return torch.stack(norms) if norms else torch.empty(0, rows, device=self.device)
+
+    def gradient_sums(self, shards: Iterable[Shard]) -> Tensor:
+        """What this rank's shards have of the weights' gradients, row by row: squares, and how many elements.
+
+        fp32 [2, layers of this rank, local rows]; biases are left out.
+        """
+        place = {layer.weight: index for index, layer in enumerate(self.layers)}
+        rows = self.layout.rows_per_partition(self.groups.tp.size())
+        sums = torch.zeros(2, len(place), rows, device=self.device)
+        for shard in shards:
+            if shard.parameter in place:
+                add_gradient_rows(sums[:, place[shard.parameter]], shard)
+        return sums
 
 
 def _find_layers(model: nn.Module, layout: QKVLayout, tp_size: int) -> list[QKVLayer]:

@@ -51,7 +51,7 @@ def select_salient_channels(scores: Tensor, *, ratio: float, select: Select = "h
     """The salient channels of each row of scores: fp32 [..., n] -> bool [..., n].
 
     Exactly `num_selected(ratio, n)` are True in each row: the highest scores, or with select="low" the
-    lowest; "random" and "weight-norm" rank the scores they are given like "high". Equal scores go to the
+    lowest; the others rank the scores they are given like "high". Equal scores go to the
     lower index. Raises `ValueError` for a ratio outside (0, 1] and for scores that are not finite.
     """
     if not 0 < ratio <= 1:
@@ -149,6 +149,18 @@ class GlobalSaliency:
     def from_rows(self, rows: Tensor) -> QK:
         """Saliency from one score a local row of the fused weight: fp32 [L_r, rows of this shard]."""
         return self._share_pp(self._assemble_rows(self._gather_tp(rows)))
+
+    def from_gradients(self, sums: Tensor, *, scale: Tensor) -> QK:
+        """Root mean square of each row's gradient, from the squares and elements that this rank owns.
+
+        sums: fp32 [2, L_r, rows of this shard]; scale: of the loss, which the gradients still have. NaN if those of the
+        whole model are zero: nothing can be ranked then.
+        """
+        sums = sums.clone()
+        dist.all_reduce(sums, group=self._groups.dp_cp)
+        whole = self.from_rows((sums[0] / sums[1].clamp(min=1)).sqrt() / scale)
+        some = torch.maximum(whole.q.amax(), whole.k.amax()) > 0
+        return QK(whole.q / some, whole.k / some)  # 0 / 0 is NaN, x / 1 is x
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of Q and of K in the fused weight, and places of this rank's layers; int64, copied to a device once."""

@@ -122,12 +122,15 @@ def changed_settings(saved: dict[str, Any], config: LongActConfig) -> str:
     return differ
 
 
-def unusable(state: LongActState) -> str:
+def unusable(state: LongActState, config: LongActConfig) -> str:
     """What is said of a refresh that is rejected."""
+    why = "no token counted, activations of Q or K hold NaN or Inf, or a token weighs less than 0"
+    if config.select == "gradient":
+        why = "the gradients of all rows of Q and K are zero, or one is NaN or Inf"
     then = "Q and K get no update" if state.masks is None else "the mask stays"
     return (
-        f"LongAct could not select at update {state.updates + 1}: no token counted, activations of Q or K hold NaN or "
-        f"Inf, or a token weighs less than 0; {then}, and longact/rejected_refreshes counts it"
+        f"LongAct could not select at update {state.updates + 1}: {why}; {then}, and longact/rejected_refreshes "
+        "counts it"
     )
 
 

@@ -37,6 +37,11 @@ def saliency(activations: list[Tensor], rows: list[tuple[str, int]], statistic: 
     return result
 
 
+def gradient_norms(gradient: Tensor, rows: list[tuple[str, int]]) -> dict[str, Tensor]:
+    """Root mean square of each row of one layer's gradient [fused rows, h] -> {"q": fp64 [np * hn], "k": ...}."""
+    return saliency([gradient.T], rows, "rms")
+
+
 def top_k(scores: Tensor, ratio: float, lowest: bool = False) -> Tensor:
     """One unit of a scope: fp64 [n] -> bool [n]."""
     count = max(1, math.floor(ratio * len(scores) + 0.5))

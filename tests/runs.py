@@ -92,7 +92,11 @@ def train_naively(
     for step in range(steps):
         log.outputs.clear()
         train_step(built, random_tokens(sequences, length, vocab=spec.vocab, seed=step), step=False)
-        scores = {n: reference.saliency(a, rows, config.statistic) for n, a in log.outputs.items()}
+        if config.select == "gradient":
+            names = {n: f"decoder.layers.{n - 1}.self_attention.linear_qkv.weight" for n in log.outputs}
+            scores = {n: reference.gradient_norms(parameters[name].main_grad, rows) for n, name in names.items()}
+        else:
+            scores = {n: reference.saliency(a, rows, config.statistic) for n, a in log.outputs.items()}
         masks = reference.masks_of(
             scores, ratio=config.ratio, scope=config.scope, hn=spec.kv_channels, lowest=config.select == "low"
         )

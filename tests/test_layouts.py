@@ -74,21 +74,26 @@ CASES: dict[str, tuple[ModelSpec, Layout, int, OptimizerSpec]] = {
 
 
 @cache
-def reference(spec_repr: str, sgd: bool) -> dict[str, Any]:
+def reference(spec_repr: str, sgd: bool, select: str = "high") -> dict[str, Any]:
     spec = next(spec for spec, *_ in CASES.values() if repr(spec) == spec_repr)
     plain = {k: v for k, v in spec.config.items() if k != "sequence_parallel"}
     spec = replace(spec, config=plain)
-    return ranks.run(train_naively, spec=spec, optimizer=SGD if sgd else None, config=LongActConfig())[0]
+    config = LongActConfig(select=select)
+    return ranks.run(train_naively, spec=spec, optimizer=SGD if sgd else None, config=config)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_layout_selects_and_updates_as_the_reference(case: str) -> None:
+BY_GRADIENT = ("dp2", "tp2 dp2 overlapped", "pp2 vpp2", "qkv bias tp4")
+
+
+@pytest.mark.parametrize(
+    ("case", "select"), [*((case, "high") for case in CASES), *((c, "gradient") for c in BY_GRADIENT)]
+)
+def test_layout_selects_and_updates_as_the_reference(case: str, select: Any) -> None:
     spec, layout, world_size, optimizer = CASES[case]
-    wanted = reference(repr(spec), sgd="optimizer" in optimizer.config)
+    wanted = reference(repr(spec), "optimizer" in optimizer.config, select)
     # the reference is its own process: at world size 1 it is compared as well
-    results = ranks.run(
-        train, layout=layout, world_size=world_size, spec=spec, optimizer=optimizer, config=LongActConfig()
-    )
+    config = LongActConfig(select=select)
+    results = ranks.run(train, layout=layout, world_size=world_size, spec=spec, optimizer=optimizer, config=config)
     for result in results:
         for step, masks in enumerate(wanted["masks"]):
             for layer in masks:
@@ -96,7 +101,7 @@ def test_layout_selects_and_updates_as_the_reference(case: str) -> None:
                     torch.testing.assert_close(
                         result["saliency"][step][layer][part].double(),
                         wanted["saliency"][step][layer][part],
-                        rtol=FP32_RELATIVE,
+                        rtol=FP32_RELATIVE if select == "high" else 1e-3,  # gradients are sums of what nearly cancels
                         atol=0,
                     )
                     assert torch.equal(result["masks"][step][layer][part], masks[layer][part])

@@ -439,6 +439,42 @@ def test_an_empty_or_broken_refresh_keeps_the_mask_on_every_rank(layout: Layout)
         assert result["updates"] == 4
 
 
+def gradients_that_say_nothing() -> dict[str, Any]:
+    """By gradient: one step in which all are zero, then two others; and the same at another scale of the loss."""
+    scaled = {}
+    for scale in (1024.0, 4096.0):
+        built = build(ModelSpec(dtype="fp16"), OptimizerSpec(config={"initial_loss_scale": scale}))
+        longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(select="gradient"))
+        step(built, longact)
+        scaled[scale] = cpu(longact.saliency)
+    built = build(SPEC)
+    finalize = built.config.finalize_model_grads_func
+    factors = iter((0.0, 1.0, 1.0))
+
+    def times_a_factor(*args: Any, **kwargs: Any) -> None:
+        finalize(*args, **kwargs)
+        built.chunks[0].scale_gradients(next(factors))
+
+    built.config.finalize_model_grads_func = times_a_factor
+    longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(select="gradient"))
+    masks = []
+    for seed in range(3):
+        step(built, longact, seed)
+        masks.append(cpu(longact.masks))
+    return {"scaled": scaled, "masks": masks, "rejected": longact.state.rejected}
+
+
+def test_gradients_of_zero_choose_nothing_and_the_scale_of_the_loss_changes_nothing() -> None:
+    [result] = ranks.run(gradients_that_say_nothing)
+    nothing, first, second = result["masks"]
+    assert nothing == {}
+    assert result["rejected"] == 1
+    assert not same(first, second)
+    a, b = result["scaled"].values()
+    for layer in a:
+        torch.testing.assert_close(a[layer]["q"], b[layer]["q"], rtol=2e-2, atol=0)
+
+
 def lonely_finalize() -> str:
     built, longact = both()
     built.config.finalize_model_grads_func = lambda *args, **kwargs: None

@@ -8,7 +8,8 @@
 #     python tools/report_ablation.py runs/ablation                     table, paired differences, picture
 #
 # Selectors: high is LongAct, low its opposite, random draws new rows at each refresh and random-fixed once,
-# weight-norm takes the rows with the largest norm, dense updates every row.
+# weight-norm takes the rows with the largest norm, gradient those with the largest gradient, high-fixed keeps the first
+# selection of high, dense updates every row.
 #
 # A model of your own on GPUs: OBJECTIVE_DIR is a folder with one OBJECTIVE.sh each, called like those of
 # examples/objectives: RUN_DIR, SEED, RANKS and DENSE in the environment, more flags as arguments, and DENSE=1 means no
@@ -28,8 +29,11 @@ FLAGS=(--grpo-iterations 2 --train-iters 32 --rl-prompts-per-eval 128 "$@")
 
 for selector in $SELECTORS; do
     case $selector in
-        high | low | random | random-fixed | weight-norm | dense) ;;
-        *) echo "SELECTORS has $selector; known: high low random random-fixed weight-norm dense" >&2; exit 2 ;;
+        high | high-fixed | low | random | random-fixed | weight-norm | gradient | dense) ;;
+        *)
+            echo "SELECTORS has $selector; known: high high-fixed low random random-fixed weight-norm gradient dense" >&2
+            exit 2
+            ;;
     esac
 done
 for objective in $OBJECTIVES; do
@@ -50,7 +54,7 @@ one() {                        # objective, selector, seed, flags
     local dir="$OUT/$1/$2/seed-$3" dense=0 chosen=()
     case $2 in
         dense) dense=1 ;;
-        random-fixed) chosen=(--longact-select random --longact-refresh-interval 0) ;;
+        *-fixed) chosen=(--longact-select "${2%-fixed}" --longact-refresh-interval 0) ;;
         *) chosen=(--longact-select "$2") ;;
     esac
     [[ $dense == 1 ]] || chosen+=(--longact-seed "$3")

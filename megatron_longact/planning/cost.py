@@ -66,8 +66,10 @@ def refresh_collectives(
             Collective("all_reduce", "dp_cp", parallel.dp_cp, sums),
             Collective("all_gather", "tp", parallel.tp, sums),
         ]
-    elif config.select == "weight-norm":
+    elif config.select in ("weight-norm", "gradient"):
         rows = layers * attention.layout.rows_per_partition(parallel.tp) * _FP32
+        if config.select == "gradient":  # of each row squares and elements
+            calls += [Collective("all_reduce", "dp_cp", parallel.dp_cp, 2 * rows)]
         calls += [Collective("all_gather", "tp", parallel.tp, rows)]
     if config.select != "random" and parallel.pp > 1:
         whole = attention.num_layers * attention.num_channels * _FP32

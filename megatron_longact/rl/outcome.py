@@ -93,7 +93,11 @@ def _draw(
 def _what_is_shown(config: LongActConfig) -> str:
     """The label of the saliency's colour scale."""
     if not config.reads_activations:
-        return {"random": "random score", "weight-norm": "norm of the row"}[config.select]
+        return {
+            "random": "random score",
+            "weight-norm": "norm of the row",
+            "gradient": "root mean square of the row's gradient",
+        }[config.select]
     return {"mean-abs": "mean |activation|", "rms": "rms activation", "max-abs": "max |activation|"}[config.statistic]
 
 

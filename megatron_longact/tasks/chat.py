@@ -44,20 +44,26 @@ class PromptEncoder:
         self._pieces = PieceEncoder(tokenizer.tokenize)
         self._template = chat_template or own_template(tokenizer)
 
-    def encode(self, prompt: str | Messages) -> EncodedPrompt:
-        """Text and tokens; a message list ends where the assistant's turn begins.
+    @property
+    def has_template(self) -> bool:
+        """Whether it can encode lists of messages."""
+        return self._template is not None
+
+    def encode(self, prompt: str | Messages, *, begun: str = "") -> EncodedPrompt:
+        """Text and tokens; a message list ends where the assistant's turn begins, and goes on with what it has `begun`.
 
         Strings begin with the special tokens that the tokenizer begins a text with, if any, once
         (`--tokenizer-hf-no-include-special-tokens`: without). Raises ValueError for a message list without a
         template, and for one that the template refuses.
         """
         if isinstance(prompt, str):
-            return EncodedPrompt(prompt, tuple(self._pieces.prompt(prompt)))
+            return EncodedPrompt(prompt + begun, tuple(self._pieces.prompt(prompt + begun)))
         if self._template is None:
             raise ValueError(
                 "the prompt is a list of messages, but the tokenizer has no chat template; give --chat-template FILE"
             )
-        return EncodedPrompt(self._apply(prompt, tokenize=False), tuple(self._apply(prompt, tokenize=True)))
+        text, tokens = (self._apply(prompt, tokenize=tokenize) for tokenize in (False, True))
+        return EncodedPrompt(text + begun, (*tokens, *(self._pieces.piece(begun) if begun else ())))
 
     def _apply(self, messages: Messages, *, tokenize: bool) -> Any:
         # Hugging Face's tokenizers put the ids into a dict unless told not to; Megatron's own do not know that option.

@@ -118,7 +118,7 @@ class NeedleEnvironment:
         self._curriculum = curriculum or Curriculum()
         drawn = lengths or heldout_lengths
         self._training = {
-            limit: NeedleGenerator(tokenizer, tasks=chosen, lengths=_allowed(drawn, limit), seed=seed)
+            limit: NeedleGenerator(tokenizer, tasks=chosen, lengths=allowed_lengths(drawn, limit), seed=seed)
             for limit in self._curriculum.limits
         }
         self._heldout = NeedleGenerator(tokenizer, tasks=chosen, lengths=heldout_lengths, split="heldout", seed=seed)
@@ -266,7 +266,8 @@ def _order(size: int, *key: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).permutation(size)
 
 
-def _allowed(lengths: Sequence[int], limit: int | None) -> list[int]:
+def allowed_lengths(lengths: Sequence[int], limit: int | None) -> list[int]:
+    """Those within the curriculum's limit; ValueError if there are none of them."""
     allowed = [length for length in lengths if limit is None or length <= limit]
     if lengths and not allowed:
         raise ValueError(

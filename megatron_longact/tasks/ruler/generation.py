@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longact.tasks.pieces import TASK_TEMPLATE
-from megatron_longact.tasks.ruler.haystack import haystack
+from megatron_longact.tasks.ruler.haystack import Haystack, haystack
 from megatron_longact.tasks.ruler.makers import PROBE, Draft, Maker, rng_of
 from megatron_longact.tasks.ruler.needles import NeedleMaker
 from megatron_longact.tasks.ruler.question_answering import QuestionMaker
@@ -87,6 +87,50 @@ def generate(
     return request.samples(num_samples, max_seq_length)
 
 
+class Samples:
+    """The samples of one task at one length by index, each as `generate` makes it; any index, in any order.
+
+    count_tokens: of an input and the beginning of its answer, with whatever is put around them; with what a response
+    may have they are at most `max_seq_length`. essays: the prose of the haystacks; None: the built-in one. Raises
+    ValueError for an unknown task; a sample that does not fit raises it as `generate` does.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        max_seq_length: int,
+        count_tokens: Callable[[str, str], int],
+        seed: int,
+        tokens_to_generate: int,
+        essays: Haystack | None = None,
+    ) -> None:
+        self._request = _Request(
+            task=task_named(task),
+            count_tokens=count_tokens,
+            seed=seed,
+            answer_tokens=tokens_to_generate,
+            template=task_named(task).template,
+            template_tokens=0,
+            files=dict.fromkeys(("essays", "words", "squad", "hotpotqa")),
+            prose=essays,
+        )
+        self._max_seq_length = max_seq_length
+        self._maker = self._request.maker(max_seq_length)
+        self._size = self._request.size(self._maker, max_seq_length)
+
+    @property
+    def count(self) -> int | None:
+        """How many there are: one for each question; None: no end of them."""
+        return len(self._maker.questions.questions) if isinstance(self._maker, QuestionMaker) else None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draft = None if self._size is None else self._request.fit(self._maker, index, self._size, self._max_seq_length)
+        if draft is None:
+            raise ValueError(self._request.does_not_fit([index], self._max_seq_length))
+        return self._request.sample(index, draft, self._max_seq_length)
+
+
 def least_length(
     task: str,
     *,
@@ -115,7 +159,7 @@ def least_length(
         files={"essays": essays, "words": words, "squad": squad, "hotpotqa": hotpotqa},
     )
     request.check_count(num_samples, max_seq_length)
-    return request.least_length(num_samples, max_seq_length)
+    return request.least_length(range(num_samples), max_seq_length)
 
 
 def _request(
@@ -133,7 +177,7 @@ def _request(
     settings = task_named(task)
     return _Request(
         task=settings,
-        tokenizer=tokenizer,
+        count_tokens=lambda text, begun: len(tokenizer.encode(text + begun)),
         seed=seed,
         answer_tokens=settings.tokens_to_generate if tokens_to_generate is None else tokens_to_generate,
         template=model_template.replace(TASK_TEMPLATE, settings.template),
@@ -146,16 +190,19 @@ def _request(
 class _Request:
     """What `generate` is asked for, except how many samples of which length."""
 
-    task: Task
-    tokenizer: Tokenizer
+    task: RulerTask
+    count_tokens: Callable[[str, str], int]
+    """Of an input and the beginning of its answer."""
     seed: int
     answer_tokens: int
     template: str
     template_tokens: int
     files: Mapping[str, Path | None]
+    prose: Haystack | None = None
+    """In place of the essays of a file."""
 
     def check_count(self, count: int, max_seq_length: int) -> Maker:
-        maker = self._maker(max_seq_length)
+        maker = self.maker(max_seq_length)
         if isinstance(maker, QuestionMaker) and count > len(maker.questions.questions):
             questions = maker.questions
             raise ValueError(f"{count} samples asked for, but {questions.source} are {len(questions.questions)}")
@@ -164,22 +211,30 @@ class _Request:
     def samples(self, count: int, max_seq_length: int) -> list[dict[str, Any]]:
         maker = self.check_count(count, max_seq_length)
         limit = max_seq_length - self.template_tokens
-        size = largest_fitting(
+        size = self.size(maker, limit)
+        drafts = [self.fit(maker, i, size, limit) for i in range(count)] if size is not None else [None]
+        if None in drafts:
+            raise ValueError(self.does_not_fit(range(count), max_seq_length))
+        return [self.sample(i, draft, max_seq_length) for i, draft in enumerate(drafts) if draft is not None]
+
+    def size(self, maker: Maker, limit: int) -> int | None:
+        """The largest size of haystack that the sample which is tried first has room for; None: not even the least."""
+        return largest_fitting(
             lambda size: self._length(maker.make(PROBE, size)),
             minimum=maker.minimum(PROBE),
             maximum=maker.maximum(),
             limit=limit,
         )
-        drafts = [self._fit(maker, i, size, limit) for i in range(count)] if size is not None else [None]
-        if None in drafts:
-            least = self.least_length(count, max_seq_length)
-            raise ValueError(
-                f"RULER's {self.task.name} does not fit into {max_seq_length} tokens; with this tokenizer "
-                f"{'this sample needs' if count == 1 else f'these {count} samples need'} at least {least}"
-            )
-        return [self._sample(i, draft, max_seq_length) for i, draft in enumerate(drafts) if draft is not None]
 
-    def _fit(self, maker: Maker, index: int, size: int, limit: int) -> Draft | None:
+    def does_not_fit(self, indices: Sequence[int], max_seq_length: int) -> str:
+        """What is said then."""
+        least, count = self.least_length(indices, max_seq_length), len(indices)
+        return (
+            f"RULER's {self.task.name} does not fit into {max_seq_length} tokens; with this tokenizer "
+            f"{'this sample needs' if count == 1 else f'these {count} samples need'} at least {least}"
+        )
+
+    def fit(self, maker: Maker, index: int, size: int, limit: int) -> Draft | None:
         """The sample at `size` or the next smaller size that fits; None if none does."""
         minimum = maker.minimum(index)
         size = max(size, minimum)
@@ -190,23 +245,25 @@ class _Request:
         return draft
 
     def _length(self, draft: Draft) -> int:
-        return len(self.tokenizer.encode(draft.input + draft.answer_prefix)) + self.answer_tokens
+        return self.count_tokens(draft.input, draft.answer_prefix) + self.answer_tokens
 
-    def least_length(self, count: int, max_seq_length: int) -> int:
-        """The least `max_seq_length` at which `count` samples fit; how a sample is made may depend on it."""
+    def least_length(self, indices: Sequence[int], max_seq_length: int) -> int:
+        """The least `max_seq_length` at which the samples fit; how a sample is made may depend on it."""
         length = max_seq_length
         while True:
-            maker = self._maker(length)
-            drafts = [maker.make(i, maker.minimum(i)) for i in (PROBE, *range(count))]
+            maker = self.maker(length)
+            drafts = [maker.make(i, maker.minimum(i)) for i in (PROBE, *indices)]
             needed = max(self._length(draft) for draft in drafts) + self.template_tokens
             if needed <= length:
                 return length
             length = needed
 
-    def _maker(self, max_seq_length: int) -> Maker:
+    def maker(self, max_seq_length: int) -> Maker:
+        """What makes the samples at a length."""
         task, seed, template, files = self.task, self.seed, self.template, self.files
         if task.family == "niah":
-            return NeedleMaker(task, seed, template, haystack(files["essays"]), word_list(files["words"]))
+            prose = self.prose or haystack(files["essays"])
+            return NeedleMaker(task, seed, template, prose, word_list(files["words"]))
         if task.family == "variable_tracking":
             return TrackingMaker(task, seed, template, self._example_size())
         if task.family == "common_words_extraction":
@@ -223,12 +280,12 @@ class _Request:
 
         def length(size: int) -> int:
             maker = replace(sizes, example_size=size)
-            return len(self.tokenizer.encode(maker.example_question(rng_of(self.seed, self.task, PROBE))))
+            return self.count_tokens(maker.example_question(rng_of(self.seed, self.task, PROBE)), "")
 
         found = largest_fitting(length, minimum=minimum, maximum=None, limit=TOKENS_OF_TRACKING_EXAMPLE)
         return minimum if found is None else found
 
-    def _sample(self, index: int, draft: Draft, max_seq_length: int) -> dict[str, Any]:
+    def sample(self, index: int, draft: Draft, max_seq_length: int) -> dict[str, Any]:
         length = self._length(draft)
         sample = {
             "index": index,
@@ -241,7 +298,7 @@ class _Request:
         }
         if self.task.family == "niah":
             place = draft.input.index(draft.outputs[0])
-            sample["token_position_answer"] = len(self.tokenizer.encode(draft.input[:place]))
+            sample["token_position_answer"] = self.count_tokens(draft.input[:place], "")
         return sample
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_longact.tasks.needle import sentences_of
+from megatron_longact.tasks.needle import Split, sentences_of
 
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
 
@@ -42,6 +42,12 @@ def haystack(path: Path | None = None) -> Haystack:
     if not words:
         raise ValueError(f"{path} holds no words")
     return Haystack(tuple(words), f"essays of {path.name}")
+
+
+@cache
+def prose_of(split: Split) -> Haystack:
+    """One part of the built-in prose: no sentence of it is in the other one."""
+    return Haystack(tuple(" ".join(sentences_of(split)).split()), f"built-in prose, the part for {split}")
 
 
 def split_sentences(text: str) -> list[str]:
