@@ -85,6 +85,7 @@ CASES = {
     "tp2, gate, weight norms, grad-only": case(GATE, Layout(tp=2), 2, select="weight-norm", freeze="grad-only"),
     "dp2 distributed": case(world_size=2, optimizer=DISTRIBUTED),
     "tp2 dp2, scope head": case(layout=Layout(tp=2), world_size=4, optimizer=DISTRIBUTED, scope="head"),
+    "tp2 dp2, gradient": case(layout=Layout(tp=2), world_size=4, optimizer=DISTRIBUTED, select="gradient"),
     "tp2 pp2, rms": case(LAYERS4, Layout(tp=2, pp=2), 4, DISTRIBUTED, statistic="rms"),
     "tp4, groups < tp": case(layout=Layout(tp=4), world_size=4),
     "tp4, groups < tp, tap norm, held moments": case(layout=Layout(tp=4), world_size=4, tap="norm", moments="hold"),

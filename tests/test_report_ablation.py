@@ -144,12 +144,13 @@ def ablate(tmp_path: Path, *flags: str, **environment: str) -> tuple[subprocess.
 
 
 def test_the_ablation_calls_each_run_once_and_goes_on(tmp_path):
-    every: dict[str, Any] = {"SEEDS": "1 2", "SELECTORS": "high low random random-fixed weight-norm dense"}
+    selectors = "high high-fixed low random random-fixed weight-norm gradient dense"
+    every: dict[str, Any] = {"SEEDS": "1 2", "SELECTORS": selectors}
     done, calls = ablate(tmp_path, "--train-iters", "4", **every)
     assert done.returncode == 0, done.stderr
     flags = "--grpo-iterations 2 --train-iters 32 --rl-prompts-per-eval 128 --train-iters 4"
-    chosen = [f"--longact-select {name}" for name in ("high", "low", "random", "weight-norm")]
-    chosen.append("--longact-select random --longact-refresh-interval 0")
+    chosen = [f"--longact-select {name}" for name in ("high", "low", "random", "weight-norm", "gradient")]
+    chosen += [f"--longact-select {name} --longact-refresh-interval 0" for name in ("high", "random")]
     expected = [f"{seed} 0 1 {flags} {one} --longact-seed {seed}" for seed in (1, 2) for one in chosen]
     assert calls == sorted([*expected, f"1 1 1 {flags}", f"2 1 1 {flags}"])
     (tmp_path / "out/grpo/low/seed-2/report.md").unlink()

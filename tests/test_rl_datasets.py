@@ -16,6 +16,7 @@ from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, NeedleEnvironment, Task
 from megatron_longact.rl.data.mixture import Blend, Mixture
+from megatron_longact.rl.data.ruler import RulerEnvironment
 from megatron_longact.tasks.chat import PromptEncoder
 from megatron_longact.tasks.needle import NeedleGenerator
 from tests.tokenizers import DemoTokenizer
@@ -451,3 +452,54 @@ def test_a_bad_line_in_any_data_set_ends_the_build(tmp_path: Path) -> None:
     config = data_config_from_args(parse("--train-data", str(a), "--heldout-data", str(b)))
     with pytest.raises(ValueError, match=rf"{b}:2: the prompt is empty"):
         build(config)
+
+
+def ruler_tasks(**settings: Any) -> RulerEnvironment:
+    given = {"names": ("niah_single_2", "vt", "qa_1"), "lengths": (1500, 2000), "heldout_lengths": (2500,), "seed": 5}
+    return RulerEnvironment(ENCODER, response_length=32, **{**given, **settings})
+
+
+def test_ruler_tasks_are_rulers_own_and_training_and_held_out_ones_have_nothing_in_common() -> None:
+    source, again = ruler_tasks(), ruler_tasks()
+    again.training_tasks(9, count=2)
+    tasks = source.training_tasks(3, count=12)
+    assert again.training_tasks(3, count=8, first=4) == tasks[4:]
+    assert source.training_tasks(4, count=12) != tasks != ruler_tasks(seed=6).training_tasks(3, count=12)
+    assert {task.name for task in tasks} == {"niah_single_2", "vt", "qa_1"}
+    lengths = [len(task.prompt) + 32 for task in tasks]
+    assert all(any(0.75 * limit < length <= limit for limit in (1500, 2000)) for length in lengths)
+    assert min(lengths) <= 1500 < max(lengths)
+    heldout = source.heldout_tasks(2500, count=6)
+    assert [task.name for task in heldout] == ["niah_single_2", "vt", "qa_1"] * 2
+    assert source.heldout_tasks(2500, count=3) == heldout[:3]
+    assert all(1900 < len(task.prompt) + 32 <= 2500 for task in heldout)
+    assert not {task.reference for task in heldout} & {task.reference for task in tasks}
+    hay, straw = (
+        TOKENIZER.detokenize(list(next(t.prompt for t in some if t.name == "niah_single_2"))).split(".")
+        for some in (tasks, heldout)
+    )
+    assert len(set(hay) & set(straw)) <= 3  # those of the question
+    short = ruler_tasks(curriculum=Curriculum(((0, 1500),)))
+    assert max(len(task.prompt) for task in short.training_tasks(0, count=6)) <= 1468
+
+
+def test_ruler_tasks_are_scored_as_ruler_scores() -> None:
+    source = ruler_tasks(names=("niah_multivalue", "qa_1"), heldout_lengths=(2000,), lengths=())
+    many, asked = source.heldout_tasks(2000, count=2)
+    half = source.score(many, f" {many.reference[0]} and {many.reference[2]}.")
+    assert (half.reward, half.correct) == (0.5, False)
+    assert source.score(many, ", ".join(many.reference)).correct
+    assert source.score(asked, f"It is {asked.reference[0].upper()}!").correct
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"names": ("niah_single_9",)}, "unknown RULER task 'niah_single_9'; known: niah_single_1"),
+        ({"names": ("vt",), "lengths": (300,)}, "RULER's vt does not fit into 300 tokens"),
+        ({"curriculum": Curriculum(((0, 100),))}, "allows at most 100 tokens, but the shortest of the lengths is 1500"),
+    ],
+)
+def test_ruler_tasks_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ruler_tasks(**settings)
