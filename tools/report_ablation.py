@@ -27,6 +27,8 @@ SELECTORS = {
     "random": ("#009e73", "D"),
     "random-fixed": ("#56b4e9", "v"),
     "weight-norm": ("#cc79a7", "P"),
+    "gradient": ("#e69f00", "X"),
+    "high-fixed": ("#a05010", "p"),
     "dense": ("#555555", "o"),
 }
 """In this order; Okabe and Ito's colours, and a marker each."""
