@@ -145,7 +145,15 @@ def test_rows_hold_greedy_accuracy_and_pass_at_k_by_length(tmp_path: Path) -> No
     assert 0 < row["pass_at_k"]["1"] < 1  # or the samples would say nothing
     assert row == got["again"]
     assert got["plain"] == {name: value for name, value in row.items() if not name.startswith("pass")}
-    assert list(got["plain"]) == ["iteration", "accuracy", "reward", "accuracy_by_length", "prompts"]
+    assert list(got["plain"]) == [
+        "iteration",
+        "accuracy",
+        "reward",
+        "accuracy_by_length",
+        "reward_by_task",
+        "prompts",
+        "rewards",
+    ]
     assert got["scalars"]["heldout/accuracy"] == row["accuracy"]
     assert got["scalars"][f"heldout/accuracy@{short}"] == row["accuracy_by_length"][short]
     assert got["scalars"]["heldout/pass@3"] == row["pass_at_k"]["3"]

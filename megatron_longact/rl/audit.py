@@ -17,6 +17,7 @@ from megatron_longact.longact import LongAct
 from megatron_longact.masked_update import Shard, row_views
 from megatron_longact.optimizer_shards import chained, master_shards
 from megatron_longact.qkv_layers import QKVModel
+from megatron_longact.rl.bf16_changes import Bf16Changes
 from megatron_longact.selection import QK
 
 
@@ -40,12 +41,19 @@ class RowAudit:
     """Keeps this rank's start masters of Q and K on the host, and the union of all masks since."""
 
     def __init__(
-        self, model_chunks: Sequence[nn.Module], optimizer: Any, longact: LongAct | None, *, since: int = 0
+        self,
+        model_chunks: Sequence[nn.Module],
+        optimizer: Any,
+        longact: LongAct | None,
+        *,
+        since: int = 0,
+        bf16: Bf16Changes | None = None,
     ) -> None:
         """optimizer: what `get_megatron_optimizer` returned; one that we do not know is audited by the weights.
 
-        since: the iteration that this process begins at.
+        since: the iteration that this process begins at; bf16: is asked after each step, if it is there.
         """
+        self._bf16 = bf16
         self._since = since
         self._longact = longact
         self._model = QKVModel.find(model_chunks)
@@ -54,11 +62,12 @@ class RowAudit:
         self._start = [_host_copies(shard) for shard in self._shards]
         self._ever = self._model.channels(longact is None)
 
-    def after_step(self) -> None:
-        """Remember which rows the step let through."""
+    def after_step(self) -> dict[str, float | None]:
+        """Remember which rows the step let through; what `bf16` has to say of it, collective then."""
         if self._longact is not None:
             pairs = zip(self._ever, self._longact.active, strict=True)
             self._ever = QK(*(old | new.cpu() for old, new in pairs))
+        return {} if self._bf16 is None else self._bf16.after_step()
 
     def count(self) -> RowCounts:
         """Compare with the start; collective, the same on all ranks."""

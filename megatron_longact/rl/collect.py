@@ -5,6 +5,7 @@ A batch is tasks, responses, rewards, advantages, and log-probs by the trainer's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -34,12 +35,15 @@ class Collector:
         judge: Judge,
         trainer_log_probs: TrainerLogProbs,
         reference: ReferenceWeights | None,
+        prose: Callable[[], float] | None = None,
     ) -> None:
+        """prose: the perplexity of text that has nothing to do with the tasks, looked at beside the held-out ones."""
         self._config = config
         self._engine = engine
         self._judge = judge
         self._trainer_log_probs = trainer_log_probs
         self._reference = reference
+        self._prose = prose
 
     def rollouts(self, step: int) -> RolloutBatch:
         """Responses, rewards and advantages of a rollout step.
@@ -128,9 +132,10 @@ class Collector:
         return bool(self._judge.environment.heldout_lengths)
 
     def heldout(self, *, iteration: int) -> dict[str, Any]:
-        """The row of `evaluate_heldout`."""
+        """The row of `evaluate_heldout`, with the `perplexity` of prose if there is any."""
         config = self._config
-        return evaluate_heldout(self._engine, self._judge, config, iteration=iteration, pass_at=config.data.pass_at)
+        row = evaluate_heldout(self._engine, self._judge, config, iteration=iteration, pass_at=config.data.pass_at)
+        return row if self._prose is None else row | {"perplexity": self._prose()}
 
     def _log_probs(self, batch: RolloutBatch, weights: AbstractContextManager[None]) -> Tensor:
         with weights:

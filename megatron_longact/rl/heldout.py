@@ -94,6 +94,8 @@ def evaluate_heldout(
 ) -> dict[str, Any]:
     """One row: `iteration`, `accuracy` and `reward` over all prompts, `accuracy_by_length`, `prompts`.
 
+    Also `reward_by_task`, and `rewards`: that of each prompt, in an order that is the same at each evaluation, so that
+    runs of one seed can be compared prompt by prompt.
     With samples in `pass_at` also `pass_at_k` ({k: mean over all prompts}) and `pass_at_k_by_length`
     ({length: {k: mean}}), keys as strings. Called by all ranks; the same row on each.
     """
@@ -109,8 +111,10 @@ def evaluate_heldout(
         "iteration": iteration,
         "accuracy": _mean(correct),
         "reward": _mean([score.reward for score in scores]),
-        "accuracy_by_length": _means_by_length(lengths, correct),
+        "accuracy_by_length": _means_by(lengths, correct),
+        "reward_by_task": _means_by([task.name for task in tasks], [score.reward for score in scores]),
         "prompts": len(tasks),
+        "rewards": [score.reward for score in scores],
     }
     if pass_at is None or not pass_at.samples:
         return row
@@ -120,6 +124,8 @@ def evaluate_heldout(
 def heldout_scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of an `evaluate_heldout` row under the names that TensorBoard shows."""
     scalars = {f"heldout/accuracy@{length}": value for length, value in row["accuracy_by_length"].items()}
+    if "perplexity" in row:
+        scalars["heldout/perplexity"] = row["perplexity"]
     scalars |= {"heldout/accuracy": row["accuracy"], "heldout/reward": row["reward"]}
     scalars |= {f"heldout/pass@{k}": value for k, value in row.get("pass_at_k", {}).items()}
     for length, by_k in row.get("pass_at_k_by_length", {}).items():
@@ -147,16 +153,16 @@ def _pass_at_k(
     for k in pass_at.measured:
         values = [pass_at_k(samples=n, correct=c, k=k) for c in right]
         overall[str(k)] = _mean(values)
-        for length, mean in _means_by_length(lengths, values).items():
+        for length, mean in _means_by(lengths, values).items():
             by_length[length][str(k)] = mean
     return {"pass_at_k": overall, "pass_at_k_by_length": by_length}
 
 
-def _means_by_length(lengths: Sequence[int], values: Sequence[Any]) -> dict[str, float]:
+def _means_by(keys: Sequence[int] | Sequence[str], values: Sequence[Any]) -> dict[str, float]:
     groups: dict[str, list[Any]] = {}
-    for length, value in zip(lengths, values, strict=True):
-        groups.setdefault(str(length), []).append(value)
-    return {length: _mean(group) for length, group in groups.items()}
+    for key, value in zip(keys, values, strict=True):
+        groups.setdefault(str(key), []).append(value)
+    return {key: _mean(group) for key, group in groups.items()}
 
 
 def _mean(values: Sequence[Any]) -> float:

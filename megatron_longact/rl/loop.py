@@ -10,7 +10,7 @@ repeated in each of its iterations.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -122,8 +122,7 @@ class RLLoop:
         state.use = replace(use, done=use.done + len(plan.rows))
         if not later:
             state.batch, state.use, state.updates_done = None, None, 0
-        self._audit.after_step()
-        self._report(batch, plan, outcome)
+        self._report(batch, plan, outcome, moved=self._audit.after_step())
         if not trainer.asked_to_stop():  # else the run that goes on evaluates, before anything else
             self._evaluate_if_due()
         exiting = trainer.save_or_exit()
@@ -174,7 +173,9 @@ class RLLoop:
             f"  (by context length  {by_length})"
         )
 
-    def _report(self, batch: RolloutBatch, plan: StepPlan, outcome: StepOutcome) -> None:
+    def _report(
+        self, batch: RolloutBatch, plan: StepPlan, outcome: StepOutcome, *, moved: Mapping[str, float | None]
+    ) -> None:
         names, pp_group = self._update.metrics, self._trainer.pg_collection.pp
         row: dict[str, Any] = {
             "rollout_step": batch.step,
@@ -184,6 +185,7 @@ class RLLoop:
             "padding_share": self._update.layout.padding_share(batch, plan),
             **self._times,
             **self._longact_metrics(),
+            **moved,
             **telemetry.scalars(self._trainer.iteration),
         }
         row |= _of_slowest_rank({name: row[name] for name in TIMES})

@@ -34,7 +34,6 @@ from megatron_longact.analysis.disrupt.channels import (
 )
 from megatron_longact.analysis.disrupt.report import Run
 from megatron_longact.analysis.disrupt.tasks import Row, benchmark_of, measured_samples, responses, scored_samples
-from megatron_longact.analysis.disrupt.text import perplexity, text_windows
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.generation.engine import Prompt
 from megatron_longact.generation.sampling import Sampling
@@ -45,6 +44,7 @@ from megatron_longact.megatron.checkpoint_model import check_layout, load_model,
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
 from megatron_longact.rl.batches.micro_batches import round_up
+from megatron_longact.rl.prose import perplexity, text_windows
 from megatron_longact.selection import QK
 
 
