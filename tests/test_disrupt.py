@@ -213,7 +213,7 @@ def generated(replacement: str) -> dict[str, Any]:
 
     from megatron_longact.analysis.disrupt.channels import Disturbance, choose_channels
     from megatron_longact.generation.sampling import Sampling
-    from megatron_longact.rl.prose import perplexity
+    from megatron_longact.rl.perplexity import perplexity
 
     chunks, model = built()
     pgs = ProcessGroupCollection.use_mpu_process_groups()
@@ -335,7 +335,7 @@ def saliency() -> tuple[QK, Any]:
 
 def windows_of_text(length: int) -> list[tuple[list[int], list[list[int]]]]:
     """The first ids of the built-in prose, and three windows, with tokenizers that begin texts with nothing or <s>."""
-    from megatron_longact.rl.prose import text_windows
+    from megatron_longact.rl.data.prose import text_windows
     from megatron_longact.tasks.needle import sentences_of
     from tests.tokenizers import AddsTokens, DemoTokenizer
 

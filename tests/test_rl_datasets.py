@@ -388,6 +388,7 @@ def build(config: Any, said: list[str] | None = None) -> Environment:
         config,
         TOKENIZER,
         needles=needles,
+        ruler=lambda encoder, names, curriculum: ruler_tasks(names=names, curriculum=curriculum),
         max_prompt_length=64,
         prompts_per_step=8,
         seed=5,
@@ -397,7 +398,7 @@ def build(config: Any, said: list[str] | None = None) -> Environment:
 
 def test_without_data_flags_it_is_the_needle_environment() -> None:
     config = data_config_from_args(parse())
-    assert config.uses_needles
+    assert config.made == ("needle",)
     assert not config.pass_at.samples
     built = build(config)
     assert isinstance(built, NeedleEnvironment)
@@ -407,7 +408,7 @@ def test_without_data_flags_it_is_the_needle_environment() -> None:
 def test_without_held_out_data_nothing_is_measured(tmp_path: Path) -> None:
     train = str(numbered(tmp_path / "a.jsonl", 8))
     config = data_config_from_args(parse("--train-data", train))
-    assert not config.uses_needles
+    assert not config.made
     built = build(config)
     assert built.heldout_lengths == ()
     assert len(built.training_tasks(0, count=8)) == 8
@@ -419,6 +420,8 @@ def test_without_held_out_data_nothing_is_measured(tmp_path: Path) -> None:
     [
         (("--train-data", "{a}", "--heldout-data", "{a}"), "--heldout-data .*a.jsonl is in --train-data as well"),
         (("--train-data", "nowhere.jsonl:2"), "--train-data nowhere.jsonl: no such file"),
+        (("--train-data", "ruler:vt,niah"), "unknown RULER task 'niah'; known: niah_single_1"),
+        (("--eval-prose-windows", "-1"), "--eval-prose-windows is -1; it must be 0 or more"),
         (("--train-data", "{a}:x", "--heldout-data", "{b}"), "--train-data .*a.jsonl:x: no such file"),
         (("--heldout-data", "nowhere.jsonl"), "--heldout-data nowhere.jsonl: no such file"),
         (("--train-data", "{a}:0", "--heldout-data", "{b}"), "the weight is 0.0; it must be positive"),
@@ -481,6 +484,22 @@ def test_ruler_tasks_are_rulers_own_and_training_and_held_out_ones_have_nothing_
     assert len(set(hay) & set(straw)) <= 3  # those of the question
     short = ruler_tasks(curriculum=Curriculum(((0, 1500),)))
     assert max(len(task.prompt) for task in short.training_tasks(0, count=6)) <= 1468
+
+
+def test_ruler_may_be_named_among_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = numbered(tmp_path / "a.jsonl", 8)
+    config = data_config_from_args(parse("--train-data", str(train), "ruler:vt,qa_1:3", "--heldout-data", "ruler:qa_2"))
+    assert config.train == ((str(train), 1.0), ("ruler:vt,qa_1", 3.0))
+    assert config.made == ("ruler:vt,qa_1", "ruler:qa_2")
+    built = build(config)
+    tasks = built.training_tasks(0, count=8)
+    assert Counter(task.name == "a" for task in tasks) == {True: 2, False: 6}
+    assert {task.name for task in tasks} == {"a", "vt", "qa_1"}
+    assert {task.name for task in built.heldout_tasks(2500, count=3)} == {"qa_2"}
+    assert built.heldout_lengths == (2500,)
+    only = build(data_config_from_args(parse("--train-data", "ruler:niah_single_1")))
+    assert [task.name for task in only.heldout_tasks(2500, count=1)] == ["niah_single_1"]
 
 
 def test_ruler_tasks_are_scored_as_ruler_scores() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_longact.flags import add_flags, config_from_flags
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.data.arguments import add_data_args, data_config_from_args
+from megatron_longact.rl.data.arguments import NEEDLE, add_data_args, data_config_from_args
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
 from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
@@ -69,8 +69,12 @@ def _check_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
         raise ValueError(
             f"--max-response-length {response} leaves no room for a prompt in --seq-length {config.seq_length}"
         )
-    if config.data.uses_needles:
-        _check_needle_lengths(config, max_position_embeddings=max_position_embeddings)
+    if config.data.prose.windows and config.data.prose.tokens > max_position_embeddings:
+        raise ValueError(
+            f"--eval-prose-tokens is {config.data.prose.tokens}, but the model has {max_position_embeddings} positions"
+        )
+    if config.data.made:
+        _check_made_lengths(config, max_position_embeddings=max_position_embeddings)
 
 
 def _check_parts(args: Namespace) -> None:
@@ -82,12 +86,19 @@ def _check_parts(args: Namespace) -> None:
         )
 
 
-def _check_needle_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
+def _check_made_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
     lengths = config.context_lengths + config.heldout_context_lengths
-    if not lengths or (config.data.trains_on_needles and not config.context_lengths):
-        raise ValueError("the needle tasks need --context-lengths, the lengths of their prompts in tokens")
+    if not lengths or (config.data.made_to_train and not config.context_lengths):
+        raise ValueError(
+            f"{'the needle tasks' if NEEDLE in config.data.made else config.data.made[0]} need --context-lengths, the "
+            "lengths of their prompts in tokens"
+        )
     if min(lengths) < 1:
         raise ValueError(f"a context length is {min(lengths)}; it must be at least 1")
+    if NEEDLE not in config.data.made:  # RULER's lengths are with the response
+        if max(lengths) > config.seq_length:
+            raise ValueError(f"a context of {max(lengths)} tokens does not fit into --seq-length {config.seq_length}")
+        return
     needed = max(lengths) + config.max_response_length
     if needed > config.seq_length:
         raise ValueError(

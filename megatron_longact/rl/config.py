@@ -33,10 +33,11 @@ class RLConfig:
     """Needle tasks to train and evaluate on. Default: all."""
 
     context_lengths: tuple[int, ...] = ()
-    """Prompt lengths of the needle tasks in tokens, drawn with equal chance."""
+    """Prompt lengths of the needle tasks in tokens, drawn with equal chance; of RULER's with the response, as RULER
+    counts."""
 
     heldout_context_lengths: tuple[int, ...] = ()
-    """Prompt lengths of the held-out needle tasks. Default: those of training."""
+    """Those of the held-out needle and RULER tasks. Default: those of training."""
 
     max_response_length: Annotated[int, Flag(needed=False)]
     """Tokens of a response at most, the end-of-text token included. Default: 16 for the needle tasks alone; with data
@@ -50,6 +51,10 @@ class RLConfig:
 
     normalize_advantages: Annotated[bool, Flag("--no-advantage-std")] = True
     """Advantages are divided by their group's standard deviation; with this flag they are not (Dr. GRPO)."""
+
+    count_bf16_changes: bool = False
+    """After each step count the elements of the weights whose value in bf16 is another one (bf16/... in metrics.jsonl);
+    two bf16 copies of what a rank owns stay on the host for it."""
 
     offload_reference: bool = False
     """Keep the reference weights of the KL penalty on the host."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,22 +27,27 @@ from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
 from megatron_longact.rl.audit import RowAudit
 from megatron_longact.rl.batches.micro_batches import BatchLayout
+from megatron_longact.rl.bf16_changes import Bf16Changes
 from megatron_longact.rl.collect import Collector
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import build_environment
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.environment import Environment, NeedleEnvironment
+from megatron_longact.rl.data.prose import ProseConfig, text_windows
+from megatron_longact.rl.data.ruler import RulerEnvironment
 from megatron_longact.rl.heldout import Judge
 from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import RLLoop
 from megatron_longact.rl.objectives.objective import Objective
 from megatron_longact.rl.objectives.token_selection import TokenSelector
 from megatron_longact.rl.outcome import REPORT, write_outcome
+from megatron_longact.rl.perplexity import perplexity
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
 from megatron_longact.rl.run_folder import open_run
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals
 from megatron_longact.rl.update import PolicyUpdate
+from megatron_longact.tasks.chat import PromptEncoder
 
 SEQUENCE_MULTIPLE = 16
 """Padded sequences are a multiple of this: FP8 kernels ask for it, and fewer shapes occur."""
@@ -65,10 +71,22 @@ def environment_of(config: RLConfig, *, say: Callable[[str], None]) -> Environme
             curriculum=curriculum,
         )
 
+    def ruler(encoder: PromptEncoder, names: Sequence[str], curriculum: Curriculum) -> RulerEnvironment:
+        return RulerEnvironment(
+            encoder,
+            names=names,
+            lengths=config.context_lengths,
+            heldout_lengths=config.heldout_context_lengths,
+            response_length=config.max_response_length,
+            seed=config.seed,
+            curriculum=curriculum,
+        )
+
     return build_environment(
         config.data,
         tokenizer,
         needles=needles,
+        ruler=ruler,
         max_prompt_length=config.longest_prompt,
         prompts_per_step=config.prompts_per_step,
         seed=config.seed,
@@ -147,6 +165,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
             judge=Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD),
             trainer_log_probs=trainer_log_probs,
             reference=_reference(config, trainer),
+            prose=_prose(config.data.prose, trainer, vocab_size=vocabulary.size),
         ),
         update=PolicyUpdate(
             trainer,
@@ -154,13 +173,26 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
             objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
             selector=TokenSelector(config, trainer_log_probs),
         ),
-        audit=RowAudit(trainer.model, trainer.optimizer, longact, since=trainer.iteration),
+        audit=_audit(config, trainer, longact),
         log=_log(args, terminal),
     )
 
 
 def _sequence_multiple(args: Namespace) -> int:
     return math.lcm(SEQUENCE_MULTIPLE, args.tensor_model_parallel_size if args.sequence_parallel else 1)
+
+
+def _audit(config: RLConfig, trainer: MegatronTrainer, longact: LongAct | None) -> RowAudit:
+    audited = (trainer.model, trainer.optimizer, longact)
+    bf16 = Bf16Changes(*audited) if config.count_bf16_changes else None
+    return RowAudit(*audited, since=trainer.iteration, bf16=bf16)
+
+
+def _prose(prose: ProseConfig, trainer: MegatronTrainer, *, vocab_size: int) -> Callable[[], float] | None:
+    if not prose.windows:
+        return None
+    windows = text_windows(prose.file, get_tokenizer(), length=prose.tokens, count=prose.windows)
+    return partial(perplexity, trainer.model, windows, vocab_size=vocab_size, pgs=trainer.pg_collection)
 
 
 def _reference(config: RLConfig, trainer: MegatronTrainer) -> ReferenceWeights | None:

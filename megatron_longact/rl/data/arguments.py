@@ -21,12 +21,21 @@ from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
 from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, Source
 from megatron_longact.rl.data.mixture import Mixture
+from megatron_longact.rl.data.prose import ProseConfig
 from megatron_longact.rl.data.rewards import REWARDS, find_reward
 from megatron_longact.rl.pass_at_k import PassAtK
 from megatron_longact.tasks.chat import PromptEncoder, read_chat_template
+from megatron_longact.tasks.ruler.tasks import task_named
 
 NEEDLE = "needle"
 """Stands for the needle tasks where a data set may be named."""
+RULER = "ruler"
+"""Stands for RULER's tasks there: `ruler` for all, `ruler:TASK,TASK` for these."""
+
+
+def is_made(name: str) -> bool:
+    """Whether a name stands for tasks that are made here, at the lengths of the flags, and for no file."""
+    return name in (NEEDLE, RULER) or name.startswith(f"{RULER}:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +44,11 @@ class DataConfig(StopFlags):
 
     train_data: Annotated[tuple[str, ...], Flag(metavar="PATH[:WEIGHT]")] = ()
     """JSONL data sets to train on, mixed by weight (default: 1 each). `needle` stands for the needle tasks, which are
-    what is trained on without this flag."""
+    what is trained on without this flag, `ruler` for RULER's, `ruler:TASK,TASK` for some of them."""
 
     heldout_data: Annotated[tuple[str, ...], Flag(metavar="PATH")] = ()
-    """JSONL data sets of the held-out evaluation, or `needle`, the default if the needle tasks are trained on. Without
-    either nothing is measured."""
+    """JSONL data sets of the held-out evaluation, or `needle` and `ruler`, which are the default where they are trained
+    on. Without any of these nothing is measured."""
 
     heldout_length_edges: Annotated[tuple[int, ...], Flag(metavar="LENGTH")] = ()
     """Context lengths that held-out prompts are grouped by: the smallest one that the prompt fits in. Default: the
@@ -64,6 +73,7 @@ class DataConfig(StopFlags):
     """What turns the messages of a prompt into text: a template, or the name of its file."""
 
     pass_at: PassAtK = field(default_factory=PassAtK)
+    prose: ProseConfig = field(default_factory=ProseConfig)
 
     @property
     def train(self) -> tuple[tuple[str, float], ...]:
@@ -76,20 +86,22 @@ class DataConfig(StopFlags):
         return tuple(_ambiguities(self.train_data, self.heldout_data))
 
     @property
-    def trains_on_needles(self) -> bool:
-        """Whether the needle tasks are trained on."""
-        return not self.train_data or NEEDLE in dict(self.train)
+    def made_to_train(self) -> tuple[str, ...]:
+        """What is trained on of what is made here: `needle`, `ruler:...`."""
+        return tuple(name for name, _ in self.train if is_made(name)) if self.train_data else (NEEDLE,)
 
     @property
-    def uses_needles(self) -> bool:
-        """Whether the needle tasks are trained or measured on."""
-        return self.trains_on_needles or NEEDLE in self.heldout_data
+    def made(self) -> tuple[str, ...]:
+        """What is trained or measured on of it."""
+        return (*self.made_to_train, *(name for name in self.heldout_data if is_made(name)))
 
 
 def add_data_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
     add_flags(parser.add_argument_group(title="rl data"), DataConfig)
-    add_flags(parser.add_argument_group(title="rl evaluation"), PassAtK)
+    group = parser.add_argument_group(title="rl evaluation")
+    add_flags(group, PassAtK)
+    add_flags(group, ProseConfig)
     return parser
 
 
@@ -108,6 +120,7 @@ def build_environment(
     tokenizer: Any,
     *,
     needles: Callable[[Curriculum], Source],
+    ruler: Callable[[PromptEncoder, Sequence[str], Curriculum], Source],
     max_prompt_length: int,
     prompts_per_step: int,
     seed: int,
@@ -115,9 +128,10 @@ def build_environment(
 ) -> Environment:
     """The environment of a run, every data set read and checked.
 
-    tokenizer: Megatron's; needles: makes the needle tasks under a curriculum, called only where they are used;
-    max_prompt_length: tokens that fit beside a response; say: is given one line for each data set. Without data flags
-    it is the needle environment and nothing else. Raises ValueError as `Dataset`, `Curriculum` and the parts do.
+    tokenizer: Megatron's; needles, ruler: make the needle tasks, and those of RULER with these names, under a
+    curriculum, called only where they are used; max_prompt_length: tokens that fit beside a response; say: is given one
+    line for each data set. Without data flags it is the needle environment and nothing else. Raises ValueError as
+    `Dataset`, `Curriculum` and the parts do.
     """
     for remark in data.remarks:
         say(remark)
@@ -128,6 +142,8 @@ def build_environment(
     def source(name: str, curriculum: Curriculum) -> Source:
         if name == NEEDLE:
             return needles(curriculum)
+        if is_made(name):
+            return ruler(encoder, _ruler_names(name), curriculum)
         dataset = Dataset(
             name,
             encoder,
@@ -145,12 +161,17 @@ def build_environment(
         )
 
     training = data.train or ((NEEDLE, 1.0),)
-    heldout = data.heldout_data or ((NEEDLE,) if data.trains_on_needles else ())
+    heldout = data.heldout_data or data.made_to_train
     return Mixture(
         [(source(name, data.curriculum), weight) for name, weight in training],
         heldout=[source(name, Curriculum()) for name in heldout],
         tasks_per_step=prompts_per_step,
     )
+
+
+def _ruler_names(name: str) -> tuple[str, ...]:
+    """The tasks of `ruler:TASK,TASK`; none stands for all."""
+    return tuple(filter(None, name.removeprefix(RULER).removeprefix(":").split(",")))
 
 
 def _weighted(item: str) -> tuple[str, float]:
@@ -168,23 +189,30 @@ def _ambiguities(train: Sequence[str], heldout: Sequence[str]) -> Iterator[str]:
     """What was done about names that could have meant something else, a line each."""
     for item in train:
         path, _, weight = item.rpartition(":")
-        if re.fullmatch(r"[\d.]+", weight) and os.path.exists(item) and (path == NEEDLE or os.path.exists(path)):
+        if re.fullmatch(r"[\d.]+", weight) and os.path.exists(item) and (is_made(path) or os.path.exists(path)):
             yield f"--train-data {item} is the file of this name; {path} with this weight would be {path}:+{weight}"
     names = {_weighted(item)[0] for item in train} | set(heldout)
-    if NEEDLE in names and os.path.exists(NEEDLE):
-        yield f"{NEEDLE} stands for the needle tasks; the file of this name would be ./{NEEDLE}"
+    for name in sorted(names):
+        if is_made(name) and os.path.exists(name):
+            whose = "the needle tasks" if name == NEEDLE else "tasks of RULER's"
+            yield f"{name} stands for {whose}; the file of this name would be ./{name}"
 
 
 def _check_data_sets(config: DataConfig) -> None:
     for flag, names in (("--train-data", [name for name, _ in config.train]), ("--heldout-data", config.heldout_data)):
         for name in names:
-            if name != NEEDLE and not Path(name).is_file():
-                raise ValueError(f"{flag} {name}: no such file (give PATH, or for training PATH:WEIGHT, or `needle`)")
+            for task in _ruler_names(name) if is_made(name) and name != NEEDLE else ():
+                task_named(task)
+            if not is_made(name) and not Path(name).is_file():
+                raise ValueError(
+                    f"{flag} {name}: no such file (give PATH, or for training PATH:WEIGHT, `needle`, `ruler`, or "
+                    "`ruler:TASK,TASK`)"
+                )
         _check_distinct(names, flag=flag)
     for name, weight in config.train:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"--train-data {name}: the weight is {weight}; it must be positive and finite")
-    trained = {Path(name).resolve() for name, _ in config.train if name != NEEDLE}
+    trained = {Path(name).resolve() for name, _ in config.train if not is_made(name)}
     for name in config.heldout_data:
         if Path(name).resolve() in trained:
             raise ValueError(f"--heldout-data {name} is in --train-data as well; hold out what is not trained on")

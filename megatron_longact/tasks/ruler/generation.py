@@ -190,7 +190,7 @@ def _request(
 class _Request:
     """What `generate` is asked for, except how many samples of which length."""
 
-    task: RulerTask
+    task: Task
     count_tokens: Callable[[str, str], int]
     """Of an input and the beginning of its answer."""
     seed: int

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,27 +14,6 @@ from torch import nn
 
 from megatron_longact.rl.batches.micro_batches import MicroBatch, round_up
 from megatron_longact.rl.log_probs import ResponseScorer, score_responses
-from megatron_longact.tasks.needle import Tokenizer, sentences_of
-from megatron_longact.tasks.pieces import PieceEncoder
-
-
-def text_windows(path: Path | None, tokenizer: Tokenizer, *, length: int, count: int) -> list[list[int]]:
-    """The first `count` windows of `length` tokens of a file, or of the built-in prose; ValueError for fewer.
-
-    Each begins with what the tokenizer begins a text with (`<s>`), if anything.
-    """
-    try:
-        text = path.read_text("utf-8") if path else " ".join(sentences_of("heldout"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read --text {path}: {error}") from error
-    pieces = PieceEncoder(tokenizer.tokenize)
-    ids, own = pieces.piece(text), length - len(pieces.prefix)
-    if len(ids) < own * count or own < 1:
-        raise ValueError(
-            f"{path or 'the built-in prose'} has {len(ids)} tokens, fewer than {count} windows of {length}; lower "
-            "--text-windows or --text-tokens"
-        )
-    return [pieces.prefix + ids[i * own : (i + 1) * own] for i in range(count)]
 
 
 def perplexity(
