@@ -17,19 +17,6 @@ from megatron_longact.config import Statistic as StatisticName
 CHUNKS = 8
 """On a CPU, temporaries of a reduction hold at most this fraction of the tokens."""
 
-TOKENS_OF_BLOCK, CHANNELS_OF_BLOCK = 32, 128
-"""What a program of the GPU's kernel holds in registers."""
-
-_PROGRAMS = 1024  # about so many, whatever the sizes: enough for the largest GPUs
-
-
-def stretches(tokens: int, channels: int) -> tuple[int, int]:
-    """Into how many stretches a GPU cuts the tokens, each reduced by programs of its own, and the tokens of one."""
-    blocks = -(-channels // CHANNELS_OF_BLOCK)
-    tokens_of_program = -(-tokens // max(1, _PROGRAMS // blocks))
-    length = max(-(-tokens_of_program // TOKENS_OF_BLOCK), 1) * TOKENS_OF_BLOCK
-    return -(-tokens // length), length
-
 
 @dataclass(frozen=True)
 class Statistic:

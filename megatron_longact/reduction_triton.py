@@ -9,7 +9,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from megatron_longact.reduction import CHANNELS_OF_BLOCK, TOKENS_OF_BLOCK, stretches
+from megatron_longact.reduction_grid import CHANNELS_OF_BLOCK, TOKENS_OF_BLOCK, stretches
 
 
 def reduce(x: Tensor, weights: Tensor | None, *, power: int, maximum: bool) -> Tensor:

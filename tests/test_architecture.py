@@ -1,6 +1,7 @@
 """Arrows between the rooms of the package go down only, as docs/architecture.md draws them."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import megatron_longact
@@ -25,8 +26,15 @@ NEIGHBOURS = {("reduction", "config"), ("saliency", "qkv_layers"), ("preflight",
 
 
 def room_of(module: str) -> str:
-    """reduction_triton is a part of reduction."""
-    return module.split(".")[1].removesuffix("_triton") if "." in module else ""
+    """reduction_triton and reduction_grid are parts of reduction."""
+    name = module.split(".")[1] if "." in module else ""
+    return "reduction" if name.startswith("reduction_") else name
+
+
+def name_of(path: Path) -> str:
+    """The dotted name; that of a package for its __init__.py."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> set[str]:
@@ -43,16 +51,29 @@ def imports(path: Path) -> set[str]:
 def test_arrows_go_down_only() -> None:
     floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
     names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert {name.removesuffix("_triton") for name in names - {"__init__"}} == set(floor)
+    assert {room_of(f".{name}") for name in names - {"__init__"}} == set(floor)
     upwards = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        here = path.relative_to(PACKAGE).with_suffix("").parts[0].removesuffix("_triton")
-        for module in sorted(imports(path)) if here != "__init__" else ():
+        here = room_of(name_of(path))
+        for module in sorted(imports(path)) if here else ():
             there = room_of(module)
             aside = (here, there) in NEIGHBOURS or there == here
             if there in floor and not aside and floor[there] >= floor[here]:
                 upwards.append(f"{path.relative_to(PACKAGE)} imports {module}")
     assert not upwards, "\n" + "\n".join(upwards)
+
+
+def test_no_modules_import_each_other() -> None:
+    """No circle, neither at the top of modules nor inside functions."""
+    modules = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {}
+    for name, path in modules.items():
+        found = {module if module in modules else module.rpartition(".")[0] for module in imports(path)}
+        graph[name] = found - {name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"a circle: {' <- '.join(error.args[1])}") from None
 
 
 def test_no_module_is_longer_than_it_can_be_read() -> None:

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from megatron_longact.analysis.activations import hf as activations_hf
-from megatron_longact.analysis.activations.measurement import Measurement, measure, pooled, run_name
+from megatron_longact.analysis.activations.checkpoints import run_name
+from megatron_longact.analysis.activations.measurement import Measurement, measure, pooled
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.outliers import Rope, rope_profile, spreads
 from megatron_longact.conversion import to_megatron

@@ -109,7 +109,7 @@ def args_of(model: Path, **given: Any) -> Namespace:
 
 def starts(model: Path) -> dict[str, str]:
     """How each program that reads a checkpoint begins with a tokenizer that is too large: what it says, the refusal."""
-    from megatron_longact.analysis.activations import program as activations_program
+    from megatron_longact.analysis.activations import megatron as activations_megatron
     from megatron_longact.analysis.disrupt import program as disrupt_program
     from megatron_longact.evaluation import program as evaluation
     from megatron_longact.rl import program as rl
@@ -119,7 +119,7 @@ def starts(model: Path) -> dict[str, str]:
         "train": lambda: rl.environment_of(later, say=said.write),
         "evaluate": lambda: evaluation.Evaluation(args, later, iteration="1", terminal=said),
         "disrupt": lambda: disrupt_program.Disruption(args, later, folder=model, terminal=said),
-        "observe": lambda: activations_program.check_tokenizer(args, activations_program.get_tokenizer()),
+        "observe": lambda: activations_megatron.check_tokenizer(args, activations_megatron.get_tokenizer()),
     }
     refused = {}
     with megatron_with(build_megatron_tokenizer("HuggingFaceTokenizer", model), args):

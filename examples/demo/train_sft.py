@@ -18,7 +18,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import average_losses_across_data_parallel_group
 
-from megatron_longact.tasks.needle import NEEDLE_TASKS, NeedleGenerator, NeedleTask, Sample
+from megatron_longact.tasks.needle import NEEDLE_TASKS, NeedleGenerator, NeedleSample, NeedleTask
 
 
 class NeedleDataset(torch.utils.data.Dataset):
@@ -40,7 +40,7 @@ class NeedleDataset(torch.utils.data.Dataset):
         generator = self.generators[step]
         return self._encode(generator.sample(step, place), generator)
 
-    def _encode(self, sample: Sample, generator: NeedleGenerator) -> dict[str, torch.Tensor]:
+    def _encode(self, sample: NeedleSample, generator: NeedleGenerator) -> dict[str, torch.Tensor]:
         answer = [*generator.pieces.piece(sample.answer), self.eod]
         padding = [self.pad] * (_answer_room(generator) - len(answer))
         ids = torch.tensor([*sample.prompt_ids, *answer, *padding])

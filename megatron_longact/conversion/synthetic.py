@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_longact.conversion.command import Throughput
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import HFTensor, entries_of
-from megatron_longact.conversion.progress import Progress
 from megatron_longact.conversion.staging import staged
 from megatron_longact.safetensors_files import SafetensorsWriter
 
@@ -31,7 +31,7 @@ def write(config: Mapping[str, Any], save: Path, *, seed: int = 0, max_shard_byt
     with staged(save, source=["synthetic", dict(config), seed], sizes=sizes) as staging:
         shards = _shards(tensors, model.dtype, max_shard_bytes)
         weight_map: dict[str, str] = {}
-        with Progress("random weights", total) as progress:
+        with Throughput("random weights", total) as progress:
             for number, shard in enumerate(shards, 1):
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 weight_map |= {tensor.name: name for tensor in shard}

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron_longact.conversion.command import Throughput
 from megatron_longact.conversion.fused import hf_parts
 from megatron_longact.conversion.hf_config import HFModel, read_hf_config
 from megatron_longact.conversion.hf_folder import INDEX, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of
-from megatron_longact.conversion.progress import Progress
 from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import TorchDistReader, iteration_folder
 from megatron_longact.safetensors_files import SafetensorsWriter
@@ -113,7 +113,7 @@ def convert(
     sizes = [(t.name, t.numel * conversion.dtype(entry).itemsize) for entry in conversion.entries for t in entry.hf]
     with (
         staged(save, source=["to hf", max_shard_bytes, *map(identity, files)], sizes=sizes) as staging,
-        Progress("to Hugging Face", total) as progress,
+        Throughput("to Hugging Face", total) as progress,
     ):
         _write(conversion, conversion.shards(max_shard_bytes), staging, progress)
         copy_companions(hf_config, staging.path)
@@ -122,7 +122,7 @@ def convert(
     return f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}"
 
 
-def _write(conversion: Conversion, shards: list[list[Entry]], staging: Staging, progress: Progress) -> None:
+def _write(conversion: Conversion, shards: list[list[Entry]], staging: Staging, progress: Throughput) -> None:
     weight_map: dict[str, str] = {}
     for number, entries in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -136,7 +136,7 @@ def _write(conversion: Conversion, shards: list[list[Entry]], staging: Staging, 
     (staging.path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(conversion: Conversion, entries: list[Entry], path: Path, progress: Progress) -> None:
+def _write_shard(conversion: Conversion, entries: list[Entry], path: Path, progress: Throughput) -> None:
     tensors = {tensor.name: (conversion.dtype(entry), tensor.shape) for entry in entries for tensor in entry.hf}
     name = next(iter(tensors))
     try:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from megatron_longact.conversion.command import Throughput
 from megatron_longact.conversion.fused import megatron_parts
 from megatron_longact.conversion.hf_config import HFModel, read_hf_config
 from megatron_longact.conversion.hf_folder import HFFolder, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of, padded_vocab_size
 from megatron_longact.conversion.megatron_args import common_state, flags_not_taken, model_flags
-from megatron_longact.conversion.progress import Progress
 from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import COMMON, TRACKER, Chunk, TorchDistWriter
 
@@ -89,7 +89,7 @@ def convert(hf_dir: Path, save: Path) -> str:
     files = [hf_dir / "config.json", *sorted({stored.path for stored in conversion.folder.tensors.values()})]
     with (
         staged(save, source=["to megatron", *map(identity, files)], sizes=conversion.sizes) as staging,
-        Progress("to Megatron", conversion.nbytes) as progress,
+        Throughput("to Megatron", conversion.nbytes) as progress,
     ):
         _write(conversion, staging, progress)
         (staging.path / HF_FILES).mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def convert(hf_dir: Path, save: Path) -> str:
     return "\n".join(lines)
 
 
-def _write(conversion: Conversion, staging: Staging, progress: Progress) -> None:
+def _write(conversion: Conversion, staging: Staging, progress: Throughput) -> None:
     path = staging.path / ITERATION
     path.mkdir(exist_ok=True)
     writer = TorchDistWriter(path)
@@ -132,7 +132,7 @@ def _write(conversion: Conversion, staging: Staging, progress: Progress) -> None
     writer.finish()
 
 
-def _chunks(conversion: Conversion, entries: list[Entry], progress: Progress) -> Iterator[Chunk]:
+def _chunks(conversion: Conversion, entries: list[Entry], progress: Throughput) -> Iterator[Chunk]:
     tensors = conversion.folder.tensors
     for entry in entries:
         parts = megatron_parts(

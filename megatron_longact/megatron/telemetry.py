@@ -4,7 +4,7 @@
     scalars(iteration)  what was sampled since the last time it was asked, over all ranks
     stop()              ends the thread
 
-Readings come from NVML by `nvidia-ml-py`, or from any `Source` that a program gives to `start`. A reading that hangs
+Readings come from NVML by `nvidia-ml-py`, or from any `GPUSource` that a program gives to `start`. A reading that hangs
 stops the samples, never a step; the exchange between ranks is two small reductions a logged step.
 """
 
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     """Of a counter that only rises."""
 
 
-class Source(Protocol):
+class GPUSource(Protocol):
     """Where readings of this process's GPU come from."""
 
     def read(self) -> Reading:
@@ -139,7 +139,7 @@ class Window:
 class Sampler:
     """A thread that reads a source now and then; `take` never waits for it."""
 
-    def __init__(self, source: Source, *, interval_s: float) -> None:
+    def __init__(self, source: GPUSource, *, interval_s: float) -> None:
         self._source, self._interval = source, interval_s
         self._window = Window()
         self._lock = threading.Lock()  # held for additions alone, never during a reading
@@ -296,7 +296,7 @@ def check_telemetry_args(args: Namespace) -> None:
 
 
 def start(
-    *, interval_s: float = 0.5, source: Source | None = None, environment: Mapping[str, str] | None = None
+    *, interval_s: float = 0.5, source: GPUSource | None = None, environment: Mapping[str, str] | None = None
 ) -> Telemetry:
     """Begin to sample this process's GPU, once: what runs already goes on, with its own source and interval.
 
@@ -315,7 +315,7 @@ def start(
     return _running
 
 
-def _nvml(environment: Mapping[str, str]) -> Source:
+def _nvml(environment: Mapping[str, str]) -> GPUSource:
     index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     return NvmlSource(visible_device(index, environment.get("CUDA_VISIBLE_DEVICES")))
 

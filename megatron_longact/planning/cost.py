@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from megatron_longact.config import LongActConfig
 from megatron_longact.planning.run_shape import Attention, Batch, Parallel
-from megatron_longact.reduction import STATISTICS, stretches
+from megatron_longact.reduction import STATISTICS
+from megatron_longact.reduction_grid import stretches
 from megatron_longact.selection import num_selected
 
 _FP32, _INT64, _BOOL = 4, 8, 1

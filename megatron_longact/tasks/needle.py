@@ -104,7 +104,7 @@ NEEDLE_TASKS: dict[str, NeedleTask] = {
 
 
 @dataclass(frozen=True)
-class Sample:
+class NeedleSample:
     """One prompt and what a right answer holds.
 
     prompt_ids: the prompt's tokens; `length` of them, exactly, with the `<s>` of a tokenizer that begins texts with it.
@@ -173,7 +173,7 @@ class NeedleGenerator:
         *,
         task: str | NeedleTask | None = None,
         length: int | None = None,
-    ) -> Sample:
+    ) -> NeedleSample:
         """The index-th sample of a step; `task` and `length` replace the drawn ones."""
         rng = self._rng(step, index)
         drawn_task = rng.choice(self.tasks)
@@ -187,7 +187,7 @@ class NeedleGenerator:
     def _rng(self, step: int, index: int | str) -> random.Random:
         return random.Random(f"{self.seed}/{self.split}/{step}/{index}")
 
-    def _build(self, task: NeedleTask, length: int, *, rng: random.Random) -> Sample:
+    def _build(self, task: NeedleTask, length: int, *, rng: random.Random) -> NeedleSample:
         needles = _draw_needles(task, rng=rng)
         queries = rng.sample(list(dict.fromkeys(n.key for n in needles)), task.num_queries)
         references = tuple(n.value for key in queries for n in needles if n.key == key)
@@ -205,7 +205,7 @@ class NeedleGenerator:
         haystack, depths = _hide(self._cut_haystack(room, rng=rng), needle_ids, rng=rng)
         ids = head + haystack + tail
         assert len(ids) == length
-        return Sample(
+        return NeedleSample(
             prompt_ids=tuple(ids),
             prompt=self.tokenizer.detokenize(ids),
             references=references,

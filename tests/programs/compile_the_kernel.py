@@ -7,7 +7,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_longact.reduction import CHANNELS_OF_BLOCK, STATISTICS, TOKENS_OF_BLOCK
+from megatron_longact.reduction import STATISTICS
+from megatron_longact.reduction_grid import CHANNELS_OF_BLOCK, TOKENS_OF_BLOCK
 from megatron_longact.reduction_triton import _reduce
 
 CAPABILITIES = (90, 100)

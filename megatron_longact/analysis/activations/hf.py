@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_longact.analysis.activations.measurement import Measurement, run_name
+from megatron_longact.analysis.activations.checkpoints import run_name
+from megatron_longact.analysis.activations.measurement import Measurement
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS, Accumulator
@@ -22,7 +23,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass
 class HFSource:
-    """An `AutoModelForCausalLM` with `q_proj` and `k_proj` in its attention layers; see `activations.Source`."""
+    """An `AutoModelForCausalLM` with `q_proj` and `k_proj` in its attention layers; see `ModelSource`."""
 
     name: str
     model: Any
@@ -37,7 +38,7 @@ class HFSource:
     rope_interleaved: bool = field(default=False, init=False)
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
-        """As `activations.Source.measure`."""
+        """As `ModelSource.measure`."""
         device = next(self.model.parameters()).device
         channels = self.layout.num_q_channels + self.layout.num_k_channels
         sums = {

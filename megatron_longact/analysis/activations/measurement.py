@@ -1,14 +1,13 @@
 """Statistics of Q and K activations of a whole model on given prompts, whichever program the model runs in.
 
 Shape letters: L layers, np/ng query heads/groups, hn kv_channels, nq = np * hn, nk = ng * hn. Channels are numbered
-head by head, as in `QKVLayout`. Pure; the models are in `activations_hf` and `activations_megatron`.
+head by head, as in `QKVLayout`. Pure; the models are in `hf` and `megatron`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, get_args
 
 import torch
@@ -53,7 +52,7 @@ def by_layer(values: QK, layer_numbers: Sequence[int]) -> ChannelValues:
     return {number: {"q": values.q[i], "k": values.k[i]} for i, number in enumerate(layer_numbers)}
 
 
-class Source(Protocol):
+class ModelSource(Protocol):
     """A model whose Q and K activations can be read, with its tokenizer.
 
     taps: where; inv_freq: RoPE's inverse frequencies, radians a token, fp32 [pairs], channel i paired with i + pairs,
@@ -83,7 +82,7 @@ class Source(Protocol):
         ...
 
 
-def measure(model: Source, prompts: Sequence[Sequence[int]]) -> Measurement:
+def measure(model: ModelSource, prompts: Sequence[Sequence[int]]) -> Measurement:
     """fp32 mean-abs, rms and max-abs of every Q and K channel of every layer, at each tap the model has."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(
@@ -129,17 +128,3 @@ def rope_pair(channel: int, pairs: int, *, interleaved: bool) -> int | None:
     if channel >= 2 * pairs:
         return None
     return channel // 2 if interleaved else channel % pairs
-
-
-_NO_NAMES = ("checkpoints", "hf", "model")
-
-
-def run_name(path: Path) -> str:
-    """What to call a folder of checkpoints or a model: its name, or its parent's where many a folder has that name.
-
-    A snapshot in Hugging Face's cache, .../models--OWNER--NAME/snapshots/HASH, is called NAME.
-    """
-    folder = path.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.parent.name if folder.name in _NO_NAMES else folder.name

@@ -1,10 +1,14 @@
-"""Q and K activations of a Megatron checkpoint: the hooks and the collectives of training, at any TP, PP and EP.
+"""Q and K activations of Megatron checkpoints: the hooks and the collectives of training, at any TP, PP and EP.
+
+One model is built, and each checkpoint is loaded into it.
 
 Shape letters as in `saliency`: b micro-batch, s sequence.
 """
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,11 +16,18 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.training import checkpointing
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.initialize import initialize_megatron
 from torch import Tensor, nn
 
+from megatron_longact.analysis.activations.checkpoints import Checkpoint
 from megatron_longact.analysis.activations.measurement import Measurement
 from megatron_longact.config import LongActConfig, Tap
+from megatron_longact.generation.vocabulary import check_tokenizer, embeddings_of
+from megatron_longact.megatron.checkpoint_model import load_model, parse_args
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS
@@ -29,7 +40,7 @@ _MULTIPLE = 16
 
 @dataclass
 class MegatronSource:
-    """A Megatron model, on all its ranks; see `activations.Source`. Prompts are shared among data-parallel ranks."""
+    """A Megatron model, on all its ranks; see `ModelSource`. Prompts are shared among data-parallel ranks."""
 
     name: str
     chunks: Sequence[nn.Module]
@@ -53,7 +64,7 @@ class MegatronSource:
         self.rope_interleaved = bool(config.rotary_interleaved)
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
-        """As `activations.Source.measure`."""
+        """As `ModelSource.measure`."""
         configs = [LongActConfig(tap=tap, statistic=statistic) for tap in self.taps for statistic in STATISTICS]
         for chunk in self.chunks:
             chunk.eval()
@@ -108,6 +119,43 @@ class MegatronSource:
         whole = GlobalSaliency(qkv.groups, qkv.layout, config, layer_numbers=qkv.layer_numbers, local_layers=local)
         saliency = whole.from_sums(capture.accumulator.sums)
         return QK(saliency.q.cpu(), saliency.k.cpu())
+
+
+def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) -> Iterator[MegatronSource]:
+    """The checkpoints, all of one model, one after the other in the same memory.
+
+    flags: Megatron's, without --load and --ckpt-step. A source is of use until the next one is asked for.
+    """
+    args = _arguments(checkpoints[0], flags)
+    check_tokenizer(args, get_tokenizer())
+    initialize_megatron()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = load_model(args, groups)
+    for i, checkpoint in enumerate(checkpoints):
+        if i:
+            args.load, args.ckpt_step = str(checkpoint.load), checkpoint.step
+            checkpointing.load_checkpoint(model, None, None)
+        yield MegatronSource(
+            name=checkpoint.name,
+            chunks=model,
+            encode=_encode,
+            positions=int(args.max_position_embeddings),
+            dp_group=groups.dp,
+            embeddings=embeddings_of(args),
+        )
+
+
+def _arguments(checkpoint: Checkpoint, flags: Sequence[str]) -> Namespace:
+    sys.argv[1:] = [*flags, "--load", str(checkpoint.load)]
+    sys.argv += [] if checkpoint.step is None else ["--ckpt-step", str(checkpoint.step)]
+    args = parse_args()
+    if args.context_parallel_size > 1:
+        raise ValueError("this does not work with --context-parallel-size; tensor and pipeline parallelism would")
+    return args
+
+
+def _encode(text: str) -> list[int]:
+    return list(get_tokenizer().tokenize(text))
 
 
 def _no_logits(*, hidden_states: Tensor, **unused: Any) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from megatron_longact.analysis.activations.measurement import Source, run_name
+from megatron_longact.analysis.activations.checkpoints import Checkpoint
+from megatron_longact.analysis.activations.measurement import ModelSource
 from megatron_longact.analysis.activations.prompts import DEFAULT_LENGTHS, DEFAULT_TASKS, PromptOptions
-from megatron_longact.conversion.torch_dist import latest_iteration
 from megatron_longact.megatron.tool_command import megatron_flags
 from megatron_longact.tasks.pieces import TASK_TEMPLATE
 
@@ -24,28 +24,9 @@ RULER_FILES = ("essays", "words", "squad", "hotpotqa")
 class Session:
     """The models of a command; `first` is the process that writes and speaks, on `terminal`."""
 
-    sources: Iterator[Source]
+    sources: Iterator[ModelSource]
     terminal: TextIO
     first: bool
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as --load and --ckpt-step name it; step None is the latest."""
-
-    load: Path
-    step: int | None
-    name: str
-
-    @classmethod
-    def find(cls, load: Path, step: int | None) -> Checkpoint:
-        """Raises `ValueError` where there is none."""
-        latest = latest_iteration(load)
-        name = latest if step is None else str(step)
-        if name.isdecimal() and not (load / f"iter_{int(name):07d}").is_dir():
-            there = sorted(int(path.name[5:]) for path in load.glob("iter_*"))
-            raise ValueError(f"--load {load} has no iteration {name}, it has {', '.join(map(str, there))}")
-        return cls(load, step, f"{run_name(load)} {name}")
 
 
 def add_model_args(parser: ArgumentParser) -> None:
@@ -138,7 +119,7 @@ def opened(args: Namespace, megatron_flags: Sequence[str], *, output: Path) -> I
     yield Session(_hugging_face(args), sys.stdout, True)
 
 
-def _hugging_face(args: Namespace) -> Iterator[Source]:
+def _hugging_face(args: Namespace) -> Iterator[ModelSource]:
     import torch
 
     from megatron_longact.analysis.activations.hf import open_folder
@@ -152,7 +133,7 @@ def _hugging_face(args: Namespace) -> Iterator[Source]:
 def _megatron(args: Namespace, flags: list[str], output: Path) -> Iterator[Session]:
     checkpoints = [Checkpoint.find(load, step) for load in args.load for step in (args.ckpt_step or [None])]
     flags = megatron_flags(flags, cpu=args.cpu)
-    from megatron_longact.analysis.activations.program import megatron_sources
+    from megatron_longact.analysis.activations.megatron import megatron_sources
     from megatron_longact.reporting.run_log import MEGATRON_LOG, output_in_file
 
     with output_in_file(output / MEGATRON_LOG) as terminal:

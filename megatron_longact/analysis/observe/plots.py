@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -15,13 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from megatron_longact.analysis.activations.measurement import by_layer
+from megatron_longact.analysis.observe.observation import Observation
 from megatron_longact.analysis.observe.outliers import OUTLIER, over_median
 from megatron_longact.config import LongActConfig, Tap
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN, saliency_figure
 from megatron_longact.selection import select_masks
-
-if TYPE_CHECKING:
-    from megatron_longact.analysis.observe.report import Observation
 
 COLOURS = {"q": "#0072b2", "k": "#d55e00"}
 MARKERS = {"q": "o", "k": "s"}

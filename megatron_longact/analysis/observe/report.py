@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.analysis.activations.measurement import Measurement, Source, measure, pooled
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
-from megatron_longact.analysis.observe.outliers import Rope, Spread, rope_profile, spread_table, spreads, verdict
-from megatron_longact.config import Statistic, Tap
-from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.analysis.observe.observation import Length, Observation, observe
+from megatron_longact.analysis.observe.outliers import Rope, spread_table, verdict
+from megatron_longact.config import Statistic
 from megatron_longact.reduction import STATISTICS
-from megatron_longact.reporting.run_log import Progress
 
-Length = int | None
-"""Tokens of the prompts; None: as a file has them."""
 RESULTS = "observation.json"
-
-
-@dataclass(frozen=True)
-class Observation:
-    """A model's measurements by context length, all tasks together."""
-
-    name: str
-    layout: QKVLayout
-    rope: Rope | None
-    by_length: Mapping[Length, Measurement]
-    statistic: Statistic
-    ratio: float
-
-    @property
-    def longest(self) -> Measurement:
-        """The measurement at the longest context: what table, heat maps and verdict are about."""
-        return list(self.by_length.values())[-1]
-
-    def spreads(self, measurement: Measurement, tap: Tap, statistic: Statistic | None = None) -> list[Spread]:
-        """Of one measurement, the largest outlier ratio first."""
-        return spreads(
-            measurement.channel_values(tap, statistic or self.statistic),
-            kv_channels=self.layout.kv_channels,
-            ratio=self.ratio,
-            rope=self.rope,
-        )
-
-    def rope_profiles(self, tap: Tap) -> dict[int, dict[str, Any]]:
-        """`rope_profile` of each layer's Q and K: {layer: {"q": [pairs], "k": [pairs]}}; of a model with RoPE."""
-        assert self.rope is not None
-        return {
-            layer: {part: rope_profile(scores, layout=self.layout, rope=self.rope) for part, scores in parts.items()}
-            for layer, parts in self.longest.channel_values(tap, self.statistic).items()
-        }
 
 
 def run(session: Session, options: PromptOptions, *, statistic: Statistic, ratio: float, output: Path) -> None:
@@ -64,28 +25,6 @@ def run(session: Session, options: PromptOptions, *, statistic: Statistic, ratio
             folder = output if number == 0 else output / source.name.replace(" ", "-").replace("/", "-")
             write(observation, options, folder)
             print(report(observation), f"pictures and {RESULTS} are in {folder}", sep="\n\n", file=session.terminal)
-
-
-def observe(
-    source: Source, options: PromptOptions, session: Session, *, statistic: Statistic, ratio: float
-) -> Observation:
-    """Measure a model on all tasks at each length."""
-    progress = Progress(len(options.lengths) * len(options.tasks), session.terminal)
-    by_length: dict[Length, Measurement] = {}
-    done = 0
-    for length in options.lengths:
-        parts = []
-        for task in options.tasks:
-            prompts = options.prompts(task=task, length=length, encode=source.encode, positions=source.positions)
-            parts.append(measure(source, prompts))
-            done += 1
-            if session.first:
-                progress.update(done, {"": f"{task} at {length or 'any'} tokens"})
-        by_length[length] = pooled(parts)
-    if session.first:
-        progress.close()
-    rope = None if source.inv_freq is None else Rope(source.inv_freq, source.rope_interleaved)
-    return Observation(source.name, source.layout, rope, by_length, statistic, ratio)
 
 
 def report(observation: Observation) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_longact.analysis.activations.measurement import run_name
+from megatron_longact.analysis.activations.checkpoints import run_name
 from megatron_longact.analysis.stability.overlap import Choice
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.safetensors_files import read_header

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_longact.analysis.activations.measurement import Measurement, Source, measure, pooled
+from megatron_longact.analysis.activations.measurement import Measurement, ModelSource, measure, pooled
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.stability.masks import read_choices
@@ -136,7 +136,7 @@ def measured(session: Session, options: PromptOptions, config: LongActConfig, *,
 
 @dataclass(frozen=True)
 class _Prober:
-    source: Source
+    source: ModelSource
     options: PromptOptions
     session: Session
 

@@ -19,7 +19,7 @@ from megatron_longact.flags import Flag, MegatronFlag, add_flags, config_from_fl
 from megatron_longact.generation.vocabulary import StopFlags
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
-from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, Source
+from megatron_longact.rl.data.environment import DatasetEnvironment, Environment, TaskSource
 from megatron_longact.rl.data.mixture import Mixture
 from megatron_longact.rl.data.prose import ProseConfig
 from megatron_longact.rl.data.rewards import REWARDS, find_reward
@@ -119,8 +119,8 @@ def build_environment(
     data: DataConfig,
     tokenizer: Any,
     *,
-    needles: Callable[[Curriculum], Source],
-    ruler: Callable[[PromptEncoder, Sequence[str], Curriculum], Source],
+    needles: Callable[[Curriculum], TaskSource],
+    ruler: Callable[[PromptEncoder, Sequence[str], Curriculum], TaskSource],
     max_prompt_length: int,
     prompts_per_step: int,
     seed: int,
@@ -139,7 +139,7 @@ def build_environment(
         return needles(data.curriculum)
     encoder = PromptEncoder(tokenizer, chat_template=data.chat_template)
 
-    def source(name: str, curriculum: Curriculum) -> Source:
+    def source(name: str, curriculum: Curriculum) -> TaskSource:
         if name == NEEDLE:
             return needles(curriculum)
         if is_made(name):

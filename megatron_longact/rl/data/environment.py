@@ -81,7 +81,7 @@ class Turn:
     round: int
 
 
-class Source(Environment, Protocol):
+class TaskSource(Environment, Protocol):
     """An environment that can be part of a `Mixture`."""
 
     def task(self, turn: Turn) -> Task:
@@ -131,7 +131,7 @@ class NeedleEnvironment:
         return [self._task(step, i) for i in range(first, first + count)]
 
     def task(self, turn: Turn) -> Task:
-        """See `Source`."""
+        """See `TaskSource`."""
         return self._task(turn.step, turn.index)
 
     @property
@@ -200,7 +200,7 @@ class DatasetEnvironment:
         return [self.task(turn) for turn in wanted]
 
     def task(self, turn: Turn) -> Task:
-        """See `Source`."""
+        """See `TaskSource`."""
         allowed = self._allowed[self._curriculum.limit(turn.step)]
         return self._task(int(allowed[shuffled(turn.number, size=len(allowed), round=turn.round, key=self._key)]))
 
@@ -288,5 +288,5 @@ def _allowed_examples(dataset: Dataset, limit: int | None) -> np.ndarray:
     return allowed
 
 
-def _needle(sample: tasks.Sample) -> Task:
+def _needle(sample: tasks.NeedleSample) -> Task:
     return Task(prompt=sample.prompt_ids, name=sample.task, reference=sample.references)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any
 
-from megatron_longact.rl.data.environment import Environment, Score, Source, Task, Turn, turns
+from megatron_longact.rl.data.environment import Environment, Score, Task, TaskSource, Turn, turns
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mixture:
 
     def __init__(
         self,
-        training: Sequence[tuple[Source, float]],
+        training: Sequence[tuple[TaskSource, float]],
         *,
         heldout: Sequence[Environment],
         tasks_per_step: int,
@@ -49,7 +49,7 @@ class Mixture:
         return [self.task(turn) for turn in wanted]
 
     def task(self, turn: Turn) -> Task:
-        """See `Source`."""
+        """See `TaskSource`."""
         part, number = self._blend[turn.number]
         return self._routed(part, self._sources[part].task(replace(turn, number=number)))
 

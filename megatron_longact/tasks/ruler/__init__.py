@@ -8,6 +8,6 @@ What is as in the official scripts (NVIDIA/RULER, `scripts/`), and what is not, 
 
 from megatron_longact.tasks.ruler.generation import generate, least_length
 from megatron_longact.tasks.ruler.scoring import count_nulls, postprocess, score
-from megatron_longact.tasks.ruler.tasks import TASKS, Task
+from megatron_longact.tasks.ruler.tasks import TASKS, RulerTask
 
-__all__ = ["TASKS", "Task", "count_nulls", "generate", "least_length", "postprocess", "score"]
+__all__ = ["TASKS", "RulerTask", "count_nulls", "generate", "least_length", "postprocess", "score"]

@@ -14,7 +14,7 @@ from megatron_longact.tasks.ruler.makers import PROBE, Draft, Maker, rng_of
 from megatron_longact.tasks.ruler.needles import NeedleMaker
 from megatron_longact.tasks.ruler.question_answering import QuestionMaker
 from megatron_longact.tasks.ruler.questions import question_set
-from megatron_longact.tasks.ruler.tasks import Task, task_named
+from megatron_longact.tasks.ruler.tasks import RulerTask, task_named
 from megatron_longact.tasks.ruler.tracking import TrackingMaker
 from megatron_longact.tasks.ruler.word_counts import CodedWordsMaker, CommonWordsMaker
 from megatron_longact.tasks.ruler.words import word_list
@@ -190,7 +190,7 @@ def _request(
 class _Request:
     """What `generate` is asked for, except how many samples of which length."""
 
-    task: Task
+    task: RulerTask
     count_tokens: Callable[[str, str], int]
     """Of an input and the beginning of its answer."""
     seed: int

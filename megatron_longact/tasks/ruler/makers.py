@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_longact.tasks.ruler.tasks import Task
+from megatron_longact.tasks.ruler.tasks import RulerTask
 
 PROBE = -1
 """Index of the sample that sizes are tried with; none of the samples that are given out."""
@@ -52,6 +52,6 @@ def fill(template: str, **values: object) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
-def rng_of(seed: int, task: Task, index: int | str) -> random.Random:
+def rng_of(seed: int, task: RulerTask, index: int | str) -> random.Random:
     """A generator of its own for each sample; the same in every process."""
     return random.Random(f"{seed}/{task.name}/{index}")

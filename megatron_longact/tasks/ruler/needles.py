@@ -8,7 +8,7 @@ from uuid import UUID
 
 from megatron_longact.tasks.ruler.haystack import Haystack, split_sentences
 from megatron_longact.tasks.ruler.makers import NOISE, Draft, fill, rng_of
-from megatron_longact.tasks.ruler.tasks import Task, Token
+from megatron_longact.tasks.ruler.tasks import RulerTask, Token
 from megatron_longact.tasks.ruler.words import WordList
 
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
@@ -25,7 +25,7 @@ class NeedleMaker:
     in the model's template. Unlike there, no key or value occurs twice in a sample.
     """
 
-    task: Task
+    task: RulerTask
     seed: int
     template: str
     """The task's template within the model's."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_longact.tasks.ruler.makers import PROBE, Draft, fill, rng_of
 from megatron_longact.tasks.ruler.questions import Question, QuestionSet
-from megatron_longact.tasks.ruler.tasks import Task
+from megatron_longact.tasks.ruler.tasks import RulerTask
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class QuestionMaker:
     one stands at the same place; with as many documents as there are, all are given in their order before that.
     """
 
-    task: Task
+    task: RulerTask
     seed: int
     template: str
     questions: QuestionSet

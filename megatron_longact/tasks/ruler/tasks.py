@@ -19,7 +19,7 @@ Token = Literal["words", "numbers", "uuids"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class RulerTask:
     """One task of the suite; `TASKS` has all of them."""
 
     name: str
@@ -57,8 +57,8 @@ class Task:
     dataset: Literal["squad", "hotpotqa"] = "squad"
 
 
-def _niah(name: str, **settings: object) -> Task:
-    return Task(
+def _niah(name: str, **settings: object) -> RulerTask:
+    return RulerTask(
         name=name,
         family="niah",
         category="retrieval",
@@ -73,7 +73,7 @@ def _niah(name: str, **settings: object) -> Task:
     )
 
 
-_VARIABLE_TRACKING = Task(
+_VARIABLE_TRACKING = RulerTask(
     name="vt",
     family="variable_tracking",
     category="tracing",
@@ -88,7 +88,7 @@ _VARIABLE_TRACKING = Task(
     ),
 )
 
-_COMMON_WORDS = Task(
+_COMMON_WORDS = RulerTask(
     name="cwe",
     family="common_words_extraction",
     category="aggregation",
@@ -100,7 +100,7 @@ _COMMON_WORDS = Task(
     answer_prefix=" Answer: The top 10 words that appear most often in the list are:",
 )
 
-_FREQUENT_WORDS = Task(
+_FREQUENT_WORDS = RulerTask(
     name="fwe",
     family="freq_words_extraction",
     category="aggregation",
@@ -114,8 +114,8 @@ _FREQUENT_WORDS = Task(
 )
 
 
-def _qa(name: str, dataset: Literal["squad", "hotpotqa"]) -> Task:
-    return Task(
+def _qa(name: str, dataset: Literal["squad", "hotpotqa"]) -> RulerTask:
+    return RulerTask(
         name=name,
         family="qa",
         category="question answering",
@@ -131,7 +131,7 @@ def _qa(name: str, dataset: Literal["squad", "hotpotqa"]) -> Task:
     )
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, RulerTask] = {
     task.name: task
     for task in (
         _niah("niah_single_1", haystack="noise"),
@@ -152,7 +152,7 @@ TASKS: dict[str, Task] = {
 """By name, in the official order."""
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str) -> RulerTask:
     """The task of `TASKS`; ValueError with the known names for any other."""
     if name not in TASKS:
         raise ValueError(f"unknown RULER task {name!r}; known: {', '.join(TASKS)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_longact.tasks.ruler.makers import NOISE, Draft, fill, rng_of
-from megatron_longact.tasks.ruler.tasks import Task
+from megatron_longact.tasks.ruler.tasks import RulerTask
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TrackingMaker:
     number into it. Names are drawn without a repetition.
     """
 
-    task: Task
+    task: RulerTask
     seed: int
     template: str
     example_size: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import pi
 
 from megatron_longact.tasks.ruler.makers import Draft, fill, rng_of
-from megatron_longact.tasks.ruler.tasks import Task
+from megatron_longact.tasks.ruler.tasks import RulerTask
 from megatron_longact.tasks.ruler.words import WordList
 
 SHORT_CONTEXT = 4096
@@ -23,7 +23,7 @@ class CommonWordsMaker:
     shuffled by the seed alone; the example stands within the model's template as well.
     """
 
-    task: Task
+    task: RulerTask
     seed: int
     template: str
     max_seq_length: int
@@ -66,7 +66,7 @@ class CodedWordsMaker:
     the seed alone. Sizes at which a fourth word would be as frequent as the third are not used.
     """
 
-    task: Task
+    task: RulerTask
     seed: int
     template: str
     vocabulary: int
