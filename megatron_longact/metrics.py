@@ -153,12 +153,6 @@ def overlap(new: QK, old: QK) -> Tensor:
     return torch.stack([(a & b).sum(), (a | b).sum()]).float()
 
 
-def jaccard(new: QK, old: QK) -> float:
-    """Overlap of two masks over Q and K together: size of the intersection over that of the union."""
-    both, either = overlap(new, old).tolist()
-    return float(both / either)
-
-
 def read(*, active: QK, overlap: Tensor, squares: Tensor) -> dict[str, float | None]:
     """Scalars that were made on the device, read at once.
 

@@ -13,8 +13,8 @@ from megatron_longact.selection import QK
 _NOT_COMPARED = ("on_mismatch", "import_mask")
 """Settings that a run may resume without: they say how it starts."""
 
-_SELECTING = ("ratio", "select", "statistic", "tap", "scope", "targets", "warmup_steps", "seed")
-"""Settings that say which rows are chosen."""
+_SELECTING = ("ratio", "select", "statistic", "tap", "scope", "targets", "warmup_steps")
+"""Settings that say which rows are chosen; `seed` does where the choice is random."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def unusable(state: LongActState, config: LongActConfig) -> str:
 
 def selects_otherwise(saved: dict[str, Any], config: LongActConfig) -> bool:
     """Whether the masks of a checkpoint are not those that this configuration would have chosen."""
-    now = asdict(config)
-    return any(saved.get(name) != now[name] for name in _SELECTING)
+    now, names = asdict(config), _SELECTING + (("seed",) if config.select == "random" else ())
+    return any(saved.get(name) != now[name] for name in names)
 
 
 def _to_host(pair: QK | None) -> dict[str, Tensor] | None:

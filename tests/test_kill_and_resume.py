@@ -1,11 +1,15 @@
 """tools/kill_and_resume.py: how it starts a run, and what it says of one that ends before it is killed."""
 
 import importlib.util
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launch import ROOT
@@ -27,14 +31,28 @@ def tool() -> Any:
 
 
 def test_the_demo_runs_under_the_python_of_the_tool(tool: Any) -> None:
-    bash, option, script = tool.demo()
+    bash, option, script, folder = tool.demo()
     shown = subprocess.run(
-        [bash, option, f'exec() {{ printf "%s\\n" "$@"; }}\n{script}'],
+        [bash, option, f'exec() {{ printf "%s\\n" "$@"; }}\n{script}', folder.replace("{dir}", "two words")],
         cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     words = shown.stdout.splitlines()
     assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     assert words[words.index("--cpu") + 1] == "examples/train_grpo.py"
+    assert words[words.index("--run-dir") + 1] == "two words"
+
+
+def test_a_tool_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), "--work-dir", str(tmp_path / "work"), "--horizon", "60"]
+    program = f"echo $$ > {shlex.quote(str(tmp_path / 'pid'))}; sleep 60"
+    with subprocess.Popen([*command, "--", "bash", "-c", program], stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 30
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.parametrize(

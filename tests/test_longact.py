@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_longact import LongAct, LongActConfig, metrics
-from megatron_longact.state import LongActState, capture_due
+from megatron_longact.state import LongActState, capture_due, selects_otherwise
 from tests import ranks, reference
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
 from tests.ranks import Layout
@@ -640,6 +640,9 @@ def test_use_flags_uses_the_flags() -> None:
     assert (round(q, 1), k, stayed) == (0.6, 1.0, False)
     assert ranks.run(resumed_with, config={"warmup_steps": 9})[0] == (1.0, 1.0, False)
     assert ranks.run(resumed_with, config={"moments": "reset"})[0][2]
+    saved = asdict(LongActConfig())
+    assert not selects_otherwise(saved, LongActConfig(seed=5))  # nothing is drawn
+    assert selects_otherwise(saved | {"select": "random"}, LongActConfig(select="random", seed=5))
 
 
 class Waits(TorchFunctionMode):

@@ -55,8 +55,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_run_is_gone_on_with(run: Path) -> None:
     before = contents(run)
-    assert opened(flags(run)) == []
+    assert opened(flags(run)) == [f"goes on from iteration 3 of {run}/checkpoints"]
     assert contents(run) == before
+    assert opened(flags(run, ckpt_step=3)) == [f"goes on from iteration 3 of {run}/checkpoints"]
+
+
+def test_paths_in_advice_can_be_pasted(run: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "two words")
+    with pytest.raises(ValueError, match=f"--load '{folder}' --save '{folder}' goes on with it"):
+        opened(flags(run, save=folder, load=None))
 
 
 def test_a_run_that_is_still_going_keeps_its_folder(run: Path) -> None:
@@ -70,7 +77,7 @@ def test_a_run_that_is_still_going_keeps_its_folder(run: Path) -> None:
                 opened(flags(run))
         finally:
             other.kill()
-    assert opened(flags(run)) == []
+    assert len(opened(flags(run))) == 1
 
 
 def test_a_file_in_the_place_of_a_folder_is_said_first(run: Path, tmp_path: Path) -> None:
@@ -113,7 +120,7 @@ def test_what_would_write_over_a_run_is_refused(
 
 def test_a_run_that_was_killed_before_its_report_or_its_first_checkpoint_goes_on(run: Path) -> None:
     (run / "report.md").unlink()
-    assert opened(flags(run, train_iters=3)) == []
+    assert opened(flags(run, train_iters=3)) == [f"goes on from iteration 3 of {run}/checkpoints"]
     (run / "checkpoints" / TRACKER).unlink()
     assert opened(flags(run)) == []
 

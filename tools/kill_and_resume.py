@@ -17,6 +17,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,8 +50,9 @@ exec {python} -m torch.distributed.run --standalone --nproc-per-node 2 \
     --train-iters 300 --lr 1e-4 --min-lr 1e-5 --lr-decay-style linear --log-interval 1 --seed 1 \
     --longact --longact-ema 0.5 --longact-refresh-interval 2 \
     --pretrained-checkpoint "$DEMO_DIR/start_checkpoint" --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable \
-    --load {dir}/checkpoints --save {dir}/checkpoints --save-interval 1 --save-retain-interval 1000 --run-dir {dir}
+    --load "$0/checkpoints" --save "$0/checkpoints" --save-interval 1 --save-retain-interval 1000 --run-dir "$0"
 """
+"""With the run's folder as its first argument."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Run:
 
 def demo() -> list[str]:
     """The demo's model on short prompts, with the Python that runs this."""
-    return ["bash", "-c", DEMO.replace("{python}", shlex.quote(sys.executable))]
+    return ["bash", "-c", DEMO.replace("{python}", shlex.quote(sys.executable)), "{dir}"]
 
 
 def wait_for_save(run: Run, *, seconds: float) -> None:
@@ -269,5 +271,6 @@ def judge(killed: Run, reference: Run, kills: list[Kill]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # main then ends what it has started
     quiet_libraries()
     raise SystemExit(main())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -97,11 +98,12 @@ def convert(hf_dir: Path, save: Path) -> str:
         (staging.path / "model_args.txt").write_text("\n".join(model_flags(conversion.model)) + "\n")
         (staging.path / TRACKER).write_text(ITERATION)
         done = progress.done
+    folder = quote(str(save))
     lines = [
         f"{save}: {sum(len(entry.hf) for entry in conversion.entries)} tensors, {done}",
-        f"train it with --pretrained-checkpoint {save} --load RUN --save RUN --use-checkpoint-args, where RUN gets the "
-        "run's own checkpoints, from which a second start goes on; look at it with "
-        f"--load {save} --use-checkpoint-args; without our launcher also with what Megatron does not take "
+        f"train it with --pretrained-checkpoint {folder} --load RUN --save RUN --use-checkpoint-args, where RUN gets "
+        "the run's own checkpoints, from which a second start goes on; look at it with "
+        f"--load {folder} --use-checkpoint-args; without our launcher also with what Megatron does not take "
         f"from there: {' '.join(flags_not_taken(conversion.model))}",
     ]
     if conversion.model.rope.llama3_factor not in (None, 8.0):

@@ -10,6 +10,7 @@ import os
 import warnings
 from argparse import Namespace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
@@ -77,7 +78,7 @@ def check_converted(args: Namespace) -> None:
         if (folder / "config.json").is_file() and not (folder / TRACKER).exists():
             raise ValueError(
                 f"--{flag.replace('_', '-')} {folder} is a Hugging Face folder: convert it first, with python "
-                f"tools/convert_hf_to_megatron.py --hf-dir {folder} --save OUT, and give OUT"
+                f"tools/convert_hf_to_megatron.py --hf-dir {quote(str(folder))} --save OUT, and give OUT"
             )
 
 
@@ -95,8 +96,9 @@ def resume_note(args: Namespace) -> str | None:
 def right_pair(args: Namespace) -> str:
     """Flags with which a command goes on with its own checkpoints when it is started again."""
     start = args.pretrained_checkpoint or (args.load if args.load and not same_folder(args.load, args.save) else None)
-    pair = f"--load {args.save} --save {args.save}"
-    return f"--pretrained-checkpoint {start} {pair}" if start else pair
+    save = quote(str(args.save))
+    pair = f"--load {save} --save {save}"
+    return f"--pretrained-checkpoint {quote(str(start))} {pair}" if start else pair
 
 
 def holds_checkpoint(folder: str) -> bool:

@@ -17,6 +17,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TextIO
 
 from megatron_longact.conversion.torch_dist import TRACKER
@@ -71,6 +72,8 @@ def open_run(args: Namespace, *, say: Callable[[str], None]) -> None:
         _check_not_at_its_end(args, start)
     if not args.pretrained_checkpoint and not (args.load and holds_checkpoint(args.load)):
         say("neither --pretrained-checkpoint nor --load holds a checkpoint: the model starts with random weights")
+    if args.load and start and not args.finetune:
+        say(f"goes on from iteration {start} of {args.load}")
     note = resume_note(args)
     if note is not None:
         say(note)
@@ -141,7 +144,7 @@ def _check_not_at_its_end(args: Namespace, start: int) -> None:
     if start >= args.train_iters:
         raise ValueError(
             f"--load {args.load} is of iteration {start}, and --train-iters is {args.train_iters}: nothing is left to "
-            f"train; --pretrained-checkpoint {args.load} starts from its weights at iteration 0"
+            f"train; --pretrained-checkpoint {quote(str(args.load))} starts from its weights at iteration 0"
         )
 
 

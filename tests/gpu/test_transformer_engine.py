@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.metrics import jaccard
+from megatron_longact.metrics import overlap
 from megatron_longact.selection import QK
 from tests.gpu.models import GPU_TIER, GPUModel, GPUSpec, build, copy_weights, fp8_image, random_tokens, train_step
 
@@ -224,6 +224,6 @@ def test_fp8_selects_what_bf16_selects(fp8_recipe: str, record_property: Any) ->
             masks.append(longact.masks)
     assert {(type(x), x.dtype) for x in seen} == {(torch.Tensor, torch.bfloat16)}
     pairs = [QK(*(torch.cat([layer[part] for layer in mask.values()]) for part in ("q", "k"))) for mask in masks]
-    overlap = jaccard(*pairs)
-    record_property("overlap with bf16 (Jaccard)", overlap)
-    assert overlap > SAME_CHANNELS
+    both, either = overlap(*pairs).tolist()
+    record_property("overlap with bf16 (Jaccard)", both / either)
+    assert both / either > SAME_CHANNELS
