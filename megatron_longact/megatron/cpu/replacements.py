@@ -1,0 +1,90 @@
+"""What Megatron has that needs a GPU, a compiler or kernels, and what stands there instead."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+def replace_in_megatron() -> None:
+    """Imports Megatron, which must find the CPU's devices."""
+    _replace_rng()
+    _replace_dataset_compilation()
+    _replace_norm()
+    _replace_inference_assertion()
+    _replace_attention()
+    _replace_split_sizes()
+
+
+def _replace_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+
+
+def _replace_dataset_compilation() -> None:
+    from megatron.core.datasets import utils
+
+    compile_helpers = utils.compile_helpers
+
+    def compile_unless_there() -> None:
+        if not _import_dataset_helper():
+            compile_helpers()
+
+    utils.compile_helpers = compile_unless_there
+
+
+def _import_dataset_helper() -> bool:
+    from megatron.core import datasets
+
+    here = list(datasets.__path__)
+    datasets.__path__ = [*here, *(os.path.join(folder, "megatron", "core", "datasets") for folder in sys.path)]
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return False
+    finally:
+        datasets.__path__ = here
+    return True
+
+
+def _replace_inference_assertion() -> None:
+    from megatron.core.inference import communication_utils
+
+    communication_utils._is_cuda = lambda tensor: None
+
+
+def _replace_norm() -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    new = WrappedTorchNorm.__new__
+
+    def new_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = new(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = new_marked
+
+
+def _replace_attention() -> None:
+    from megatron_longact.megatron.torch_attention import replace_attention
+
+    replace_attention()
+
+
+def _replace_split_sizes() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
