@@ -57,7 +57,7 @@ class RulerEnvironment:
         return [self._task(step, index) for index in range(first, first + count)]
 
     def task(self, turn: Turn) -> Task:
-        """See `Source`."""
+        """See `TaskSource`."""
         return self._task(turn.step, turn.index)
 
     @property
