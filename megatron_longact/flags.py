@@ -114,9 +114,9 @@ def flag_fields(config: type, *, prefix: str = "--") -> Iterator[FlagField]:
 
 
 def _fields(config: type) -> Iterator[tuple[Field[Any], Any, Flag]]:
-    """Each field with its bare type and what is said about its flag."""
-    hints = get_type_hints(config, include_extras=True)
-    for field in fields(config):
+    """Each field with its bare type and what is said about its flag; those of a dataclass that it extends come last."""
+    hints, own = get_type_hints(config, include_extras=True), inspect.get_annotations(config)
+    for field in sorted(fields(config), key=lambda field: field.name not in own):
         hint = hints[field.name]
         bare, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         yield field, bare, next((extra for extra in extras if isinstance(extra, Flag)), Flag())
@@ -128,12 +128,35 @@ def _has_flags_of_its_own(hint: Any, flag: Flag) -> bool:
 
 def _of_type(hint: Any) -> tuple[Any, Collection[str] | None, str | None]:
     """Converter, choices and nargs."""
-    if get_origin(hint) in (UnionType, Union):
-        [hint] = [each for each in get_args(hint) if each is not NoneType]
+    hint = _without_none(hint)
     several = get_origin(hint) is tuple
-    hint = get_args(hint)[0] if several else hint
+    hint = _without_none(get_args(hint)[0]) if several else hint
     choices = get_args(hint) if get_origin(hint) is Literal else None
     return hint if hint in (bool, int, float, Path) else str, choices, "+" if several else None
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) not in (UnionType, Union):
+        return hint
+    [bare] = [each for each in get_args(hint) if each is not NoneType]
+    return bare
+
+
+def each_once(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For `Flag.parse`: values in the order in which they were given."""
+    return tuple(dict.fromkeys(given))
+
+
+def ascending(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For `Flag.parse`: values in their own order, each once."""
+    return tuple(sorted(set(given)))
+
+
+def add_groups(parser: ArgumentParser, groups: dict[str, type]) -> ArgumentParser:
+    """Add the flags of dataclasses, each in a group of its own, by title; returns the parser."""
+    for title, config in groups.items():
+        add_flags(parser.add_argument_group(title=title), config)
+    return parser
 
 
 def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--", judged_later: bool = False) -> None:

@@ -14,9 +14,11 @@ Prompts are RULER's, made on the spot, or those of --prompts FILE. The table, th
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_longact.analysis.activations import models as activations_models
+from megatron_longact.analysis.activations.models import ModelFlags, check_ratio, opened
+from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.arguments import ObserveFlags
+from megatron_longact.flags import add_groups
 from megatron_longact.megatron.quiet import quiet_libraries
 from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
@@ -26,20 +28,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    activations_models.add_model_args(parser)
-    activations_models.add_prompt_args(parser)
-    add = parser.add_argument_group(title="observation").add_argument
-    add("--statistic", choices=["mean-abs", "rms", "max-abs"], default="mean-abs", help="Default: mean-abs.")
-    add("--ratio", type=float, default=0.30, help="Share of channels whose part of the total is told. Default: 0.3.")
-    add("--output", type=Path, default=Path("runs/observe"), help="Folder for results. Default: runs/observe.")
+    add_groups(parser, {"model": ModelFlags, "prompts": PromptOptions, "observation": ObserveFlags})
     add_overwrite_arg(parser)
     args, others = parser.parse_known_args(argv)
 
     def action() -> None:
-        activations_models.check_ratio(args.ratio)
+        check_ratio(args.ratio)
         check_new(args.output / "observation.json", overwrite=args.overwrite)
-        options = activations_models.prompt_options(args)
-        with activations_models.opened(args, others, output=args.output) as session:
+        options = PromptOptions.from_args(args)
+        with opened(args, others, output=args.output) as session:
             from megatron_longact.analysis.observe import report as observe
 
             observe.run(session, options, statistic=args.statistic, ratio=args.ratio, output=args.output)

@@ -10,16 +10,15 @@ flag. docs/planning.md has the plans of Qwen3-8B, 32B and 235B-A22B up to 1,024 
 import argparse
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
-from megatron_longact.flags import field_docs
+from megatron_longact.flags import add_groups, config_from_flags
 from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan, text
 from megatron_longact.planning.roofline import Assumptions
-from megatron_longact.planning.run_shape import BYTES, Batch, Parallel
+from megatron_longact.planning.run_shape import Batch, Parallel
 
 
 def parser_of_plans() -> argparse.ArgumentParser:
@@ -29,22 +28,8 @@ def parser_of_plans() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help=f"A Hugging Face folder, a config.json, or one of {', '.join(PRESETS)}.")
-    for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("dp", "data"), ("ep", "expert")):
-        add(f"--{name}", type=int, default=1, help=f"Size of {meaning} parallelism. Default: 1.")
-    add("--first-stage-layers", type=int, help="Layers of the first pipeline stage, where they do not divide.")
-    add("--last-stage-layers", type=int, help="Layers of the last one.")
-    add("--no-distributed-optimizer", action="store_true", help="Every data-parallel rank has whole masters.")
-    add("--seq-length", type=int, required=True, help="Tokens of a sequence.")
-    add("--micro-batch-size", type=int, default=1, help="Sequences of a forward. Default: 1.")
-    add("--global-batch-size", type=int, required=True, help="Sequences of an optimizer step.")
-    add("--dtype", choices=BYTES, default="bf16", help="Type of the computation. Default: bf16.")
-    add("--all-tokens", action="store_true", help="The program does not name the tokens that count.")
     add("--json", type=Path, metavar="FILE", help="Write all numbers there.")
-    group, docs = parser.add_argument_group(title="assumptions"), field_docs(Assumptions)
-    for field in fields(Assumptions):
-        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-        help_text = f"{docs[field.name]} Default: {field.default:g}."
-        group.add_argument(flag, type=kind, default=field.default, help=help_text)
+    add_groups(parser, {"parallel layout": Parallel, "step": Batch, "assumptions": Assumptions})
     add_overwrite_arg(parser)
     add_longact_args(parser)
     return parser
@@ -61,21 +46,10 @@ def main(argv: list[str]) -> int:
         assert config is not None
         plan = make_plan(
             find_model(args.model),
-            Parallel(
-                **{name: getattr(args, name) for name in ("tp", "pp", "cp", "dp", "ep")},
-                first_stage_layers=args.first_stage_layers,
-                last_stage_layers=args.last_stage_layers,
-                distributed_optimizer=not args.no_distributed_optimizer,
-            ),
-            Batch(
-                seq_length=args.seq_length,
-                global_batch_size=args.global_batch_size,
-                micro_batch_size=args.micro_batch_size,
-                dtype=args.dtype,
-                tokens_named=not args.all_tokens,
-            ),
+            config_from_flags(Parallel, args),
+            config_from_flags(Batch, args),
             config,
-            assumed=Assumptions(**{field.name: getattr(args, field.name) for field in fields(Assumptions)}),
+            assumed=config_from_flags(Assumptions, args),
             name=args.model,
         )
         print(text(plan))

@@ -18,11 +18,12 @@ stability.json.
 
 import argparse
 import sys
-from pathlib import Path
-from typing import get_args
 
-from megatron_longact.analysis.activations import models as activations_models
-from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
+from megatron_longact.analysis.activations.models import ModelFlags, check_ratio, opened
+from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.arguments import StabilityFlags
+from megatron_longact.config import LongActConfig
+from megatron_longact.flags import add_groups
 from megatron_longact.megatron.quiet import quiet_libraries
 from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
@@ -32,33 +33,24 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    activations_models.add_model_args(parser)
-    activations_models.add_prompt_args(parser)
-    add = parser.add_argument_group(title="selection").add_argument
-    add("--masks", type=Path, nargs="+", default=[], metavar="PATH", help="Masks of runs: checkpoints or mask files.")
-    add("--num-seeds", type=int, default=3, help="Sets of prompts, by seed from --sample-seed on. Default: 3.")
-    add("--statistic", choices=get_args(Statistic), default="mean-abs", help="Default: mean-abs.")
-    add("--tap", choices=get_args(Tap), default="projection", help="Default: projection.")
-    add("--scope", choices=get_args(Scope), default="layer", help="Where the top-k is taken. Default: layer.")
-    add("--ratio", type=float, default=0.30, help="Share of the rows that are selected. Default: 0.3.")
-    add("--output", type=Path, default=Path("runs/stability"), help="Folder for results. Default: runs/stability.")
+    add_groups(parser, {"model": ModelFlags, "prompts": PromptOptions, "selection": StabilityFlags})
     add_overwrite_arg(parser)
     args, others = parser.parse_known_args(argv)
 
     def action() -> None:
-        activations_models.check_ratio(args.ratio)
+        check_ratio(args.ratio)
         check_new(args.output / "stability.json", overwrite=args.overwrite)
         config = LongActConfig(ratio=args.ratio, scope=args.scope, statistic=args.statistic, tap=args.tap)
-        options = activations_models.prompt_options(args)
+        options = PromptOptions.from_args(args)
         alone = args.masks and not (args.hf_dir or args.load or others)
-        models = None if alone else activations_models.opened(args, others, output=args.output)
+        models = None if alone else opened(args, others, output=args.output)
         from megatron_longact.analysis.stability import report as stability
 
         stability.run(
             models,
             options,
             config,
-            masks=args.masks,
+            masks=list(args.masks),
             num_seeds=args.num_seeds,
             output=args.output,
             terminal=sys.stdout,

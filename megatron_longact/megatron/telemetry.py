@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_longact.flags import add_groups
+
 logger = logging.getLogger(__name__)
 
 UTILIZATION = "gpu/utilization_percent"
@@ -271,21 +273,20 @@ def _over_ranks(values: list[float], *, largest: bool) -> list[float]:
 _running: Telemetry | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TelemetryFlags:
+    """The flags, named as Megatron names its own."""
+
+    log_gpu_telemetry_to_tensorboard: bool = False
+    """Write use, memory, power and energy of the GPUs to TensorBoard, read by NVML (nvidia-ml-py)."""
+
+    gpu_telemetry_interval: float = 0.5
+    """Seconds between two readings."""
+
+
 def add_telemetry_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags, named as Megatron names its own; returns the parser."""
-    group = parser.add_argument_group(title="gpu telemetry")
-    group.add_argument(
-        "--log-gpu-telemetry-to-tensorboard",
-        action="store_true",
-        help="Write use, memory, power and energy of the GPUs to TensorBoard, read by NVML (nvidia-ml-py).",
-    )
-    group.add_argument(
-        "--gpu-telemetry-interval",
-        type=float,
-        default=0.5,
-        help="Seconds between two readings. Default: 0.5.",
-    )
-    return parser
+    """Add the flags; returns the parser."""
+    return add_groups(parser, {"gpu telemetry": TelemetryFlags})
 
 
 def check_telemetry_args(args: Namespace) -> None:

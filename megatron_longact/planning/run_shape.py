@@ -1,8 +1,10 @@
 """What a plan is made of: the attention of a model, its parallel layout, and the tokens of a step."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_longact.conversion.hf_config import HFModel
+from megatron_longact.flags import Flag
 from megatron_longact.qkv_layout import QKVLayout
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
@@ -40,15 +42,21 @@ class Parallel:
     """Megatron's parallel sizes. Raises `ValueError` for what Megatron would not accept."""
 
     tp: int = 1
+    """Size of tensor parallelism."""
     pp: int = 1
+    """Size of pipeline parallelism."""
     cp: int = 1
+    """Size of context parallelism."""
     dp: int = 1
+    """Size of data parallelism."""
     ep: int = 1
+    """Size of expert parallelism."""
     first_stage_layers: int | None = None
-    """`--decoder-first-pipeline-num-layers`."""
+    """Layers of the first pipeline stage, where they do not divide (`--decoder-first-pipeline-num-layers`)."""
     last_stage_layers: int | None = None
-    """`--decoder-last-pipeline-num-layers`."""
-    distributed_optimizer: bool = True
+    """Layers of the last one (`--decoder-last-pipeline-num-layers`)."""
+    distributed_optimizer: Annotated[bool, Flag("--no-distributed-optimizer")] = True
+    """Masters are sharded over data-parallel ranks; with this flag every rank has whole ones."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "dp", "ep"):
@@ -94,11 +102,15 @@ class Batch:
     """The tokens of an optimizer step, and the type of activations."""
 
     seq_length: int
+    """Tokens of a sequence."""
     global_batch_size: int
+    """Sequences of an optimizer step."""
     micro_batch_size: int = 1
-    dtype: str = "bf16"
-    tokens_named: bool = True
-    """Whether the program names the tokens that count, as the RL program does."""
+    """Sequences of a forward."""
+    dtype: Annotated[str, Flag(choices=tuple(BYTES))] = "bf16"
+    """Type of the computation."""
+    tokens_named: Annotated[bool, Flag("--all-tokens")] = True
+    """The program names the tokens that count, as the RL program does; with this flag it does not."""
 
     @property
     def tokens(self) -> int:

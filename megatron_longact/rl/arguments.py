@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 
 import torch
 
-from megatron_longact.flags import add_flags, config_from_flags
+from megatron_longact.flags import add_groups, config_from_flags
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.data.arguments import NEEDLE, add_data_args, data_config_from_args
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
@@ -24,9 +24,7 @@ from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags that Megatron does not have, and set the defaults of those that it has; returns the parser."""
     set_defaults(parser)
-    add_flags(parser.add_argument_group(title="rl program"), RLConfig)
-    add_flags(parser.add_argument_group(title="rl objective"), PolicyLossConfig)
-    return add_data_args(parser)
+    return add_data_args(add_groups(parser, {"rl program": RLConfig, "rl objective": PolicyLossConfig}))
 
 
 def rl_config_from_args(args: Namespace) -> RLConfig:

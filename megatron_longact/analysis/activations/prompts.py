@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from megatron_longact.flags import Flag, ascending, config_from_flags, each_once
 from megatron_longact.tasks import ruler
 from megatron_longact.tasks.json_lines import check_text, parse_json
-from megatron_longact.tasks.pieces import TASK_TEMPLATE, PieceEncoder
+from megatron_longact.tasks.pieces import PieceEncoder
+from megatron_longact.tasks.prompt_flags import PromptFlags
 
 DEFAULT_TASKS = ("niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1")
 DEFAULT_LENGTHS = (2048, 4096)
@@ -20,30 +23,47 @@ Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions:
+class PromptOptions(PromptFlags):
     """Which prompts; `lengths` are tokens of a prompt. None as a length: as long as the file's prompts are.
 
     Raises `ValueError` for unknown tasks and for numbers below 1.
     """
 
-    tasks: tuple[str, ...]
-    lengths: tuple[int | None, ...]
+    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK", parse=each_once)] = DEFAULT_TASKS
+    """RULER's tasks."""
+
+    lengths: Annotated[tuple[int | None, ...], Flag(metavar="TOKENS", parse=ascending)] = DEFAULT_LENGTHS
+    """Prompt lengths; with --prompts as long as they are."""
+
     num_samples: int = 4
-    seed: int = 42
-    file: Path | None = None
-    model_template: str = TASK_TEMPLATE
-    sources: dict[str, Path] = field(default_factory=dict)
-    """RULER's files by the names of `ruler.generate`'s arguments."""
+    """Prompts of each task and length."""
+
+    seed: Annotated[int, Flag("--sample-seed")] = 42
+    """Seed of the prompts."""
+
+    file: Annotated[Path | None, Flag("--prompts")] = None
+    """Instead of RULER: a text file, or a .jsonl file with text or tokens."""
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> PromptOptions:
+        """What the flags ask for; `ValueError` for what makes no sense."""
+        settled: dict[str, Any] = {}
+        if args.prompts is not None:
+            if args.tasks is not DEFAULT_TASKS:
+                raise ValueError("--tasks are RULER's; they do not go with --prompts")
+            settled = {"tasks": (args.prompts.stem,)}
+            settled |= {"lengths": (None,)} if args.lengths is DEFAULT_LENGTHS else {}
+        options: PromptOptions = config_from_flags(cls, args, **settled)
+        return options
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [task for task in self.tasks if task not in ruler.TASKS]
         if self.file is None and unknown:
             raise ValueError(f"--tasks has {unknown[0]!r}; RULER's tasks are {', '.join(ruler.TASKS)}")
         for name, value in (("--num-samples", self.num_samples), *(("--lengths", length) for length in self.lengths)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.model_template.count(TASK_TEMPLATE) != 1:
-            raise ValueError(f"--model-template must have {TASK_TEMPLATE} in it once: {self.model_template!r}")
 
     def prompts(
         self, *, task: str, length: int | None, seed: int | None = None, encode: Encode, positions: int
@@ -67,7 +87,7 @@ class PromptOptions:
             seed=seed,
             tokens_to_generate=0,
             model_template=self.model_template,
-            **self.sources,  # type: ignore[arg-type]
+            **self.ruler_files,
         )
         return [pieces.prompt(sample["input"] + sample["answer_prefix"]) for sample in samples]
 

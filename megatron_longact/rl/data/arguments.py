@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_longact.flags import Flag, MegatronFlag, add_flags, config_from_flags
+from megatron_longact.flags import Flag, MegatronFlag, add_groups, config_from_flags
 from megatron_longact.generation.vocabulary import StopFlags
 from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.datasets import Dataset
@@ -98,11 +98,7 @@ class DataConfig(StopFlags):
 
 def add_data_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
-    add_flags(parser.add_argument_group(title="rl data"), DataConfig)
-    group = parser.add_argument_group(title="rl evaluation")
-    add_flags(group, PassAtK)
-    add_flags(group, ProseConfig)
-    return parser
+    return add_groups(parser, {"rl data": DataConfig, "rl evaluation": PassAtK, "rl prose": ProseConfig})
 
 
 def data_config_from_args(args: Namespace) -> DataConfig:

@@ -1,0 +1,50 @@
+"""Flags of `tools/observe.py` and `tools/stability.py` beside those of models and prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
+from megatron_longact.flags import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveFlags:
+    """What is said of the channels."""
+
+    statistic: Statistic = LongActConfig.statistic
+    """Statistic of a channel's activation over tokens."""
+
+    ratio: float = LongActConfig.ratio
+    """Share of channels whose part of the total is told."""
+
+    output: Path = Path("runs/observe")
+    """Folder for results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityFlags:
+    """What is selected and compared."""
+
+    masks: Annotated[tuple[Path, ...], Flag(metavar="PATH")] = ()
+    """Masks of runs: checkpoints or mask files."""
+
+    num_seeds: int = 3
+    """Sets of prompts, by seed from --sample-seed on."""
+
+    statistic: Statistic = LongActConfig.statistic
+    """Statistic of a channel's activation over tokens."""
+
+    tap: Tap = LongActConfig.tap
+    """Where activations are read: at the output of `linear_qkv`, or after q/k-layernorm."""
+
+    scope: Scope = LongActConfig.scope
+    """Where the top-k is taken."""
+
+    ratio: float = LongActConfig.ratio
+    """Share of the rows that are selected."""
+
+    output: Path = Path("runs/stability")
+    """Folder for results."""
