@@ -17,7 +17,7 @@ import ast
 import inspect
 import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,11 @@ class FlagField:
     nargs: str | None
     default: Any
     doc: str
+
+    @property
+    def needed(self) -> bool:
+        """Whether the flag has to be given."""
+        return self.default is MISSING and self.flag.needed
 
     @property
     def switches_off(self) -> bool:
@@ -142,12 +147,12 @@ def _without_none(hint: Any) -> Any:
     return bare
 
 
-def each_once(given: tuple[Any, ...]) -> tuple[Any, ...]:
+def each_once(given: Iterable[Any]) -> tuple[Any, ...]:
     """For `Flag.parse`: values in the order in which they were given."""
     return tuple(dict.fromkeys(given))
 
 
-def ascending(given: tuple[Any, ...]) -> tuple[Any, ...]:
+def ascending(given: Iterable[Any]) -> tuple[Any, ...]:
     """For `Flag.parse`: values in their own order, each once."""
     return tuple(sorted(set(given)))
 
@@ -168,7 +173,6 @@ def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--",
     for each in flag_fields(config, prefix=prefix):
         if isinstance(each.flag, MegatronFlag):
             continue
-        missing = each.default is MISSING
         about: dict[str, Any] = {"dest": each.flag.dest, "help": each.help.replace("%", "%%")}
         if each.kind is bool:
             parser.add_argument(each.flag.name, action="store_true", default=None if judged_later else False, **about)
@@ -178,8 +182,8 @@ def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--",
             metavar = each.kind.__name__.upper() if each.choices is None else "{" + ",".join(each.choices) + "}"
             about |= {"metavar": metavar, "type": partial(_if_it_can_be, each.kind)}
         else:
-            about |= {"choices": each.choices, "default": None if missing else each.default}
-            about |= {"required": missing and each.flag.needed}
+            default = None if each.default is MISSING else each.default
+            about |= {"choices": each.choices, "default": default, "required": each.needed}
         parser.add_argument(each.flag.name, **about)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_longact.flags import Flag, add_flags
+from megatron_longact.flags import Flag
 from megatron_longact.tasks.chat import own_template, read_chat_template, turn_end
 from megatron_longact.tasks.json_lines import parse_json
 
@@ -44,11 +44,6 @@ class StopFlags:
     stop_token_ids: Annotated[tuple[int, ...], Flag(metavar="ID")] = ()
     """Token ids that end a response, and no others. Default: the tokenizer's end of text, eos_token_id of a
     generation_config.json beside it, and what the chat template ends a turn with."""
-
-
-def add_stop_args(parser: Any) -> None:
-    """Add `--stop-token-ids` to a parser or a group of one."""
-    add_flags(parser, StopFlags)
 
 
 def vocabulary_from_args(args: Namespace, tokenizer: Any) -> Vocabulary:

@@ -15,16 +15,18 @@ import torch
 
 from megatron_longact.flags import add_groups, config_from_flags
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.data.arguments import NEEDLE, add_data_args, data_config_from_args
+from megatron_longact.rl.data.arguments import DATA_GROUPS, NEEDLE, data_config_from_args
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
 from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
+
+GROUPS = {"rl program": RLConfig, "rl objective": PolicyLossConfig, **DATA_GROUPS}
 
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags that Megatron does not have, and set the defaults of those that it has; returns the parser."""
     set_defaults(parser)
-    return add_data_args(add_groups(parser, {"rl program": RLConfig, "rl objective": PolicyLossConfig}))
+    return add_groups(parser, GROUPS)
 
 
 def rl_config_from_args(args: Namespace) -> RLConfig:

@@ -116,7 +116,7 @@ class RLConfig:
     """Only the k likeliest tokens; 0 and below: all."""
 
     corrects_rollouts: Annotated[bool, MegatronFlag("--rl-inference-logprobs-is-correction")] = False
-    """Weight tokens by what the trainer and the rollout engine think of them."""
+    """Weight tokens by the ratio of the trainer's probability to the rollout engine's, where these differ."""
 
     importance_threshold: Annotated[float, MegatronFlag("--rl-importance-sampling-truncation-coef")] = 2.0
     """Bound of these weights; not given: 2."""

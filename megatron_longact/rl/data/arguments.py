@@ -96,9 +96,12 @@ class DataConfig(StopFlags):
         return (*self.made_to_train, *(name for name in self.heldout_data if is_made(name)))
 
 
+DATA_GROUPS = {"rl data": DataConfig, "rl evaluation": PassAtK, "rl prose": ProseConfig}
+
+
 def add_data_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags; returns the parser."""
-    return add_groups(parser, {"rl data": DataConfig, "rl evaluation": PassAtK, "rl prose": ProseConfig})
+    return add_groups(parser, DATA_GROUPS)
 
 
 def data_config_from_args(args: Namespace) -> DataConfig:
