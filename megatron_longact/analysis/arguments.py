@@ -16,10 +16,8 @@ class ObserveFlags:
 
     statistic: Statistic = LongActConfig.statistic
     """Statistic of a channel's activation over tokens."""
-
     ratio: float = LongActConfig.ratio
     """Share of channels whose part of the total is told."""
-
     output: Path = Path("runs/observe")
     """Folder for results."""
 
@@ -30,21 +28,15 @@ class StabilityFlags:
 
     masks: Annotated[tuple[Path, ...], Flag(metavar="PATH")] = ()
     """Masks of runs: checkpoints or mask files."""
-
     num_seeds: int = 3
     """Sets of prompts, by seed from --sample-seed on."""
-
     statistic: Statistic = LongActConfig.statistic
     """Statistic of a channel's activation over tokens."""
-
     tap: Tap = LongActConfig.tap
     """Where activations are read: at the output of `linear_qkv`, or after q/k-layernorm."""
-
     scope: Scope = LongActConfig.scope
     """Where the top-k is taken."""
-
     ratio: float = LongActConfig.ratio
     """Share of the rows that are selected."""
-
     output: Path = Path("runs/stability")
     """Folder for results."""

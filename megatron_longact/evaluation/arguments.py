@@ -28,40 +28,28 @@ class EvaluationConfig(PromptFlags, StopFlags):
 
     benchmark: Annotated[str, Flag(choices=tuple(BENCHMARKS))]
     """What the model is asked."""
-
     output: Path = Path("runs/evaluation")
     """Folder for results."""
-
     data: Path | None = None
     """longbench-v2: its JSON file. With --predictions: the samples that were to be answered."""
-
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK", needed=False)]
     """Of the benchmark. Default: all."""
-
     lengths: Annotated[tuple[int, ...], Flag(metavar="TOKENS", needed=False)]
     """RULER: context lengths, answers included (default: 4096). Needle: lengths of prompts (64 128 256)."""
-
     num_samples: int | None = None
     """Samples of a task and length (RULER 500, needle 32), or the first items of a file."""
-
     sample_seed: int = 42
     """RULER: seed of the samples, and of sampled responses."""
-
     tokens_to_generate: int | None = None
     """RULER, needle: instead of the task's own number; figures then do not compare."""
-
     keep_inputs: bool = False
     """Write prompts into predictions.jsonl, as RULER's scripts do."""
-
     style: Annotated[Style, Flag(choices=sorted(STYLES), parse=STYLES.__getitem__)] = "0shot"
     """LongBench v2: the prompt."""
-
     num_chunks: int = 0
     """LongBench v2 with --style rag: retrieved chunks of an item."""
-
     max_length: int | None = None
     """LongBench v2: tokens of a prompt; longer ones lose their middle. Default: 120000, or what the model has."""
-
     temperature: Annotated[float, Flag("--sampling-temperature", needed=False)]
     """0 is greedy. Default: the benchmark's (RULER 0, LongBench v2 0.1)."""
 

@@ -279,7 +279,6 @@ class TelemetryFlags:
 
     log_gpu_telemetry_to_tensorboard: bool = False
     """Write use, memory, power and energy of the GPUs to TensorBoard, read by NVML (nvidia-ml-py)."""
-
     gpu_telemetry_interval: float = 0.5
     """Seconds between two readings."""
 

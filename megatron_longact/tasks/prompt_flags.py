@@ -16,16 +16,12 @@ class PromptFlags:
 
     model_template: Annotated[str, Flag(parse=lambda text: text.replace("\\n", "\n"))] = TASK_TEMPLATE
     """Text that the model wants around a prompt, with {task_template} in it; \\n is a newline. Default: none."""
-
     essays: Path | None = None
     """RULER: PaulGrahamEssays.json, or a text file. Default: built-in prose."""
-
     words: Path | None = None
     """RULER: folder with wonderwords' lists. Default: built-in words."""
-
     squad: Path | None = None
     """RULER, qa_1: SQuAD's dev-v2.0.json. Default: built-in questions."""
-
     hotpotqa: Path | None = None
     """RULER, qa_2: hotpot_dev_distractor_v1.json. Default: built-in questions."""
 

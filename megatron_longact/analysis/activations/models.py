@@ -32,22 +32,16 @@ class ModelFlags:
 
     hf_dir: Annotated[tuple[Path, ...], Flag(metavar="DIR")] = ()
     """Hugging Face folders."""
-
     load: Annotated[tuple[Path, ...], Flag(metavar="DIR")] = ()
     """Megatron checkpoints, with Megatron's own flags for the model, or --use-checkpoint-args."""
-
     ckpt_step: Annotated[tuple[int, ...], Flag(metavar="N")] = ()
     """Iterations of --load. Default: the latest."""
-
     device: str | None = None
     """Hugging Face: where to run. Default: cuda, else cpu."""
-
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Hugging Face."""
-
     tokenizer: Path | None = None
     """Hugging Face: another folder's tokenizer, or a SentencePiece file."""
-
     cpu: bool = False
     """Run Megatron on the CPU; without a GPU that happens by itself."""
 

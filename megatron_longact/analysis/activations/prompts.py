@@ -31,16 +31,12 @@ class PromptOptions(PromptFlags):
 
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK", parse=each_once)] = DEFAULT_TASKS
     """RULER's tasks."""
-
     lengths: Annotated[tuple[int | None, ...], Flag(metavar="TOKENS", parse=ascending)] = DEFAULT_LENGTHS
     """Prompt lengths; with --prompts as long as they are."""
-
     num_samples: int = 4
     """Prompts of each task and length."""
-
     seed: Annotated[int, Flag("--sample-seed")] = 42
     """Seed of the prompts."""
-
     file: Annotated[Path | None, Flag("--prompts")] = None
     """Instead of RULER: a text file, or a .jsonl file with text or tokens."""
 

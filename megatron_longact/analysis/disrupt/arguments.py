@@ -25,62 +25,43 @@ class DisruptConfig(PromptFlags, StopFlags):
 
     output: Path = Path("runs/disrupt")
     """Folder for results."""
-
     channels: tuple[Channels, ...] = get_args(Channels)
     """Which are replaced, one set after the other."""
-
     replace: Annotated[tuple[Replacement, ...], Flag(parse=each_once)] = ("mean",)
     """By what: the mean over the measured prompts, zero, noise of the same mean and deviation."""
-
     ratio: float = LongActConfig.ratio
     """Share of Q, and of K, that is replaced."""
-
     scope: Scope = LongActConfig.scope
     """Where channels are ranked."""
-
     statistic: Statistic = LongActConfig.statistic
     """Statistic of a channel's activation over tokens, by which they are ranked."""
-
     targets: Targets = LongActConfig.targets
     """Replace in Q and K, or in one of them."""
-
     mask: Annotated[str, Flag(metavar="FILE")] = ""
     """Take these channels for the high ones: a file of tools/export_mask.py, or the word checkpoint for LongAct's own
     masks in --load. The low and random ones are as many in each layer."""
-
     channel_seed: int = 0
     """Seed of random channels and of noise."""
-
     benchmark: Literal["needle", "ruler"] = "needle"
     """What the model is asked; needle: the RL program's tasks."""
-
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK", needed=False)]
     """Of the benchmark. Default: all."""
-
     lengths: Annotated[tuple[int, ...], Flag(metavar="TOKENS", parse=ascending)] = (64, 128, 256)
     """Context lengths."""
-
     num_samples: int = 32
     """Prompts of a task and length."""
-
     measure_samples: int = 8
     """Other prompts of each, on which channels are measured."""
-
     sample_seed: int = 42
     """Seed of the prompts."""
-
     tokens_to_generate: int | None = None
     """Tokens of a response. Default: 32 for needles, the task's own number for RULER."""
-
     text: Path | None = None
     """Text for the perplexity. Default: built-in prose."""
-
     text_tokens: int = 128
     """Tokens of a window of it."""
-
     text_windows: int = 32
     """Windows, one behind the other; 0: no perplexity."""
-
     show: int = 2
     """Prompts of each length to show side by side."""
 

@@ -45,33 +45,25 @@ class DataConfig(StopFlags):
     train_data: Annotated[tuple[str, ...], Flag(metavar="PATH[:WEIGHT]")] = ()
     """JSONL data sets to train on, mixed by weight (default: 1 each). `needle` stands for the needle tasks, which are
     what is trained on without this flag, `ruler` for RULER's, `ruler:TASK,TASK` for some of them."""
-
     heldout_data: Annotated[tuple[str, ...], Flag(metavar="PATH")] = ()
     """JSONL data sets of the held-out evaluation, or `needle` and `ruler`, which are the default where they are trained
     on. Without any of these nothing is measured."""
-
     heldout_length_edges: Annotated[tuple[int, ...], Flag(metavar="LENGTH")] = ()
     """Context lengths that held-out prompts are grouped by: the smallest one that the prompt fits in. Default: the
     `length` of the line, else the next power of two."""
-
     default_reward: Annotated[str | None, Flag(metavar="NAME")] = None
     """Reward of the lines that name none."""
-
     correct_reward: float = 1.0
     """Least reward with which a response counts as right in the accuracy and in pass@k."""
-
     drop_overlong_prompts: bool = False
     """Leave prompts out that do not fit, and say how many, instead of refusing the data set."""
-
     curriculum: Annotated[Curriculum, Flag(nargs="+", metavar="STEP:LENGTH", parse=Curriculum.parse)] = field(
         default_factory=Curriculum
     )
     """Longest prompt, in tokens, that training draws from a rollout step on: STEP:LENGTH pairs from step 0 on, such as
     0:4096 100:8192. Default: any length."""
-
     chat_template: Annotated[str | None, MegatronFlag(parse=read_chat_template)] = None
     """What turns the messages of a prompt into text: a template, or the name of its file."""
-
     pass_at: PassAtK = field(default_factory=PassAtK)
     prose: ProseConfig = field(default_factory=ProseConfig)
 
