@@ -18,9 +18,8 @@ from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.heldout import Judge, evaluate_heldout
 from megatron_longact.rl.log_probs import TrainerLogProbs
-from megatron_longact.rl.objectives.advantages import group_relative_advantages
+from megatron_longact.rl.objectives.advantages import group_relative_advantages, overlong_penalty
 from megatron_longact.rl.objectives.importance_weights import truncated_importance_weights
-from megatron_longact.rl.objectives.overlong import overlong_penalty
 from megatron_longact.rl.reference import ReferenceWeights
 
 

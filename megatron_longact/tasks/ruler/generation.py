@@ -12,8 +12,7 @@ from megatron_longact.tasks.pieces import TASK_TEMPLATE
 from megatron_longact.tasks.ruler.haystack import Haystack, haystack
 from megatron_longact.tasks.ruler.makers import PROBE, Draft, Maker, rng_of
 from megatron_longact.tasks.ruler.needles import NeedleMaker
-from megatron_longact.tasks.ruler.question_answering import QuestionMaker
-from megatron_longact.tasks.ruler.questions import question_set
+from megatron_longact.tasks.ruler.questions import QuestionMaker, question_set
 from megatron_longact.tasks.ruler.tasks import RulerTask, task_named
 from megatron_longact.tasks.ruler.tracking import TrackingMaker
 from megatron_longact.tasks.ruler.word_counts import CodedWordsMaker, CommonWordsMaker

@@ -1,11 +1,10 @@
 """Policy losses by name; each is one small module, and what they share is `policy_loss`."""
 
 from megatron_longact.rl.objectives.policy_losses.cispo import CISPO
-from megatron_longact.rl.objectives.policy_losses.clip_cov import CLIP_COV
 from megatron_longact.rl.objectives.policy_losses.clipped import CLIPPED
 from megatron_longact.rl.objectives.policy_losses.config import PolicyLossConfig
+from megatron_longact.rl.objectives.policy_losses.covariance import CLIP_COV, KL_COV
 from megatron_longact.rl.objectives.policy_losses.gspo import GSPO
-from megatron_longact.rl.objectives.policy_losses.kl_cov import KL_COV
 from megatron_longact.rl.objectives.policy_losses.policy_loss import KL_OLD, PolicyLoss
 
 __all__ = ["POLICY_LOSSES", "PolicyLoss", "PolicyLossConfig", "loss_metrics"]
