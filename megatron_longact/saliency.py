@@ -41,6 +41,8 @@ class _Forward:
 
     named: Tensor | None
     """What `set_tokens` said: weights [b, s]."""
+    rules: TokenRules
+    """Those that are still to be applied to it."""
     arguments: dict[str, Any]
     """Of the model's forward, by name."""
     shape: tuple[int, ...] | None = None
@@ -78,6 +80,7 @@ class SaliencyCapture:
         self._tp_size, self._cp = model.groups.tp.size(), model.groups.cp
         self._blocks = qk_blocks(model.layout.local_qk_ranges(model.groups.tp.rank(), self._tp_size))
         self._named: Tensor | None = None
+        self._rules_applied = False
         self._names_tokens = False
         self._forward: _Forward | None = None
         self.accumulator = Accumulator(
@@ -93,7 +96,7 @@ class SaliencyCapture:
             self.remove()
             raise
 
-    def set_tokens(self, weights: Tensor) -> None:
+    def set_tokens(self, weights: Tensor, *, rules_applied: bool = False) -> None:
         """Name the tokens of the next micro-batch that count: weights [b, s], the whole sequences."""
         if weights.dim() != 2:
             raise ValueError(
@@ -102,7 +105,7 @@ class SaliencyCapture:
         weights = weights.to(self._device, non_blocking=True)
         if weights.dtype != torch.bool:
             weights = torch.where(weights >= 0, weights.float(), torch.nan)  # a refresh with NaN is rejected
-        self._named, self._names_tokens = weights, True
+        self._named, self._rules_applied, self._names_tokens = weights, rules_applied, True
 
     def reset(self) -> None:
         """Begin a new pass."""
@@ -161,9 +164,11 @@ class SaliencyCapture:
                 "LongAct counts all tokens, padding included: the model was given neither packed_seq_params nor "
                 "padding_mask; call LongAct.set_tokens(token_mask) before each forward to name those that count"
             )
+        if named is not None and self._rules_applied:
+            return _Forward(named, TokenRules(), arguments)  # not told who was named before the rules
         if named is not None:
             self.named_of_real += self._named_of_real(named, arguments)
-        return _Forward(named, arguments)
+        return _Forward(named, self._rules, arguments)
 
     def _named_of_real(self, named: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Tokens that were named, and those of the same that are no padding, as far as the model's arguments tell."""
@@ -241,7 +246,7 @@ class SaliencyCapture:
         if forward.shape == shape:
             return
         weights = counted_tokens(
-            rules=self._rules,
+            rules=forward.rules,
             named=forward.named,
             packed_seq_params=forward.arguments.get("packed_seq_params"),
             padding_mask=forward.arguments.get("padding_mask"),

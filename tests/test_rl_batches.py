@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_longact.rl.batches.micro_batches import BatchLayout, make_micro_batch
-from megatron_longact.rl.batches.plans import MicroBatchPlan, StepPlan, plan_steps
+from megatron_longact.rl.batches.plans import MicroBatchPlan, Packing, StepPlan, plan_steps
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.state import LoopState
 
@@ -119,9 +119,12 @@ def test_batches_are_cut_and_joined(batch: RolloutBatch) -> None:
     assert again.step == batch.step
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pp_size", [1, 2])
-def test_padding_share_is_that_of_the_micro_batches(batch: RolloutBatch, pp_size: int, packed: bool) -> None:
+def test_padding_share_is_that_of_the_micro_batches(
+    batch: RolloutBatch, pp_size: int, packed: bool, shared: bool
+) -> None:
     config = Namespace(
         seed=1,
         epochs=1,
@@ -129,13 +132,14 @@ def test_padding_share_is_that_of_the_micro_batches(batch: RolloutBatch, pp_size
         micro_batch_size=2,
         seq_length=48,
         pack_sequences=packed,
+        shared_prompts=shared,
         max_sequences_per_row=4,
     )
     layout = BatchLayout(config, pad_token=PAD, multiple_of=4, dp_rank=0, dp_size=1, pp_size=pp_size)
     for step in layout.plan(batch):
         masks = [layout.micro_batch(batch, part).token_mask for part in step.micro_batches]
         wanted = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-        assert layout.padding_share(batch, step) == pytest.approx(wanted)
+        assert layout.padding_share(step) == pytest.approx(wanted)
 
 
 def test_selected_tokens_go_with_their_rows(batch: RolloutBatch) -> None:
@@ -150,7 +154,9 @@ def test_selected_tokens_go_with_their_rows(batch: RolloutBatch) -> None:
 def test_a_packed_micro_batch_holds_its_rows(batch: RolloutBatch) -> None:
     rows = (5, 2, 7)
     total = sum(batch.total_length(row) for row in rows)
-    got = make_micro_batch(batch, MicroBatchPlan(rows=rows, longest=total), pad_token=PAD, multiple_of=16, packed=True)
+    packing = Packing(capacity=200, max_sequences=3)
+    plan = MicroBatchPlan(rows=rows, longest=total)
+    got = make_micro_batch(batch, plan, pad_token=PAD, multiple_of=16, packing=packing)
     assert got.tokens.shape == (1, -(-total // 16) * 16)
     assert int(got.token_mask.sum()) == total
     assert got.cu_seqlens is not None
@@ -170,6 +176,7 @@ def layout_of(*, global_batch_size: int, micro_batch_size: int = 2, dp_size: int
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         pack_sequences=False,
+        shared_prompts=False,
     )
     return BatchLayout(config, pad_token=PAD, multiple_of=4, dp_rank=0, dp_size=dp_size, pp_size=1)
 

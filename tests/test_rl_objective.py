@@ -25,6 +25,7 @@ class Case:
     micro_batch_size: int | None = 8
     chunk: int = 1024
     sequence_parallel: bool = False
+    shared: bool = False
 
 
 FIRST = "micro-batches of 8"
@@ -40,6 +41,9 @@ CASES = {
     "tp2 sequence parallel, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9, sequence_parallel=True),
     "tp2 dp2 sequence parallel": Case(Layout(tp=2), 4, 1, sequence_parallel=True),
     "tp2 pp2 sequence parallel, packed": Case(Layout(tp=2, pp=2), 4, None, sequence_parallel=True),
+    "shared": Case(micro_batch_size=None, shared=True),
+    "tp2 dp2 sequence parallel, shared": Case(Layout(tp=2), 4, None, 9, sequence_parallel=True, shared=True),
+    "pp2 shared": Case(Layout(pp=2), 2, 4, shared=True),
 }
 OBJECTIVES = {
     "grpo": "token-mean",
@@ -58,9 +62,10 @@ def make_batch() -> Any:
     def log_probs() -> torch.Tensor:
         return -4 - 0.3 * torch.rand(N, 6, generator=generator)
 
+    prompts = [tuple(torch.randint(64, (8 + 3 * i,), generator=generator).tolist()) for i in range(3)]
     return RolloutBatch(
         step=0,
-        prompts=[tuple(torch.randint(64, (8 + 3 * (i % 3),), generator=generator).tolist()) for i in range(N)],
+        prompts=[prompts[i] for i in (0, 1, 0, 2, 1, 1, 0, 1)],
         responses=torch.randint(64, (N, 6), generator=generator),
         lengths=torch.tensor([6, 1, 4, 6, 2, 5, 3, 6]),
         rollout_log_probs=log_probs(),
@@ -115,6 +120,7 @@ def step(policy_loss: str, aggregation: str, case: Case) -> dict[str, Any]:
     config = grpo_config(
         policy_loss=policy_loss,
         **({"pack_sequences": True} if packed else {"micro_batch_size": case.micro_batch_size}),
+        shared_prompts=case.shared,
         loss=PolicyLossConfig(
             clip_low=0.1,
             clip_high=0.2,

@@ -77,6 +77,9 @@ class RLConfig:
     """Several responses in one row of at most --seq-length tokens."""
     max_sequences_per_row: Annotated[int, MegatronFlag("--rl-sequence-packing-max-sequences-per-bin")] = 50
     """Responses of such a row at most."""
+    shared_prompts: bool | None = None
+    """Responses to one prompt stand in a row behind one copy of it, in training and for log-probs. Default: where the
+    model's attention can."""
     kl_beta: Annotated[float, MegatronFlag("--grpo-kl-beta")]
     """Weight of the KL penalty."""
     temperature: Annotated[float, MegatronFlag("--rl-default-temperature")] = 1.0

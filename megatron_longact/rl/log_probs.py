@@ -13,7 +13,7 @@ rank has the hidden states of s / tp tokens: only those that are needed are put 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.utils import VocabUtility
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.utils.checkpoint import checkpoint
 
+from megatron_longact.megatron.planned_attention import PlannedSeqParams, rope_by_position
 from megatron_longact.rl.batches.micro_batches import BatchLayout, MicroBatch
 from megatron_longact.rl.batches.plans import StepPlan
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
@@ -53,15 +55,19 @@ class ResponseScorer:
         [0] is log p of each response token, [1] the entropy where it was chosen, without gradient;
         both are garbage in the padding. Earlier stages return their hidden states.
         """
-        packed = None if batch.cu_seqlens is None else _packed_seq_params(batch.cu_seqlens)
-        return model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            packed_seq_params=packed,
-            output_processor=self._process,
-            output_processor_context=batch,
-        )
+        with self._positions(model, batch):
+            return model(
+                batch.tokens,
+                batch.position_ids,
+                None,
+                packed_seq_params=_packed_seq_params(batch),
+                output_processor=self._process,
+                output_processor_context=batch,
+            )
+
+    def _positions(self, model: nn.Module, batch: MicroBatch) -> AbstractContextManager[None]:
+        """To Megatron a shared row is one sequence, but its positions begin anew with each prompt and response."""
+        return nullcontext() if batch.shared is None else rope_by_position(unwrap_model(model), batch.position_ids[0])
 
     def _process(
         self,
@@ -134,12 +140,16 @@ def _without_sequence_parallel(output_layer: Any) -> Iterator[None]:
         output_layer.sequence_parallel = before
 
 
-def _packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
-    longest = int(cu_seqlens.diff().max())
+def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
+    if batch.shared is not None:
+        return PlannedSeqParams(batch.shared.plan, device=batch.tokens.device)
+    if batch.cu_seqlens is None:
+        return None
+    longest = int(batch.cu_seqlens.diff().max())
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -182,7 +182,7 @@ class RLLoop:
             **batch.metrics(),
             **_from_last_stage(outcome.losses, names, pp_group=pp_group),
             "grad_norm": None if outcome.grad_norm is None else float(outcome.grad_norm),
-            "padding_share": self._update.layout.padding_share(batch, plan),
+            "padding_share": self._update.layout.padding_share(plan),
             **self._times,
             **self._longact_metrics(),
             **moved,

@@ -1,4 +1,4 @@
-"""What one forward and backward sees, made from a rollout batch: padded rows, or one packed row.
+"""What one forward and backward sees, made from a rollout batch: padded rows, or one packed row, prompts shared or not.
 
 Shapes: n responses of a rollout batch, R response tokens, b rows of a micro-batch, s tokens of a
 padded sequence (prompt, response, padding, in this order), t tokens of a packed row.
@@ -7,15 +7,17 @@ padded sequence (prompt, response, padding, in this order), t tokens of a packed
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_longact.rl.batches.packing import packed_row
+from megatron_longact.rl.batches.packing import packed_row, round_up
 from megatron_longact.rl.batches.plans import MicroBatchPlan, Packing, StepPlan, Use, plan_steps
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
+from megatron_longact.rl.batches.segments import SharedRow, shared_row
 from megatron_longact.rl.config import RLConfig
 
 
@@ -27,9 +29,10 @@ class MicroBatch:
     [1, t] if they are packed into one row; token_mask: bool, the same shape, True at prompt and
     response tokens; positions: int64 [b, R], where in the flattened [s, b] or [t, 1] hidden states the
     one stands that predicts each response token; cu_seqlens: int32 bounds of packed sequences, None
-    if they are not packed; targets: int64 [b, R]; response_mask: bool
-    [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs, importance_weights: fp32 [b, R] or
-    None; selected: bool [b, R], the tokens that a covariance objective treats apart, or None.
+    if they are not packed, or share prompts: then `shared` says what stands where; targets: int64
+    [b, R]; response_mask: bool [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs,
+    importance_weights: fp32 [b, R] or None; selected: bool [b, R], the tokens that a covariance
+    objective treats apart, or None.
     """
 
     rows: tuple[Row, ...]
@@ -45,6 +48,7 @@ class MicroBatch:
     ref_log_probs: Tensor | None
     importance_weights: Tensor | None
     selected: Tensor | None
+    shared: SharedRow | None = None
 
     def cuda(self) -> MicroBatch:
         """A copy on this process's device."""
@@ -61,43 +65,25 @@ def make_micro_batch(
     multiple_of: int,
     fixed_length: int | None = None,
     selected: Tensor | None = None,
-    packed: bool = False,
+    packing: Packing | None = None,
 ) -> MicroBatch:
-    """Put rows of a rollout batch side by side, padded on the right, or one behind the other in one row.
+    """Put rows of a rollout batch side by side, padded on the right, or with `packing` one behind the other in one row.
 
     They are as long as the plan's longest row, rounded up to a multiple of `multiple_of`, or
     `fixed_length` long if that is given (pipeline stages exchange one fixed shape). selected: bool
     [n, R] of the whole rollout batch, if the objective has a selection.
     """
     length = fixed_length or round_up(plan.longest, multiple_of)
-    sequences = [batch.sequence(row) for row in plan.rows]
     index = list(plan.rows)
     r = int(batch.lengths[index].max())
-    first = torch.tensor([len(batch.prompts[row]) - 1 for row in plan.rows])
-    cu_seqlens: Tensor | None = None
-    if packed:
-        tokens, position_ids, token_mask, cu_seqlens = packed_row(sequences, length=length, pad_token=pad_token)
-        first = first + cu_seqlens[: len(sequences)]
-    else:
-        tokens = torch.full((len(sequences), length), pad_token, dtype=torch.int64)
-        for row, sequence in zip(tokens, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        position_ids = torch.arange(length).expand_as(tokens).contiguous()
-        token_mask = position_ids < torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(-1)
-    positions = (first.unsqueeze(-1) + torch.arange(r)).clamp(max=length - 1)
-    if not packed:  # [s, b] flattened
-        positions = positions * len(sequences) + torch.arange(len(sequences)).unsqueeze(-1)
+    make = _padded_rows if packing is None else _shared_row if packing.shares_prompts else _packed_row
 
     def of_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[index, :r]
 
     return MicroBatch(
         rows=plan.rows,
-        tokens=tokens,
-        position_ids=position_ids,
-        token_mask=token_mask,
-        positions=positions,
-        cu_seqlens=cu_seqlens,
+        **make(batch, plan.rows, length, r, pad_token),
         targets=batch.responses[index, :r],
         response_mask=batch.response_mask[index, :r],
         advantages=batch.advantages[index],
@@ -106,6 +92,60 @@ def make_micro_batch(
         importance_weights=of_rows(batch.importance_weights),
         selected=of_rows(selected),
     )
+
+
+def _padded_rows(batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, pad_token: int) -> dict[str, Any]:
+    sequences = [batch.sequence(row) for row in rows]
+    tokens = torch.full((len(rows), length), pad_token, dtype=torch.int64)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    position_ids = torch.arange(length).expand_as(tokens).contiguous()
+    positions = _predicting(batch, rows, torch.zeros(len(rows), dtype=torch.int64), length=length, r=r)
+    return {
+        "tokens": tokens,
+        "position_ids": position_ids,
+        "token_mask": position_ids < torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(-1),
+        "positions": positions * len(rows) + torch.arange(len(rows)).unsqueeze(-1),  # [s, b] flattened
+        "cu_seqlens": None,
+    }
+
+
+def _packed_row(batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, pad_token: int) -> dict[str, Any]:
+    sequences = [batch.sequence(row) for row in rows]
+    tokens, position_ids, token_mask, cu_seqlens = packed_row(sequences, length=length, pad_token=pad_token)
+    return {
+        "tokens": tokens,
+        "position_ids": position_ids,
+        "token_mask": token_mask,
+        "positions": _predicting(batch, rows, cu_seqlens[: len(rows)], length=length, r=r),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _shared_row(batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, pad_token: int) -> dict[str, Any]:
+    lengths = batch.lengths[list(rows)].tolist()
+    row = shared_row([batch.prompts[row] for row in rows], lengths, num_tokens=length)
+    responses = iter(zip(batch.responses[list(rows)], lengths, strict=True))
+    tokens = torch.full((length,), pad_token, dtype=torch.int64)
+    for group, first in zip(row.groups, row.first_responses, strict=True):
+        tokens[slice(*group.prompt)] = torch.tensor(batch.prompts[rows[first]])
+        for own in group.responses:
+            response, count = next(responses)
+            tokens[slice(*own)] = response[:count]
+    return {
+        "tokens": tokens[None],
+        "position_ids": row.positions[None],
+        "token_mask": (torch.arange(length) < row.end)[None],
+        "positions": row.predicting(r),
+        "cu_seqlens": None,
+        "shared": row,
+    }
+
+
+def _predicting(batch: RolloutBatch, rows: Sequence[Row], begins: Tensor, *, length: int, r: int) -> Tensor:
+    """Where in its row the token stands that predicts each response token: [b, r], the first at the prompt's end."""
+    first = begins + torch.tensor([len(batch.prompts[row]) - 1 for row in rows])
+    return (first.unsqueeze(-1) + torch.arange(r)).clamp(max=length - 1)
 
 
 @dataclass(frozen=True)
@@ -147,35 +187,36 @@ class BatchLayout:
             multiple_of=self.multiple_of,
             fixed_length=self._fixed_length,
             selected=selected,
-            packed=self.packing is not None,
+            packing=self.packing,
         )
 
     @property
     def packing(self) -> Packing | None:
         """How responses are packed; None if each has a row of its own."""
-        if not self.config.pack_sequences:
+        config = self.config
+        if not config.pack_sequences and not config.shared_prompts:
             return None
-        return Packing(capacity=self.config.seq_length, max_sequences=self.config.max_sequences_per_row)
+        # a shared row takes the place of a micro-batch of padded ones, and may be as long as they are together
+        rows = 1 if config.pack_sequences or self.pp_size > 1 else config.micro_batch_size
+        return Packing(
+            capacity=rows * config.seq_length,
+            max_sequences=config.max_sequences_per_row if config.pack_sequences else config.global_batch_size,
+            shares_prompts=config.shared_prompts,
+        )
 
     @property
     def micro_batch_size(self) -> int:
         """Rows of a micro-batch."""
-        return 1 if self.config.pack_sequences else self.config.micro_batch_size
+        return self.config.micro_batch_size if self.packing is None else 1
 
-    def padding_share(self, batch: RolloutBatch, plan: StepPlan) -> float:
+    def padding_share(self, plan: StepPlan) -> float:
         """Share of the positions of an optimizer step that hold padding, on all replicas."""
-        real = sum(batch.total_length(row) for row in plan.rows)
         positions = 0
         for part in plan.micro_batches:
             rows = 1 if self.packing is not None else len(part.rows)
             positions += rows * (self._fixed_length or round_up(part.longest, self.multiple_of))
-        return 1 - real / (positions * self.dp_size)
+        return 1 - plan.tokens / (positions * self.dp_size)
 
     @property
     def _fixed_length(self) -> int | None:
         return self.config.seq_length if self.pp_size > 1 else None
-
-
-def round_up(length: int, multiple_of: int) -> int:
-    """The smallest multiple that is at least `length`."""
-    return -(-length // multiple_of) * multiple_of

@@ -6,12 +6,12 @@ trained in which step does not depend on the layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longact.rl.batches.packing import pack
+from megatron_longact.rl.batches.packing import pack, pack_groups
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
 
 
@@ -21,6 +21,8 @@ class MicroBatchPlan:
 
     rows: tuple[Row, ...]
     longest: int
+    tokens: int = 0
+    """In it and in those of the other replicas: no padding, and a prompt that is shared once."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class StepPlan:
 
     rows: tuple[Row, ...]
     micro_batches: tuple[MicroBatchPlan, ...]
+
+    @property
+    def tokens(self) -> int:
+        """What all replicas compute, padding aside."""
+        return sum(part.tokens for part in self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Packing:
 
     max_sequences: int
     """Responses in a row at most."""
+
+    shares_prompts: bool = False
+    """Whether responses to one prompt stand behind one copy of it."""
 
 
 def plan_steps(
@@ -102,17 +112,48 @@ def _padded(
     stretch = micro_batch_size * dp_size
     for begin in range(0, len(rows), stretch):
         together = rows[begin : begin + stretch]
-        yield MicroBatchPlan(rows=tuple(together[dp_rank::dp_size]), longest=batch.total_length(together[-1]))
+        yield MicroBatchPlan(
+            rows=tuple(together[dp_rank::dp_size]),
+            longest=batch.total_length(together[-1]),
+            tokens=sum(map(batch.total_length, together)),
+        )
 
 
 def _packed(
     batch: RolloutBatch, rows: list[Row], packing: Packing, dp_rank: int, dp_size: int
 ) -> Iterator[MicroBatchPlan]:
+    bins = (_bins_of_groups if packing.shares_prompts else _bins)(batch, rows, packing, dp_size)
+    for begin in range(0, len(bins), dp_size):  # longest first
+        sizes = [packed_tokens(batch, bin, packing) for bin in bins[begin : begin + dp_size]]
+        yield MicroBatchPlan(rows=tuple(bins[begin + dp_rank]), longest=max(sizes), tokens=sum(sizes))
+
+
+def _bins(batch: RolloutBatch, rows: list[Row], packing: Packing, dp_size: int) -> list[list[Row]]:
     lengths = [batch.total_length(row) for row in rows]
     bins = pack(lengths, capacity=packing.capacity, max_sequences=packing.max_sequences, multiple_of=dp_size)
-    for begin in range(0, len(bins), dp_size):  # longest first, so the first of a stretch is its longest
-        longest = sum(lengths[index] for index in bins[begin])
-        yield MicroBatchPlan(rows=tuple(rows[index] for index in bins[begin + dp_rank]), longest=longest)
+    return [[rows[index] for index in bin] for bin in bins]
+
+
+def _bins_of_groups(batch: RolloutBatch, rows: list[Row], packing: Packing, dp_size: int) -> list[list[Row]]:
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(batch.prompts[row], []).append(row)
+    return pack_groups(
+        list(groups.values()),
+        prompts=list(map(len, batch.prompts)),
+        lengths=batch.lengths.tolist(),
+        capacity=packing.capacity,
+        max_sequences=packing.max_sequences,
+        multiple_of=dp_size,
+    )
+
+
+def packed_tokens(batch: RolloutBatch, rows: Sequence[Row], packing: Packing) -> int:
+    """Tokens of the packed row that these make."""
+    if not packing.shares_prompts:
+        return sum(map(batch.total_length, rows))
+    prompts = {batch.prompts[row] for row in rows}
+    return sum(map(len, prompts)) + int(batch.lengths[list(rows)].sum())
 
 
 def _random_order(n: int, *key: int) -> list[Row]:

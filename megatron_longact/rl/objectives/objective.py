@@ -64,11 +64,17 @@ class Objective:
 
         def forward(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, LossFunction]:
             batch = next(batches).cuda()
-            if self._longact is not None:
-                self._longact.set_tokens(batch.token_mask)
+            self._name_tokens(batch)
             return self._scorer.forward(model, batch), partial(self._loss, batch, scale)
 
         return forward
+
+    def _name_tokens(self, batch: MicroBatch) -> None:
+        longact, shared = self._longact, batch.shared
+        if longact is not None and shared is not None:
+            longact.set_tokens(shared.weights(longact.token_rules), rules_applied=True)
+        elif longact is not None:
+            longact.set_tokens(batch.token_mask)
 
     def _loss(self, batch: MicroBatch, scale: float, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         config, mask = self._config, batch.response_mask
