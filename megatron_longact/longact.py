@@ -44,7 +44,6 @@ from megatron_longact.state import (
     selects_otherwise,
     unusable,
 )
-from megatron_longact.tokens import TokenRules
 
 logger = logging.getLogger(__name__)
 
@@ -174,15 +173,10 @@ class LongAct:
 
         token_mask: [b, s] over the whole sequences, that is before context-parallel slicing. bool, True where a token
         counts: prompt and response, not padding (a loss mask leaves the prompt out); or numbers, how often each counts,
-        0 and more. rules_applied: `token_rules` are in it already, from a caller who alone knows the sequences: where
-        several share tokens. Call it in the forward step, just before the model.
+        0 and more. rules_applied: `min_context` and `skip_first_tokens` are in it already, by a caller who alone knows
+        the sequences: several share tokens. Call it in the forward step, just before the model.
         """
         self._capture.set_tokens(token_mask, rules_applied=rules_applied)
-
-    @property
-    def token_rules(self) -> TokenRules:
-        """What a token must fulfil to count, beyond being named."""
-        return TokenRules(self.config.min_context, self.config.skip_first_tokens)
 
     def _finalize(self, inner: Any) -> Any:
         def finalize_then_mask(*args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from megatron_longact.rl.log_probs import ResponseScorer
 from megatron_longact.rl.objectives.aggregation import aggregate, aggregation_weight
 from megatron_longact.rl.objectives.kl import masked_kl
 from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, loss_metrics
+from megatron_longact.tokens import TokenRules
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -72,7 +73,8 @@ class Objective:
     def _name_tokens(self, batch: MicroBatch) -> None:
         longact, shared = self._longact, batch.shared
         if longact is not None and shared is not None:
-            longact.set_tokens(shared.weights(longact.token_rules), rules_applied=True)
+            rules = TokenRules(longact.config.min_context, longact.config.skip_first_tokens)
+            longact.set_tokens(shared.weights(rules), rules_applied=True)
         elif longact is not None:
             longact.set_tokens(batch.token_mask)
 
