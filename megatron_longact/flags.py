@@ -3,6 +3,7 @@
     seq_length: int                              --seq-length, needed
     chunk_size: int = 1024                       --chunk-size
     offload: bool = False                        --offload, a switch; one that is on by default needs a name: --no-x
+    share: bool | None = None                    --share and --no-share; the program decides where neither is given
     kind: Literal["k1", "k3"] = "k3"             --kind, one of the two
     lengths: tuple[int, ...] = ()                --lengths, one or more
     data: DataConfig                             no flag: the dataclass in it has its own
@@ -16,7 +17,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -174,6 +175,9 @@ def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--",
         if isinstance(each.flag, MegatronFlag):
             continue
         about: dict[str, Any] = {"dest": each.flag.dest, "help": each.help.replace("%", "%%")}
+        if each.kind is bool and each.default is None:
+            parser.add_argument(each.flag.name, action=BooleanOptionalAction, default=None, **about)
+            continue
         if each.kind is bool:
             parser.add_argument(each.flag.name, action="store_true", default=None if judged_later else False, **about)
             continue

@@ -1,5 +1,6 @@
 """The RL program's flags: what they become, and what is refused before anything runs."""
 
+import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -42,6 +43,24 @@ MEGATRON = {
     "virtual_pipeline_model_parallel_size": None,
     "calculate_per_token_loss": False,
     "rampup_batch_size": None,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "position_embedding_type": "rope",
+    "apply_rope_fusion": True,
+    "multi_latent_attention": False,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "experimental_attention_variant": None,
+    "hybrid_layer_pattern": None,
+    "is_hybrid_model": False,
+    "mtp_num_layers": None,
+    "num_experts": None,
+    "moe_expert_capacity_factor": None,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": None,
+    "moe_router_enable_expert_bias": False,
+    "transformer_impl": "transformer_engine",
 }
 """What Megatron's parser gives for the flags that are read."""
 
@@ -131,6 +150,44 @@ def test_a_reference_in_fp8_needs_scales_that_the_weights_alone_decide() -> None
     for recipe in ("tensorwise", "blockwise", "mxfp8"):
         rl_config_from_args(parse(fp8_param_gather=True, fp8_recipe=recipe))
     rl_config_from_args(parse(fp8_param_gather=True, grpo_kl_beta=0.0))
+
+
+def test_prompts_are_shared_where_they_can_be() -> None:
+    def shared(*flags: str, **megatron: Any) -> tuple[bool | None, str]:
+        args = parse(*flags, **megatron)
+        return rl_config_from_args(args).shared_prompts, args.rl_defaults[-1]
+
+    assert shared() == (True, "--shared-prompts")
+    assert shared(position_embedding_type="learned_absolute")[0]
+    assert shared(num_experts=8)[0]
+    assert shared("--no-shared-prompts")[0] is False
+    assert shared("--shared-prompts")[0] is True
+
+
+@pytest.mark.parametrize(
+    ("megatron", "said"),
+    [
+        ({"attention_dropout": 0.1}, "dropout, .*: set --hidden-dropout 0 --attention-dropout 0"),
+        ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope, .*: use rope"),
+        ({"position_embedding_type": "yarn"}, "YaRN and fused RoPE, .*: set --no-rope-fusion"),
+        ({"window_size": (128, 0)}, "--window-size: train without sharing"),
+        ({"softmax_type": "learnable"}, "--softmax-type learnable"),
+        ({"is_hybrid_model": True}, "layers that are not attention"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"num_experts": 8, "moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor, .*: leave it out"),
+        ({"num_experts": 8, "moe_aux_loss_coeff": 0.01}, "expert balancing, .*: set --moe-router-load-balancing-type"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": ["sinkhorn"]}, "expert balancing"),
+        ({"num_experts": 8, "moe_router_enable_expert_bias": True}, "expert balancing"),
+        ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine: set none"),
+    ],
+)
+def test_what_cannot_share_prompts_says_why(megatron: dict[str, Any], said: str) -> None:
+    args = parse(**megatron)
+    assert rl_config_from_args(args).shared_prompts is False
+    assert re.match(rf"--no-shared-prompts \(no sharing with {said}", args.rl_defaults[-1])
+    with pytest.raises(ValueError, match=f"--shared-prompts does not work with {said}"):
+        rl_config_from_args(parse("--shared-prompts", **megatron))
 
 
 def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:

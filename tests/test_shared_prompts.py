@@ -78,7 +78,7 @@ def step(policy_loss: str, share: bool) -> dict[str, Any]:
     config = grpo_config(
         policy_loss=policy_loss,
         micro_batch_size=2,
-        share_prompts=share,
+        shared_prompts=share,
         kl_beta=0.1,
         loss=PolicyLossConfig(kl_cov_ratio=0.2, clip_cov_ratio=0.2, clip_cov_lower=-10.0),
     )

@@ -173,6 +173,7 @@ def replace_attention() -> None:
         return attend(query, key, value, mask, scale=scale)
 
     DotProductAttention.forward = forward
+    DotProductAttention.takes_plans = True  # for planned_attention.py
 
 
 def _what_torch_has_not(
@@ -219,9 +220,11 @@ def _is_causal(mask: Tensor) -> bool:
 
 def _calls_of(packed: Any, num_tokens: int) -> Calls:
     """The calls of a packed row, worked out in its first layer."""
+    from megatron_longact.megatron.planned_attention import PlannedSeqParams
+
     calls: Calls | None = getattr(packed, "_torch_calls", None)
     if calls is None:
-        calls = Calls(getattr(packed, "plan", None) or _plan_of(packed, num_tokens))
+        calls = Calls(packed.plan if isinstance(packed, PlannedSeqParams) else _plan_of(packed, num_tokens))
         packed._torch_calls = calls
     return calls
 

@@ -19,6 +19,7 @@ from megatron_longact.rl.data.arguments import DATA_GROUPS, NEEDLE, data_config_
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
 from megatron_longact.rl.objectives.advantages import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
+from megatron_longact.rl.sharing import settle_sharing
 
 GROUPS = {"rl program": RLConfig, "rl objective": PolicyLossConfig, **DATA_GROUPS}
 
@@ -38,7 +39,8 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _refuse_unsupported(args)
     settle_defaults(args, sys.argv[1:])
     _check_schedule(args)
-    config: RLConfig = config_from_flags(RLConfig, args, data=data_config_from_args(args))
+    shared = settle_sharing(args)
+    config: RLConfig = config_from_flags(RLConfig, args, data=data_config_from_args(args), shared_prompts=shared)
     _check_lengths(config, max_position_embeddings=args.max_position_embeddings)
     _check_parts(args)
     _check_batches(config)

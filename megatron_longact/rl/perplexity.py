@@ -12,7 +12,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
-from megatron_longact.rl.batches.micro_batches import MicroBatch, round_up
+from megatron_longact.rl.batches.micro_batches import MicroBatch
+from megatron_longact.rl.batches.packing import round_up
 from megatron_longact.rl.log_probs import ResponseScorer, score_responses
 
 

@@ -23,6 +23,7 @@ from megatron_longact.generation.from_args import rollout_engine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron.checkpointing import check_load, check_schedule
+from megatron_longact.megatron.planned_attention import take_plans
 from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
 from megatron_longact.rl.audit import RowAudit
@@ -138,6 +139,8 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     stop_on_signals(args)
     state = LoopState()
     trainer = _trainer(args, state)
+    if config.shared_prompts:
+        take_plans(trainer.model)
     pgs = trainer.pg_collection
     vocabulary = vocabulary_from_args(args, get_tokenizer())
     scorer = ResponseScorer(

@@ -43,7 +43,7 @@ from megatron_longact.imported_masks import read_masks
 from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
-from megatron_longact.rl.batches.micro_batches import round_up
+from megatron_longact.rl.batches.packing import round_up
 from megatron_longact.rl.data.prose import text_windows
 from megatron_longact.rl.perplexity import perplexity
 from megatron_longact.selection import QK

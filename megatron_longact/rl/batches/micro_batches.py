@@ -201,7 +201,7 @@ class BatchLayout:
         return Packing(
             capacity=rows * config.seq_length,
             max_sequences=config.max_sequences_per_row if config.pack_sequences else config.global_batch_size,
-            shares_prompts=config.shared_prompts,
+            shares_prompts=bool(config.shared_prompts),
         )
 
     @property
