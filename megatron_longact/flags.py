@@ -69,6 +69,11 @@ class FlagField:
         return self.default is MISSING and self.flag.needed
 
     @property
+    def goes_both_ways(self) -> bool:
+        """A switch that the program sets where neither its flag nor `--no-` it is given."""
+        return self.kind is bool and self.default is None
+
+    @property
     def switches_off(self) -> bool:
         """A switch that is on without its flag."""
         return self.default is True
@@ -175,7 +180,7 @@ def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--",
         if isinstance(each.flag, MegatronFlag):
             continue
         about: dict[str, Any] = {"dest": each.flag.dest, "help": each.help.replace("%", "%%")}
-        if each.kind is bool and each.default is None:
+        if each.goes_both_ways:
             parser.add_argument(each.flag.name, action=BooleanOptionalAction, default=None, **about)
             continue
         if each.kind is bool:

@@ -171,10 +171,9 @@ class LongAct:
     def set_tokens(self, token_mask: Tensor, *, rules_applied: bool = False) -> None:
         """Name the tokens of the next micro-batch that count in the statistic: all that attention reads.
 
-        token_mask: [b, s] over the whole sequences, that is before context-parallel slicing. bool, True where a token
-        counts: prompt and response, not padding (a loss mask leaves the prompt out); or numbers, how often each counts.
-        rules_applied: the caller applied `min_context` and `skip_first_tokens`, who alone knows sequences that share
-        tokens. Call it in the forward step, just before the model.
+        token_mask: [b, s] over the whole sequences, before context-parallel slicing: bool, True where a token counts
+        (prompt and response, not padding; a loss mask leaves the prompt out), or numbers: how often each counts.
+        rules_applied: `min_context` and `skip_first_tokens` are in it. Call it in the forward step, before the model.
         """
         self._capture.set_tokens(token_mask, rules_applied=rules_applied)
 

@@ -86,11 +86,14 @@ def _row(field: FlagField) -> str:
     default = "needed" if field.needed else field.shown_default
     if isinstance(field.flag, MegatronFlag):
         default = str(DEFAULTS.get(field.flag.name, "Megatron's"))
+    flag = f"`{field.flag.name}`"
     if field.kind is bool:
         values, default = "", "off"
+    if field.goes_both_ways:
+        flag, default = f"{flag}, `--no-{field.flag.name.removeprefix('--')}`", ""
     values += " ..." if field.nargs else ""
     cells = (default, values, field.doc)
-    return f"| `{field.flag.name}` | {' | '.join(cell.replace('|', '\\|') for cell in cells)} |\n"
+    return f"| {flag} | {' | '.join(cell.replace('|', '\\|') for cell in cells)} |\n"
 
 
 PAGES = {DOCS / "flags.md": flags_doc, DOCS / "program-flags.md": program_flags_doc}
