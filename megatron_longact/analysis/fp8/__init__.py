@@ -1,0 +1,1 @@
+"""What FP8 does to a selection, emulated without a GPU."""
