@@ -1,4 +1,4 @@
-"""FP8 without a GPU: what the recipes keep of a tensor, against plain loops, and a model that is itself again after it."""
+"""FP8 without a GPU: what the recipes keep of a tensor, against plain loops; a model that is itself again after it."""
 
 from __future__ import annotations
 

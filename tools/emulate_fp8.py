@@ -4,8 +4,8 @@
 
 An emulation, which needs no GPU: weights and inputs of the linear layers go through torch's float8 types with the
 scales that the recipes give them, and are multiplied in fp32. Columns, of Q and of K: overlap of the masks (Jaccard),
-the lowest of a layer, which layer that is (from 0), rows selected that bf16 does not select, mean relative change of the
-scores.
+the lowest of a layer, which layer that is (from 0), rows selected that bf16 does not select, mean relative change of
+the scores.
 Results are in --output (default: runs/fp8): fp8.json.
 """
 
