@@ -16,7 +16,6 @@ from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.fp8 import report
 from megatron_longact.analysis.fp8.emulation import _fused_places, _groups, emulated
 from megatron_longact.analysis.fp8.formats import MOST, RECIPES, quantize_input, quantize_weight
-from megatron_longact.config import LongActConfig
 from tests.conversion import make_hf
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -107,7 +106,7 @@ def test_the_report_has_a_line_a_recipe(folder: Path, tmp_path: Path, monkeypatc
     source, said = open_folder(folder), io.StringIO()
     monkeypatch.setattr(PromptOptions, "prompts", lambda *_, **__: [[1, 2, 3, 4, 5, 6, 7, 8]])
     options = PromptOptions(tasks=("niah_single_1",), lengths=(8,), num_samples=1)
-    report.run(source, options, LongActConfig(), linears="qkv", output=tmp_path, terminal=said)
+    report.run(source, options, ratio=0.3, linears="qkv", output=tmp_path, terminal=said)
     written = json.loads((tmp_path / report.RESULTS).read_text())
     assert [row["recipe"] for row in written["recipes"]] == list(RECIPES[1:])
     assert all(0 < row["k"]["overlap"] <= 1 and len(row["q"]["by_layer"]) == 2 for row in written["recipes"])

@@ -11,10 +11,11 @@ Results are in --output (default: runs/fp8): fp8.json.
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_longact.analysis.activations import models as activations_models
-from megatron_longact.config import LongActConfig
+from megatron_longact.analysis.activations.models import check_ratio
+from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.arguments import Fp8Flags
+from megatron_longact.flags import add_groups
 from megatron_longact.megatron.quiet import quiet_libraries
 from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
 
@@ -24,27 +25,20 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--hf-dir", type=Path, required=True, help="A Hugging Face folder.")
-    parser.add_argument("--ratio", type=float, default=0.30, help="Share of the rows that are selected. Default: 0.3.")
-    parser.add_argument(
-        "--linears", choices=["qkv", "all"], default="all", help="Linear layers in FP8: linear_qkv alone, or all. all."
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/fp8"), help="Folder for results. Default: runs/fp8.")
-    activations_models.add_prompt_args(parser)
+    add_groups(parser, {"fp8": Fp8Flags, "prompts": PromptOptions})
     add_overwrite_arg(parser)
     args = parser.parse_args(argv)
 
     def action() -> None:
-        activations_models.check_ratio(args.ratio)
+        check_ratio(args.ratio)
         from megatron_longact.analysis.activations.hf import open_folder
         from megatron_longact.analysis.fp8 import report
 
         check_new(args.output / report.RESULTS, overwrite=args.overwrite)
-        options = activations_models.prompt_options(args)
         report.run(
             open_folder(args.hf_dir),
-            options,
-            LongActConfig(ratio=args.ratio),
+            PromptOptions.from_args(args),
+            ratio=args.ratio,
             linears=args.linears,
             output=args.output,
             terminal=sys.stdout,

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_longact import LongActConfig
 from megatron_longact.analysis.activations.models import ModelFlags
 from megatron_longact.analysis.activations.prompts import PromptOptions
-from megatron_longact.analysis.arguments import ObserveFlags, StabilityFlags
+from megatron_longact.analysis.arguments import Fp8Flags, ObserveFlags, StabilityFlags
 from megatron_longact.analysis.disrupt.arguments import DisruptConfig
 from megatron_longact.config import PREFIX
 from megatron_longact.evaluation.arguments import EvaluationConfig
@@ -62,8 +62,8 @@ def program_flags_doc() -> str:
         *_tables({"evaluation": EvaluationConfig}),
         "## The disruption, `tools/disrupt.py`\n\nBeside `--load`, which it needs, and `--cpu`.\n",
         *_tables({"disruption": DisruptConfig}),
-        "## Outliers, `tools/observe.py`; stability, `tools/stability.py`\n",
-        *_tables(MODELS | {"observation": ObserveFlags, "selection": StabilityFlags}),
+        "## Outliers, `tools/observe.py`; stability, `tools/stability.py`; `tools/emulate_fp8.py`, prompts as theirs\n",
+        *_tables(MODELS | {"observation": ObserveFlags, "selection": StabilityFlags, "fp8": Fp8Flags}),
     ]
     return "\n".join(parts)
 

@@ -1,10 +1,10 @@
-"""Flags of `tools/observe.py` and `tools/stability.py` beside those of models and prompts."""
+"""Flags of `tools/observe.py`, `stability.py` and `emulate_fp8.py` beside those of models and prompts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatron_longact.config import LongActConfig, Scope, Statistic, Tap
 from megatron_longact.flags import Flag
@@ -39,4 +39,18 @@ class StabilityFlags:
     ratio: float = LongActConfig.ratio
     """Share of the rows that are selected."""
     output: Path = Path("runs/stability")
+    """Folder for results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Flags:
+    """What is emulated."""
+
+    hf_dir: Path
+    """A Hugging Face folder."""
+    linears: Literal["all", "qkv"] = "all"
+    """Linear layers that are in FP8: all of the transformer layers, or linear_qkv alone."""
+    ratio: float = LongActConfig.ratio
+    """Share of the rows that are selected."""
+    output: Path = Path("runs/fp8")
     """Folder for results."""

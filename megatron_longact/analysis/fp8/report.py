@@ -23,9 +23,10 @@ TOTAL = len(RECIPES) + 1  # delayed goes through the prompts twice
 
 
 def run(
-    source: HFSource, options: PromptOptions, config: LongActConfig, *, linears: Linears, output: Path, terminal: TextIO
+    source: HFSource, options: PromptOptions, *, ratio: float, linears: Linears, output: Path, terminal: TextIO
 ) -> None:
     """Measure under each recipe, and say which rows are no longer those of bf16; writes `fp8.json`."""
+    config = LongActConfig(ratio=ratio)
     prompts = [
         prompt
         for task in options.tasks
