@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from megatron_longact.reporting import paired_statistics as statistics
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,35 +36,40 @@ TOOL = _load_tool()
     ("df", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (9, 2.26216), (30, 2.04227), (1000, 1.96234)]
 )
 def test_t_quantiles_are_those_of_the_printed_tables(df, expected):
-    assert TOOL.t_quantile(0.975, df) == pytest.approx(expected, rel=1e-5)
-    assert TOOL.t_cdf(TOOL.t_quantile(0.9, df), df) == pytest.approx(0.9, abs=1e-8)
+    assert statistics.t_quantile(0.975, df) == pytest.approx(expected, rel=1e-5)
+    assert statistics.t_cdf(statistics.t_quantile(0.9, df), df) == pytest.approx(0.9, abs=1e-8)
 
 
 def test_a_mean_and_its_interval():
-    mean = TOOL.mean_of([1.0, 2.0, 3.0, 6.0])
+    mean = statistics.mean_of([1.0, 2.0, 3.0, 6.0])
     assert (mean.n, mean.mean) == (4, 3.0)
     assert mean.std == pytest.approx(math.sqrt(14 / 3))
     assert mean.high - mean.mean == pytest.approx(3.18245 * math.sqrt(14 / 3) / 2, rel=1e-5)
-    assert TOOL.mean_of([1.0]) == TOOL.Mean(1, 1.0, None, None, None)
+    assert statistics.mean_of([1.0]) == statistics.Mean(1, 1.0, None, None, None)
 
 
 def test_how_many_seeds_and_prompts_would_tell():
     # ((t + 0.8416) * 1)² for n = 10: 9.63, for n = 9: 9.90
-    assert TOOL.seeds_needed(5.0, 5.0) == 10
-    assert TOOL.seeds_needed(-5.0, 5.0) == 10
-    assert TOOL.seeds_needed(0.5, 5.0) == math.ceil(784.887) + 2
-    assert [TOOL.seeds_needed(*pair) for pair in ((1.0, None), (0.0, 5.0), (1.0, 0.0), (1e-6, 5.0))] == [None] * 4
+    assert statistics.seeds_needed(5.0, 5.0) == 10
+    assert statistics.seeds_needed(-5.0, 5.0) == 10
+    assert statistics.seeds_needed(0.5, 5.0) == math.ceil(784.887) + 2
+    assert [statistics.seeds_needed(*pair) for pair in ((1.0, None), (0.0, 5.0), (1.0, 0.0), (1e-6, 5.0))] == [None] * 4
     # (1.96 + 0.8416)² * (0.5 * 0.5 + 0.6 * 0.4) / 0.1²
-    assert TOOL.prompts_needed(10.0, (60.0, 50.0)) == math.ceil(7.848886 * 0.49 / 0.01)
-    assert TOOL.prompts_needed(0.0, (50.0, 50.0)) is None
+    assert statistics.prompts_needed(10.0, (60.0, 50.0)) == math.ceil(7.848886 * 0.49 / 0.01)
+    assert statistics.prompts_needed(0.0, (50.0, 50.0)) is None
 
 
 def make_run(folder: Path, objective: str, selector: str, seed: int, after: float, *, finished: bool = True) -> None:
     path = folder / objective / selector / f"seed-{seed}"
     path.mkdir(parents=True)
-    rows = [{"iteration": i, "accuracy": a, "prompts": 96} for i, a in ((0, 0.5), (8, after / 100))]
+    right = [1.0] * int(after) + [0.0] * (96 - int(after))
+    rows = [
+        {"iteration": i, "accuracy": a, "prompts": 96, "rewards": right}
+        for i, a in ((0, 0.5), (8, after / 100), *((16, 0.9),) * (selector == "high" and not finished))
+    ]
     (path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "metrics.jsonl").write_text("".join(json.dumps({"reward_mean": i / 9}) + "\n" for i in range(4)))
+    metrics = [{"iteration": 4 * i, "reward_mean": i / 9} for i in range(1, 5)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     if finished:
         (path / "report.md").write_text("# Report\n")
 
@@ -110,6 +117,27 @@ def test_the_report_says_what_came_out(folder, capsys):
     values = json.loads((folder / "ablation.json").read_text())
     assert values["runs"]["kl_cov"]["dense"].keys() == {"1"}
     assert (folder / "ablation.png").stat().st_size > 5000
+
+
+def test_runs_are_compared_prompt_by_prompt(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, "grpo", "high", seed, 60)
+        make_run(tmp_path, "grpo", "low", seed, 48)
+    [paired] = TOOL.paired_by_prompt(TOOL.find_runs(tmp_path))
+    assert (paired.points.n, paired.points.mean, paired.answered_apart) == (192, 12.5, 12.5)
+    half = 1.97246 * 100 * math.sqrt(0.125 * 0.875 * 192 / 191) / math.sqrt(192)
+    assert paired.points.high - paired.points.mean == pytest.approx(half, rel=1e-4)
+    assert "| grpo | low | +12.5 | +7.8 to +17.2 | 192 | 12 % |" in TOOL.report(TOOL.find_runs(tmp_path))
+
+
+def test_unfinished_runs_are_taken_where_all_of_a_seed_have_been_looked_at(tmp_path):
+    for selector in ("high", "low"):
+        make_run(tmp_path, "grpo", selector, 1, 60, finished=False)
+    with pytest.raises(ValueError, match="no finished run"):
+        TOOL.find_runs(tmp_path)
+    arms = TOOL.find_runs(tmp_path, unfinished=True)["grpo"]
+    assert arms["high"][1].after == arms["low"][1].after == 60
+    assert len(arms["high"][1].rewards) == 2  # steps 4 and 8 of 16
 
 
 def test_no_runs_are_refused_in_one_line(tmp_path, capsys):

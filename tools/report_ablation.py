@@ -4,12 +4,12 @@
 
 Held-out accuracy after training, in percent. Runs of one seed have the same tasks, held-out prompts and start model, so
 selectors are compared seed by seed. All intervals are Student's t, 95 % each, and not corrected for how many there are.
+--unfinished takes runs that have not ended as well, each seed's at the last evaluation that all its selectors have.
 Written into the folder, or --output: ablation.md, ablation.json, ablation.png.
 """
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections import defaultdict
@@ -20,6 +20,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from megatron_longact.reporting.paired_statistics import Mean, mean_of, prompts_needed, seeds_needed
 
 SELECTORS = {
     "high": ("#d55e00", "s"),
@@ -34,9 +36,6 @@ SELECTORS = {
 """In this order; Okabe and Ito's colours, and a marker each."""
 REFERENCE = "high"
 TOGETHER = "all objectives"
-POWER_Z = 0.8416212
-"""Normal quantile of a power of 80 %."""
-CONFIDENCE_Z = 1.959964
 INK = "#222222"
 
 
@@ -48,21 +47,12 @@ class Run:
     after: float
     prompts: int
     rewards: list[float]
+    answers: list[float]
+    """Reward of each held-out prompt afterwards; none in older logs."""
 
 
 Runs = dict[str, dict[str, dict[int, Run]]]
 """By objective, selector and seed."""
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over n seeds, its 95 % interval, and their standard deviation; the last two need two seeds."""
-
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
-    std: float | None
 
 
 @dataclass(frozen=True)
@@ -82,91 +72,45 @@ class Difference:
         return bool(self.points.std) and low is not None and high is not None and low * high > 0
 
 
-# -- statistics ----------------------------------------------------------------------------------------
-
-
-def t_cdf(t: float, df: int) -> float:
-    """Student's t distribution function: with x = sqrt(df) tan a its density is cos(a)^(df - 1), up to a constant."""
-    steps, end = 400, math.atan(t / math.sqrt(df))
-    h = end / steps
-    terms = (math.cos(i * h) ** (df - 1) * (1 if i in (0, steps) else 4 if i % 2 else 2) for i in range(steps + 1))
-    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return 0.5 + constant * h / 3 * sum(terms)
-
-
-def t_quantile(p: float, df: int) -> float:
-    """The t below which a share p lies, for p in [0.5, 0.9995]; by bisection, to 1e-9."""
-    low, high = 0.0, 1000.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
-
-
-def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and t interval."""
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return Mean(n, mean, None, None, None)
-    std = statistics.stdev(values)
-    half = t_quantile(0.975, n - 1) * std / math.sqrt(n)
-    return Mean(n, mean, mean - half, mean + half, std)
-
-
-def seeds_needed(difference: float, std: float | None) -> int | None:
-    """Paired seeds that tell `difference` from zero (5 % two-sided, power 80 %), if they scatter by `std`.
-
-    The smallest n with n >= ((t + z) std / difference)², t of n - 1 degrees; None where nothing can be said: one
-    seed, no difference, no scatter, or more than a million.
-    """
-    if not std or not difference:
-        return None
-    for n in range(2, 50):
-        if n >= ((t_quantile(0.975, n - 1) + POWER_Z) * std / difference) ** 2:
-            return n
-    n = math.ceil(((CONFIDENCE_Z + POWER_Z) * std / difference) ** 2) + 2  # + 2: t is nearly normal from here on
-    return n if n <= 1_000_000 else None
-
-
-def prompts_needed(difference: float, accuracies: tuple[float, float]) -> int | None:
-    """Held-out prompts that tell `difference` points between two models of these accuracies, in percent.
-
-    5 % two-sided, power 80 %, the models' answers taken as independent: answers to the same prompts agree more often,
-    so fewer would do. This is the noise of the prompts alone; that of training needs seeds.
-    """
-    variance = sum(p * (100 - p) for p in accuracies)
-    if not difference or not variance:
-        return None
-    n = math.ceil((CONFIDENCE_Z + POWER_Z) ** 2 * variance / difference**2)
-    return n if n <= 1_000_000_000 else None
-
-
 # -- runs ----------------------------------------------------------------------------------------------
 
 
-def find_runs(folder: Path) -> Runs:
-    """The finished runs; `ValueError` if there is none."""
+def find_runs(folder: Path, *, unfinished: bool = False) -> Runs:
+    """The finished runs, or also those that have trained and were looked at; `ValueError` if there is none."""
     runs: Runs = defaultdict(lambda: defaultdict(dict))
-    for report in sorted(folder.glob("*/*/seed-*/report.md")):
-        path = report.parent
+    paths = [
+        path.parent for path in sorted(folder.glob(f"*/*/seed-*/{'metrics.jsonl' if unfinished else 'report.md'}"))
+    ]
+    paths = [path for path in paths if path.parts[-2] in SELECTORS and (not unfinished or _evaluated(path)[-1:] > [0])]
+    for path in paths:
         objective, selector, seed = path.parts[-3:]
-        if selector in SELECTORS:
-            runs[objective][selector][int(seed.removeprefix("seed-"))] = read_run(path)
+        others = [each for each in paths if (each.parts[-3], each.parts[-1]) == (objective, seed)]
+        until = min(_evaluated(each)[-1] for each in others) if unfinished else None
+        runs[objective][selector][int(seed.removeprefix("seed-"))] = read_run(path, until=until)
     if not runs:
         raise ValueError(f"{folder} holds no finished run; examples/ablation/run.sh makes them")
     return runs
 
 
-def read_run(folder: Path) -> Run:
-    """One run's folder."""
+def read_run(folder: Path, *, until: int | None = None) -> Run:
+    """One run's folder; until: the iteration of the evaluation that counts, None for the last one."""
     rows = {name: _rows(folder / f"{name}.jsonl") for name in ("evaluations", "metrics")}
+    if until is not None:
+        rows = {name: [row for row in of if row["iteration"] <= until] for name, of in rows.items()}
     first, last = rows["evaluations"][0], rows["evaluations"][-1]
     return Run(
         before=100 * first["accuracy"],
         after=100 * last["accuracy"],
         prompts=int(last["prompts"]),
         rewards=[row["reward_mean"] for row in rows["metrics"]],
+        answers=list(last.get("rewards", ())),
     )
+
+
+def _evaluated(folder: Path) -> list[int]:
+    """The iterations that a run has evaluations of."""
+    path = folder / "evaluations.jsonl"
+    return [row["iteration"] for row in _rows(path)] if path.exists() else []
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -211,13 +155,45 @@ def _difference(
     return Difference(objective, selector, mean, seeds_needed(mean.mean, mean.std), prompts)
 
 
+@dataclass(frozen=True)
+class Paired:
+    """`high` minus another selector in points of reward, prompt by prompt, over the seeds that both have.
+
+    answered_apart: share of the prompts that the two do not get the same reward for, in percent. The interval is that
+    of the prompts: it says what these very models differ by, and nothing of what another training would make of them.
+    """
+
+    objective: str
+    selector: str
+    points: Mean
+    answered_apart: float
+
+
+def paired_by_prompt(runs: Runs) -> list[Paired]:
+    """Of every comparison whose runs have the rewards of their prompts."""
+    found = []
+    for objective, arms in runs.items():
+        for selector in selectors_of(runs):
+            high, other = arms.get(REFERENCE, {}), arms.get(selector, {})
+            seeds = [s for s in sorted(set(high) & set(other)) if high[s].answers and other[s].answers]
+            if selector == REFERENCE or not seeds:
+                continue
+            pairs = [pair for s in seeds for pair in zip(high[s].answers, other[s].answers, strict=True)]
+            points = mean_of([100 * (a - b) for a, b in pairs])
+            found.append(Paired(objective, selector, points, 100 * statistics.fmean(a != b for a, b in pairs)))
+    return found
+
+
 # -- report --------------------------------------------------------------------------------------------
 
 
 def report(runs: Runs) -> str:
     """Markdown: accuracies, paired differences, and what can be said."""
     found = differences(runs)
-    return "\n\n".join(["# Ablation", accuracy_table(runs), difference_table(found), verdict(found)]) + "\n"
+    paired = paired_by_prompt(runs)
+    parts = ["# Ablation", accuracy_table(runs), difference_table(found)]
+    parts += [prompt_table(paired)] if paired else []
+    return "\n\n".join([*parts, verdict(found)]) + "\n"
 
 
 def accuracy_table(runs: Runs) -> str:
@@ -265,6 +241,22 @@ def difference_table(found: Sequence[Difference]) -> str:
         "\nSeeds needed: with as many held-out prompts a seed as here. Prompts needed: for the prompts' own noise "
         "alone, were training without any."
     )
+    return "\n".join(lines)
+
+
+def prompt_table(found: Sequence[Paired]) -> str:
+    """A line a comparison, prompt by prompt."""
+    lines = [
+        f"Points of reward by which `{REFERENCE}` is ahead, prompt by prompt: what these very models differ by. The "
+        "interval is that of the prompts and knows nothing of the scatter between trainings.\n",
+        "| objective | against | points | 95 % interval | prompts | answered apart |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        mean = each.points
+        ends = "-" if mean.low is None or mean.high is None else f"{mean.low:+.1f} to {mean.high:+.1f}"
+        apart = f"{each.answered_apart:.0f} %"
+        lines.append(f"| {each.objective} | {each.selector} | {mean.mean:+.1f} | {ends} | {mean.n} | {apart} |")
     return "\n".join(lines)
 
 
@@ -367,9 +359,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the folder of examples/ablation/run.sh")
     parser.add_argument("--output", type=Path, help="folder for what is written; default: the runs' folder")
+    parser.add_argument("--unfinished", action="store_true", help="runs that have not ended as well")
     args = parser.parse_args(argv)
     try:
-        runs = find_runs(args.runs)
+        runs = find_runs(args.runs, unfinished=args.unfinished)
     except ValueError as error:
         print(f"report_ablation: {error}", file=sys.stderr)
         return 1
@@ -381,6 +374,7 @@ def main(argv: list[str]) -> int:
         o: {s: {seed: asdict(run) for seed, run in arm.items()} for s, arm in arms.items()} for o, arms in runs.items()
     }
     values = {"runs": plain, "differences": [asdict(each) | {"told": each.told} for each in differences(runs)]}
+    values["by_prompt"] = [asdict(each) for each in paired_by_prompt(runs)]
     (output / "ablation.json").write_text(json.dumps(values, indent=2) + "\n")
     figure_of(runs).savefig(output / "ablation.png", dpi=150)
     print(text)
