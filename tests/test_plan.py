@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,14 @@ from megatron.core import parallel_state
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.conversion.mapping import entries_of
+from megatron_longact.conversion.megatron_args import model_args
 from megatron_longact.planning import cost
 from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan
-from megatron_longact.planning.roofline import Assumptions
+from megatron_longact.planning.roofline import Assumptions, flops
 from megatron_longact.planning.run_shape import Attention, Batch, Parallel
+from megatron_longact.planning.shared_prompts import Group
+from megatron_longact.planning.training_memory import training_memory
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.selection import GlobalSaliency, is_usable
 from tests import ranks
@@ -254,6 +258,7 @@ def test_presets_are_the_models_of_their_names(name: str, parameters: int, tmp_p
 QWEN3_235B = ["--model", "Qwen3-235B-A22B", "--tp", "4", "--pp", "16", "--cp", "2", "--dp", "8", "--ep", "16"]
 STAGES = ["--first-stage-layers", "5", "--last-stage-layers", "5"]
 BATCH = ["--seq-length", "32768", "--global-batch-size", "128"]
+SHARED = ["--model", "qwen3-8b", "--group-size", "16", "--response-length", "256"]
 
 
 def test_a_plan_for_1024_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,6 +292,69 @@ def test_every_assumption_counts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("qwen3-8b", {"tp": 4, "dp": 2}),
+        ("qwen3-8b", {"pp": 4, "dp": 2, "distributed_optimizer": False}),
+        ("qwen3-235b-a22b", {"tp": 4, "pp": 2, "dp": 8, "ep": 8}),
+    ],
+)
+def test_weights_and_optimizer_are_those_of_megatrons_own_estimate(name: str, sizes: dict[str, Any]) -> None:
+    """But for the weights of q/k-layernorm, which it leaves out, and of the last norm, which it spreads over stages."""
+    from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+
+    model, parallel = find_model(name), Parallel(**sizes)
+    args = SimpleNamespace(
+        **{"num_experts": None, "moe_shared_expert_intermediate_size": None, "mtp_num_layers": None},
+        **{"multi_latent_attention": False, "moe_latent_size": None, "expert_tensor_parallel_size": parallel.tp},
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        data_parallel_size=parallel.dp,
+        expert_model_parallel_size=parallel.ep,
+        world_size=parallel.world_size,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    vars(args).update(model_args(model))
+    batch = Batch(seq_length=1024, global_batch_size=8)
+    planned = training_memory(model, parallel, batch, row=1024)
+    parts = [planned[part] for part in ("weights", "gradients, fp32", "masters and moments")]
+    norms = 2 * model.head_dim * max(parallel.stages(model.num_layers)) + model.hidden_size * (1 - 1 / parallel.pp)
+    norms *= 6 + 12 / parallel.optimizer_shards
+    assert sum(parts) - norms == pytest.approx(compute_weight_and_optimizer_memory(args), rel=1e-12)
+
+
+@pytest.mark.parametrize(("row", "responses"), [(40, [3, 3, 2]), (100, [8]), (30, [2, 2, 2, 2])])
+def test_shared_prompts_are_counted_token_by_token(row: int, responses: list[int]) -> None:
+    group = Group(prompt=18, response=6, size=8, row=row)
+    assert group.responses_of_rows == responses
+    rows = [[(0, i) for i in range(18)] + [(s, i) for s in range(1, n + 1) for i in range(6)] for n in responses]
+    assert group.shared.tokens == sum(map(len, rows))
+    assert group.apart.tokens == 8 * 24
+    before = {False: 0, True: 18}  # a response has its prompt in front
+    # of a token's own key half counts, as in the roofline's causal sequence
+    assert group.shared.pairs == sum(before[s > 0] + i + 0.5 for tokens in rows for s, i in tokens)
+    for cp, (count, tokens) in itertools.product((1, 2, 3), zip(responses, rows, strict=True)):
+        cuts = [len(tokens) * i // (2 * cp) for i in range(2 * cp + 1)] if cp > 1 else [0, len(tokens), len(tokens)]
+        # the last token that a chunk has of each segment sees what is gathered for it
+        lasts = [dict(tokens[begin:end]) for begin, end in itertools.pairwise(cuts)]
+        keys = [sum(before[s > 0] + i + 1 for s, i in last.items()) for last in lasts]
+        assert group.gathered_keys(count, cp=cp) == max(keys[rank] + keys[-1 - rank] for rank in range(cp))
+
+
+def test_what_sharing_saves_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", "qwen3-8b", "--tp", "4", "--cp", "2", "--seq-length", "131072", "--global-batch-size", "32"]
+    command += ["--group-size", "16", "--response-length", "1024", "--json", str(tmp_path / "plan.json")]
+    assert plan.main(command) == 0
+    assert "16 responses a row, 2 rows a step" in capsys.readouterr().out
+    shared = json.loads((tmp_path / "plan.json").read_text())["shared_prompts"]
+    assert shared["tokens"] == [32 * 131072, 2 * (130048 + 16 * 1024)]
+    key = 2 * 8 * 128 // 4 * 2  # bytes of K and V, on one of four tensor-parallel ranks
+    assert shared["sent"] == 36 * shared["tokens"][1] // 2 * key
+    dense = flops(find_model("qwen3-8b"), tokens=32 * 131072, pairs=32 * 131072**2 / 2, outputs=32 * 1024)
+    assert shared["flops"][0] == dense
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*QWEN3_235B, *BATCH], "94 layers do not divide into --pp 16 stages"),
@@ -298,6 +366,10 @@ def test_every_assumption_counts() -> None:
         (["--model", "qwen3-8b", "--ep", "8", *BATCH], "--ep is 8; it must divide"),
         (["--model", "qwen3-8b", "--tp", "0", *BATCH], "--tp is 0"),
         (["--model", "qwen3-8b", "--longact-ratio", "7", *BATCH], "--longact-ratio is 7.0"),
+        (["--model", "qwen3-8b", "--group-size", "16", *BATCH], "need both --group-size and --response-length"),
+        ([*SHARED, "--row-length", "32768", "--seq-length", "32769", "--global-batch-size", "128"], "do not fit"),
+        ([*SHARED, "--dp", "16", *BATCH], "no multiple of --group-size 16 x data parallel size 16"),
+        ([*SHARED, "--seq-length", "256", "--global-batch-size", "128"], "leaves no prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

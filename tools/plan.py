@@ -19,6 +19,7 @@ from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan, text
 from megatron_longact.planning.roofline import Assumptions
 from megatron_longact.planning.run_shape import Batch, Parallel
+from megatron_longact.planning.shared_prompts import Sharing
 
 
 def parser_of_plans() -> argparse.ArgumentParser:
@@ -29,7 +30,9 @@ def parser_of_plans() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help=f"A Hugging Face folder, a config.json, or one of {', '.join(PRESETS)}.")
     add("--json", type=Path, metavar="FILE", help="Write all numbers there.")
-    add_groups(parser, {"parallel layout": Parallel, "step": Batch, "assumptions": Assumptions})
+    add_groups(
+        parser, {"parallel layout": Parallel, "step": Batch, "shared prompts": Sharing, "assumptions": Assumptions}
+    )
     add_overwrite_arg(parser)
     add_longact_args(parser)
     return parser
@@ -51,6 +54,7 @@ def main(argv: list[str]) -> int:
             config,
             assumed=config_from_flags(Assumptions, args),
             name=args.model,
+            group=config_from_flags(Sharing, args).group(args.seq_length),
         )
         print(text(plan))
         if args.json:

@@ -10,6 +10,8 @@ from megatron_longact.planning import cost, roofline
 from megatron_longact.planning.cost import Bytes, CaptureWork, Collective, MaskWork, Place
 from megatron_longact.planning.roofline import Assumptions, Share
 from megatron_longact.planning.run_shape import Attention, Batch, Parallel
+from megatron_longact.planning.shared_prompts import Group, Savings, savings
+from megatron_longact.planning.training_memory import training_memory
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Plan:
     capture: CaptureWork
     mask: MaskWork
     share: Share
+    training: dict[str, float]
+    """Bytes of the training itself by name: `training_memory`."""
+    shared_prompts: Savings | None
 
     def held_bytes(self, *, host: bool) -> float:
         """The mean of all that is held between steps, on the device or in the host's memory."""
@@ -51,6 +56,8 @@ class Plan:
             "reduction_temporaries": self.reduction_temporaries,
             "capture": asdict(self.capture),
             "mask": asdict(self.mask),
+            "training_memory": self.training,
+            "shared_prompts": self.shared_prompts and self.shared_prompts.as_json(),
             "seconds": asdict(self.share),
             "share_of_step": {str(n): self.share.over_dense(n) for n in self.intervals},
             "assumed": asdict(self.assumed),
@@ -70,8 +77,12 @@ def make_plan(
     *,
     assumed: Assumptions,
     name: str = "",
+    group: Group | None = None,
 ) -> Plan:
-    """The plan of a run; `ValueError`, in one line, for sizes that do not fit each other."""
+    """The plan of a run; `ValueError`, in one line, for sizes that do not fit each other.
+
+    group: what prompts are shared by, None: each response has its own.
+    """
     _check(model, parallel)
     attention = Attention.of(model)
     layers = max(parallel.stages(model.num_layers))
@@ -80,6 +91,7 @@ def make_plan(
     collectives = cost.refresh_collectives(attention, parallel, config, layers=layers)
     capture = cost.capture_work(attention, parallel, batch, config, place=place)
     mask = cost.mask_work(attention, parallel, config, place=place)
+    saved = savings(model, parallel, batch, group, assumed=assumed) if group else None
     return Plan(
         name=name or model.model_type,
         parallel=parallel,
@@ -97,6 +109,14 @@ def make_plan(
         share=roofline.share(
             model, parallel, batch, capture=capture, mask=mask, collectives=collectives, assumed=assumed
         ),
+        training=training_memory(
+            model,
+            parallel,
+            batch,
+            row=group.row if group else batch.seq_length,
+            gathered=saved.gathered_at_once if saved else 0,
+        ),
+        shared_prompts=saved,
     )
 
 
@@ -111,7 +131,9 @@ def _check(model: HFModel, parallel: Parallel) -> None:
 
 def text(plan: Plan) -> str:
     """The plan for the screen."""
-    parts = [_header(plan), _communication(plan), _memory(plan), _reads(plan), _share(plan), _assumed(plan.assumed)]
+    parts = [_header(plan), _communication(plan), _memory(plan), _reads(plan), _share(plan), _training(plan)]
+    parts += [_shared_prompts(plan.shared_prompts)] if plan.shared_prompts else []
+    parts += [_assumed(plan.assumed)]
     return "\n\n".join(parts)
 
 
@@ -184,6 +206,35 @@ def _share(plan: Plan) -> str:
     rows = [[name, f"{s * 1e3:,.2f} ms", f"{s / share.dense_step_s:.3%}"] for name, s in parts.items()]
     rows += [[f"refresh interval {n}", "", f"+{share.over_dense(n):.3%}"] for n in plan.intervals]
     return table(["expected time", "a refresh step", "of the dense step"], rows)
+
+
+def _training(plan: Plan) -> str:
+    rows = [[name, size(nbytes)] for name, nbytes in plan.training.items() if nbytes]
+    rows.append(["= in all, without LongAct and the cache of rollouts", size(sum(plan.training.values()))])
+    return table(["the training itself, with full recomputation", "memory"], rows)
+
+
+def _shared_prompts(saved: Savings) -> str:
+    group = saved.group
+    pairs = {
+        "tokens of a step": ([f"{n:,}" for n in saved.tokens], saved.tokens),
+        "FLOPs of a step": ([f"{n:.3g}" for n in saved.flops], saved.flops),
+        "expected time of the dense step": ([f"{n:,.1f} s" for n in saved.seconds], saved.seconds),
+    }
+    rows = [[name, *shown, f"{apart / shared:.2f}"] for name, (shown, (apart, shared)) in pairs.items()]
+    made = {
+        "gathered K and V of a layer, at once": saved.gathered_at_once,
+        "in all forwards of a step": saved.gathered,
+        "sent to context-parallel ranks in them": saved.sent,
+    }
+    rows += [[name, "", size(nbytes), ""] for name, nbytes in made.items() if nbytes]
+    responses = ", ".join(map(str, group.responses_of_rows))
+    lines = [
+        f"groups of {group.size} responses of {group.response:,} tokens to a prompt of {group.prompt:,}, in rows of "
+        f"{group.row:,}: {responses} responses a row, {saved.rows:,} rows a step",
+        table(["shared prompts", "apart", "shared", "apart / shared"], rows),
+    ]
+    return "\n".join(lines)
 
 
 def _assumed(assumed: Assumptions) -> str:

@@ -35,6 +35,11 @@ class Assumptions:
     host_us_per_layer: float = 100.0
     """Host work of a refresh for each layer of the model: masks to row indices, while the GPU waits."""
 
+    def seconds(self, flops: float, parallel: Parallel, batch: Batch) -> float:
+        """Time of so many FLOPs of a model, over all GPUs alike."""
+        peak = self.peak_tflops_fp8 if batch.dtype == "fp8" else self.peak_tflops
+        return flops / parallel.world_size / (peak * 1e12 * self.mfu)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -58,16 +63,24 @@ class Share:
 
 
 def step_flops(model: HFModel, batch: Batch) -> float:
-    """The model's FLOPs of an optimizer step on all GPUs: forward and backward, causal attention, no recomputation."""
+    """The model's FLOPs of an optimizer step on all GPUs, with the logits of every token."""
+    return flops(model, tokens=batch.tokens, pairs=batch.tokens * batch.seq_length / 2, outputs=batch.tokens)
+
+
+def flops(model: HFModel, *, tokens: int, pairs: float, outputs: int) -> float:
+    """The model's FLOPs of forward and backward, without recomputation.
+
+    pairs: queries times the keys that they see, half of the square for a causal sequence; outputs: tokens whose logits
+    are made.
+    """
     h, nq = model.hidden_size, model.num_attention_heads * model.head_dim
     nk = model.num_query_groups * model.head_dim
     experts = model.experts
     mlp = 3 * h * model.intermediate_size
     if experts is not None:
         mlp = 3 * h * experts.intermediate_size * experts.per_token + h * experts.count
-    weights = model.num_layers * (2 * h * nq + 2 * h * nk + mlp) + h * model.vocab_size
-    scores = model.num_layers * nq * batch.seq_length  # 2 x 2 x s / 2 a token and channel, causal
-    return 6.0 * (weights + scores) * batch.tokens
+    layers = model.num_layers * ((2 * h * nq + 2 * h * nk + mlp) * tokens + 2 * nq * pairs)
+    return 6.0 * (layers + h * model.vocab_size * outputs)
 
 
 def collective_seconds(call: Collective, parallel: Parallel, assumed: Assumptions) -> float:
@@ -90,11 +103,10 @@ def share(
     assumed: Assumptions,
 ) -> Share:
     """The roofline of one rank: its work over the bandwidths and latencies that are assumed, nothing overlapped."""
-    peak = assumed.peak_tflops_fp8 if batch.dtype == "fp8" else assumed.peak_tflops
     hbm = assumed.hbm_gbps * assumed.hbm_efficiency * 1e9
     kernel = assumed.kernel_us * 1e-6
     return Share(
-        dense_step_s=step_flops(model, batch) / parallel.world_size / (peak * 1e12 * assumed.mfu),
+        dense_step_s=assumed.seconds(step_flops(model, batch), parallel, batch),
         capture_s=capture.traffic / hbm + capture.operations * kernel,
         collectives_s=sum(collective_seconds(call, parallel, assumed) for call in collectives),
         host_s=model.num_layers * assumed.host_us_per_layer * 1e-6,

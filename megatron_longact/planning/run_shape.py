@@ -58,6 +58,9 @@ class Parallel:
     distributed_optimizer: Annotated[bool, Flag("--no-distributed-optimizer")] = True
     """Masters are sharded over data-parallel ranks; with this flag every rank has whole ones."""
 
+    sequence_parallel: bool = False
+    """Inputs of layers are cut by --tp; it counts in the training's own memory."""
+
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "cp", "dp", "ep"):
             if getattr(self, name) < 1:
