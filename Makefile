@@ -43,8 +43,9 @@ format: setup ## format the code and mend what ruff can mend
 	@$(PYTHON_BIN) -m ruff check --fix-only .
 	@$(PYTHON_BIN) -m ruff format .
 
-docs: setup ## write docs/flags.md and docs/program-flags.md again from the code
+docs: setup ## from the code: docs/flags.md and docs/program-flags.md again, and the API reference in build/api
 	@$(PYTHON_BIN) tools/generate_flags_doc.py
+	@$(PYTHON_BIN) tools/generate_api_reference.py
 
 setup: ## make .venv from constraints.txt, if it is not there
 	@bash scripts/setup.sh

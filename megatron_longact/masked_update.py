@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from megatron_longact.config import LongActConfig
 
-FrozenRows = Mapping[nn.Parameter, "RowIndex"]
-
 
 class RowIndex:
     """Ascending indices of the frozen rows of one parameter: on its device, and on the host for cutting.
@@ -45,6 +43,9 @@ class RowIndex:
         """Those in [first, first + num_rows), counted from `first`; int64 on the device of what they cut."""
         low, high = (bisect_left(self._sorted, row) for row in (first, first + num_rows))
         return self.on(device)[low:high] - first
+
+
+FrozenRows = Mapping[nn.Parameter, RowIndex]
 
 
 def row_views(flat: Tensor, start: int, row_width: int) -> Iterator[tuple[Tensor, int]]:

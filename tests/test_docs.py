@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
+from tests.ranks import run_program
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
@@ -120,6 +121,20 @@ def test_tests_that_are_named_exist() -> None:
 def test_targets_of_make_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert not [(page, name) for page, name in of_each_page(r"(?<![\w-])make ([a-z-]+)\b") if name not in targets]
+
+
+@pytest.mark.skipif(find_spec("pdoc") is None, reason="needs pdoc (the dev extra)")
+def test_the_api_reference_has_no_warning_and_no_broken_link(tmp_path: Path) -> None:
+    """And a page for each module, the public ones first."""
+    tool = str(ROOT / "tools/generate_api_reference.py")
+    done = run_program(tool, "--no-source", "--output", str(tmp_path), launcher=False, cpu=False)
+    assert done.returncode == 0, done.stderr
+    names = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "megatron_longact").rglob("*.py")]
+    pages = {name.parent if name.name == "__init__" else name for name in names}
+    assert {page.relative_to(tmp_path).with_suffix("") for page in tmp_path.rglob("*.html")} == pages | {Path("index")}
+    assert "LongAct.attach" in (tmp_path / "megatron_longact.html").read_text()
+    index = (tmp_path / "index.html").read_text()
+    assert index.index("megatron_longact/config.html") < index.index("megatron_longact/saliency.html")
 
 
 def test_the_tree_of_the_architecture_is_the_package() -> None:
