@@ -10,10 +10,16 @@ from tests.ranks import Layout
 ROWS = 2 * (4 + 2) * 8  # layers x (Q heads + K heads) x channels of the test model
 
 
-def audit(config: LongActConfig | None, *, tamper: str = "", distributed: bool = False) -> dict[str, int]:
-    """tamper: "masters" or "weights" are changed after two steps, the latter as a common scale changes FP8 weights."""
+def audit(
+    config: LongActConfig | None, *, tamper: str = "", distributed: bool = False, restart: bool = False
+) -> dict[str, int]:
+    """tamper: "masters" or "weights" are changed after two steps, the latter as a common scale changes FP8 weights.
+
+    restart: what a checkpoint holds goes on in a new count between the steps.
+    """
     from megatron_longact import LongAct
     from megatron_longact.rl.audit import RowAudit
+    from megatron_longact.rl.state import LoopState
     from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
     from tests.runs import name_all
 
@@ -24,6 +30,11 @@ def audit(config: LongActConfig | None, *, tamper: str = "", distributed: bool =
     for step in range(2):
         train_step(built, random_tokens(4, 15, seed=step), before_forward=name_all(longact) if longact else None)
         counter.after_step()
+        if restart and step == 0:
+            saved, loaded = LoopState(rows=counter.history), LoopState()
+            counter.look()
+            loaded.load_state_dict(saved.state_dict())
+            counter = RowAudit(built.chunks, built.optimizer, longact, since=1, history=loaded.rows)
     changed = {"masters": [m for s in counter._shards for m in s.masters()]}
     changed["weights"] = [layer.weight for layer in counter._model.layers]
     with torch.no_grad():
@@ -42,6 +53,13 @@ def test_strict_leaves_frozen_rows_alone(tp: int) -> None:
         assert counts["frozen_changed"] == 0
         assert 0 < counts["never_active"] <= 0.75 * ROWS
         assert counts["moved"] == ROWS - counts["never_active"]
+
+
+def test_a_run_that_is_started_again_counts_on() -> None:
+    run = {"layout": Layout(tp=2), "world_size": 2, "config": LongActConfig(ratio=0.25)}
+    whole, resumed = (ranks.run(audit, **run, restart=restart) for restart in (False, True))
+    assert resumed == whole
+    assert whole[0]["moved"] > 0.25 * ROWS  # more than the last step alone moved
 
 
 def test_a_changed_frozen_row_is_counted() -> None:

@@ -210,6 +210,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(straight: tuple[Path, str], tmp_
 
     assert timeless(rows_of(tmp_path)) == timeless(rows_of(straight[0]))
     assert rows_of(tmp_path, "evaluations.jsonl") == rows_of(straight[0], "evaluations.jsonl")
+    moved = [
+        line
+        for run in (tmp_path, straight[0])
+        for line in (run / "report.md").read_text().splitlines()
+        if "moved" in line
+    ]
+    assert moved[0] == moved[1]
+    assert "goes on from iteration 3 of" in resumed.stdout
     last = [str(run / f"checkpoints/iter_{LAST:07d}") for run in (tmp_path, straight[0])]
     [names] = ranks.run(compare_checkpoints, first=last[0], second=last[1])
     for part in ("linear_qkv.weight", "exp_avg_sq", "saliency"):

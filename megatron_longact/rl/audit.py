@@ -1,4 +1,4 @@
-"""Which Q and K rows really moved, counted in the masters that this process started from.
+"""Which Q and K rows really moved, over all starts of a run: counted in the masters that each process begins with.
 
 Masters, and not the model's weights: weights that are kept in FP8 share scales, so that the image of a frozen row
 moves when another row moves the scale, and bf16 weights hide what is smaller than a half of their last bit.
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
 from megatron_longact.masked_update import Shard, row_views
 from megatron_longact.optimizer_shards import chained, master_shards
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.rl.bf16_changes import Bf16Changes
-from megatron_longact.selection import QK
+from megatron_longact.selection import QK, GlobalSaliency
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,23 @@ class RowCounts:
     never_active: int
     frozen_changed: int
     since: int = 0
-    """The iteration that they are counted from: where this process began."""
+    """The iteration that they are counted from."""
+
+
+@dataclass
+class RowHistory:
+    """What became of the rows of Q and K of the whole model since an iteration: a checkpoint holds it."""
+
+    since: int
+    active: QK
+    """bool [L, nq] and [L, nk]: some mask let them through."""
+
+    moved: QK
+    """bool, likewise: they were seen to differ from what they were."""
 
 
 class RowAudit:
-    """Keeps this rank's start masters of Q and K on the host, and the union of all masks since."""
+    """Keeps the masters of Q and K that this rank began with on the host, and what became of the rows since."""
 
     def __init__(
         self,
@@ -47,41 +60,59 @@ class RowAudit:
         longact: LongAct | None,
         *,
         since: int = 0,
+        history: RowHistory | None = None,
         bf16: Bf16Changes | None = None,
     ) -> None:
         """optimizer: what `get_megatron_optimizer` returned; one that we do not know is audited by the weights.
 
-        since: the iteration that this process begins at; bf16: is asked after each step, if it is there.
+        since: the iteration that this process begins at; history: that of the processes before it, which goes on; bf16:
+        is asked after each step, if it is there.
         """
         self._bf16 = bf16
-        self._since = since
         self._longact = longact
         self._model = QKVModel.find(model_chunks)
         weights = [layer.weight for layer in self._model.layers]
         self._shards = [shard for one in chained(optimizer) for shard in master_shards(one, weights)]
         self._start = [_host_copies(shard) for shard in self._shards]
-        self._ever = self._model.channels(longact is None)
+        self.history = history or RowHistory(
+            since, active=self._model.channels(longact is None), moved=self._model.channels(False)
+        )
+        self._whole = GlobalSaliency(
+            self._model.groups,
+            self._model.layout,
+            LongActConfig(),
+            layer_numbers=self._model.layer_numbers,
+            local_layers=[layer.layer_number for layer in self._model.layers],
+        )
 
     def after_step(self) -> dict[str, float | None]:
         """Remember which rows the step let through; what `bf16` has to say of it, collective then."""
         if self._longact is not None:
-            pairs = zip(self._ever, self._longact.active, strict=True)
-            self._ever = QK(*(old | new.cpu() for old, new in pairs))
+            pairs = zip(self.history.active, self._longact.active, strict=True)
+            self.history.active = QK(*(old | new.cpu() for old, new in pairs))
         return {} if self._bf16 is None else self._bf16.after_step()
 
+    def look(self) -> None:
+        """See which rows differ from the start, for good; collective, so that a checkpoint can say it."""
+        layers, history = self._model.layers, self.history
+        rows = self._model.layout.rows_per_partition(self._model.groups.tp.size())
+        changed = torch.stack(self._changed_rows()).float() if layers else torch.empty(0, rows)
+        now = self._whole.from_rows(changed.to(self._model.device))
+        history.moved = QK(*(old | (new > 0).cpu() for old, new in zip(history.moved, now, strict=True)))
+
     def count(self) -> RowCounts:
-        """Compare with the start; collective, the same on all ranks."""
-        everything = self._model.frozen_rows(self._model.channels(False))
-        never = self._model.frozen_rows(self._ever)
-        totals = torch.zeros(4, dtype=torch.int64)
-        for layer, changed in zip(self._model.layers, self._changed_rows(), strict=True):
-            qk, frozen = everything[layer.weight].host, never[layer.weight].host
-            totals += torch.tensor([len(qk), int(changed[qk].sum()), len(frozen), int(changed[frozen].sum())])
-        on_device = totals.cuda()
-        for group in (self._model.groups.tp, self._model.groups.pp):
-            torch.distributed.all_reduce(on_device, group=group)
-        rows, moved, never_active, frozen_changed = on_device.tolist()
-        return RowCounts(rows, moved, never_active, frozen_changed, since=self._since)
+        """Look, and count; collective, the same on all ranks."""
+        self.look()
+        active, moved = (
+            torch.cat([part.flatten() for part in pair]) for pair in (self.history.active, self.history.moved)
+        )
+        return RowCounts(
+            rows=len(moved),
+            moved=int(moved.sum()),
+            never_active=int((~active).sum()),
+            frozen_changed=int((moved & ~active).sum()),
+            since=self.history.since,
+        )
 
     def _changed_rows(self) -> list[Tensor]:
         """Of each layer of this rank: bool [local rows], over the slices of all data-parallel ranks."""

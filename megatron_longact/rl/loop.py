@@ -29,7 +29,7 @@ from megatron_longact.rl.collect import Collector
 from megatron_longact.rl.heldout import heldout_scalars
 from megatron_longact.rl.signals import SignalWatch
 from megatron_longact.rl.signals import missing as missing_signal
-from megatron_longact.rl.state import LoopState
+from megatron_longact.rl.state import LoopState, before_each_save
 from megatron_longact.rl.trainer import MegatronTrainer, StepOutcome
 from megatron_longact.rl.update import PolicyUpdate
 
@@ -59,15 +59,25 @@ class RLLoop:
         self._collector = collector
         self._update = update
         self._audit = audit
+        state.rows = audit.history
         self._log = log
         self._signals = SignalWatch()
         self._times: dict[str, float | None] = dict.fromkeys(TIMES)
 
     def run(self) -> bool:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
-        trainer, args = self._trainer, self._trainer.args
         self._state.take_up(self._update.layout)
-        trainer.begin()
+        self._trainer.begin()
+        with before_each_save(self._audit.look):
+            exiting = self._train()
+        self._trainer.finish()
+        if self.verdict is not None:
+            self._log.say(self.verdict)
+        self._log.close()
+        return not exiting
+
+    def _train(self) -> bool:
+        trainer, args = self._trainer, self._trainer.args
         self._evaluate_if_due()
         exiting = False
         while trainer.iteration < args.train_iters and not exiting:
@@ -77,11 +87,7 @@ class RLLoop:
                 self._evaluate()
             if args.save and not trainer.saved_now:
                 trainer.save()
-        trainer.finish()
-        if self.verdict is not None:
-            self._log.say(self.verdict)
-        self._log.close()
-        return not exiting
+        return exiting
 
     def count_rows(self) -> RowCounts:
         """Rows of Q and K that moved; collective."""

@@ -26,7 +26,7 @@ from megatron_longact.megatron.checkpointing import check_load, check_schedule
 from megatron_longact.megatron.planned_attention import take_plans
 from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
-from megatron_longact.rl.audit import RowAudit
+from megatron_longact.rl.audit import RowAudit, RowHistory
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.bf16_changes import Bf16Changes
 from megatron_longact.rl.collect import Collector
@@ -176,7 +176,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
             objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
             selector=TokenSelector(config, trainer_log_probs),
         ),
-        audit=_audit(config, trainer, longact),
+        audit=_audit(config, trainer, longact, state.rows),
         log=_log(args, terminal),
     )
 
@@ -185,10 +185,10 @@ def _sequence_multiple(args: Namespace) -> int:
     return math.lcm(SEQUENCE_MULTIPLE, args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
-def _audit(config: RLConfig, trainer: MegatronTrainer, longact: LongAct | None) -> RowAudit:
+def _audit(config: RLConfig, trainer: MegatronTrainer, longact: LongAct | None, history: RowHistory | None) -> RowAudit:
     audited = (trainer.model, trainer.optimizer, longact)
     bf16 = Bf16Changes(*audited) if config.count_bf16_changes else None
-    return RowAudit(*audited, since=trainer.iteration, bf16=bf16)
+    return RowAudit(*audited, since=trainer.iteration, history=history, bf16=bf16)
 
 
 def _prose(prose: ProseConfig, trainer: MegatronTrainer, *, vocab_size: int) -> Callable[[], float] | None:

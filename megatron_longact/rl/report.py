@@ -29,7 +29,7 @@ class RunSummary:
 
     rows: Q and K rows of the model; moved: those that differ from the start weights; frozen: those that no
     mask ever let through; frozen_changed: frozen rows that differ from the start weights all the same. since: these
-    were counted since that iteration, at which the run was last started.
+    were counted since that iteration; not 0 where a run goes on from a checkpoint without a count.
     longact_time_share: of the optimizer steps' time, in [0, 1]; None for a run without LongAct.
     pass_at: overall pass@k before and after, by k; empty if it was not measured.
     before, after: None for a run without held-out data.

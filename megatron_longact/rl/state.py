@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from megatron.training import training
 
 from megatron_longact.megatron.checkpointing import Stateful, carry_state
+from megatron_longact.rl.audit import RowHistory
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.batches.plans import Use
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
+from megatron_longact.selection import QK
 
 
 @dataclass
@@ -38,6 +40,9 @@ class LoopState:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """One row for each evaluation, first to last."""
 
+    rows: RowHistory | None = None
+    """Of Q and K; None until it is kept, and out of a checkpoint from before it was."""
+
     def state_dict(self) -> dict[str, Any]:
         """A plain dict of numbers and CPU tensors."""
         return {
@@ -46,6 +51,7 @@ class LoopState:
             "batch": None if self.batch is None else self.batch.state_dict(),
             "use": None if self.use is None else asdict(self.use),
             "evaluations": self.evaluations,
+            "rows": None if self.rows is None else _plain(self.rows),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -57,6 +63,8 @@ class LoopState:
         use = state_dict.get("use")
         self.use = None if use is None else Use(**use)
         self.evaluations = list(state_dict["evaluations"])
+        rows = state_dict.get("rows")
+        self.rows = None if rows is None else RowHistory(rows["since"], QK(**rows["active"]), QK(**rows["moved"]))
 
     def take_up(self, layout: BatchLayout) -> None:
         """Before the first step: raise `ValueError` for a batch out of a checkpoint that these flags cannot finish."""
@@ -71,6 +79,26 @@ class LoopState:
                 f"{self.updates_done} optimizer steps, and --global-batch-size {size} leaves no more of it: give the "
                 "number that it was begun with"
             )
+
+
+def _plain(rows: RowHistory) -> dict[str, Any]:
+    return {"since": rows.since, "active": rows.active._asdict(), "moved": rows.moved._asdict()}
+
+
+@contextmanager
+def before_each_save(action: Callable[[], None]) -> Iterator[None]:
+    """While this is open, Megatron's saves are preceded by an action, on all ranks, so that it may be collective."""
+    original = training.save_checkpoint_and_time
+
+    def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return original(*args, **kwargs)
+
+    training.save_checkpoint_and_time = save_checkpoint_and_time
+    try:
+        yield
+    finally:
+        training.save_checkpoint_and_time = original
 
 
 @contextmanager
