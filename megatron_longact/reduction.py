@@ -22,6 +22,8 @@ CHUNKS = 8
 class Statistic:
     """The mean over tokens, or the maximum, of |x| to a power; its root is a channel's saliency."""
 
+    label: str
+    """In a picture."""
     power: int = 1
     """1 or 2."""
     maximum: bool = False
@@ -78,9 +80,9 @@ class Statistic:
 
 
 STATISTICS: dict[StatisticName, Statistic] = {
-    "mean-abs": Statistic(),
-    "rms": Statistic(power=2),
-    "max-abs": Statistic(maximum=True),
+    "mean-abs": Statistic("mean |activation|"),
+    "rms": Statistic("rms activation", power=2),
+    "max-abs": Statistic("max |activation|", maximum=True),
 }
 """By the name that `--longact-statistic` takes."""
 

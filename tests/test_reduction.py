@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_longact.config import LongActConfig
+from megatron_longact.config import Statistic as StatisticName
 from megatron_longact.planning import cost
 from megatron_longact.planning.run_shape import Attention, Batch, Parallel
 from megatron_longact.qkv_layout import QKVLayout
@@ -26,6 +27,11 @@ TOLERANCE = 1e-5
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="NOT RUN: triton is missing; it comes with torch's CUDA build"
 )
+
+
+def test_a_statistic_is_a_line_of_the_table_and_its_name_among_the_flags() -> None:
+    assert tuple(STATISTICS) == get_args(StatisticName)
+    assert len({statistic.label for statistic in STATISTICS.values()}) == len(STATISTICS)
 
 
 def naive(x: Tensor, weights: Tensor | None, statistic: str) -> Tensor:

@@ -13,7 +13,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-OBJECTIVES = ("grpo", "dapo", "kl_cov", "clip_cov", "gspo", "cispo")
+from megatron_longact.rl import POLICY_LOSSES
+
+OBJECTIVES = tuple(name.replace("-", "_") for name in POLICY_LOSSES)
 ARMS = {"longact": ("LongAct", "#d55e00", "-"), "dense": ("dense", "#0072b2", "--")}
 PANELS = {
     "reward_mean": "reward",

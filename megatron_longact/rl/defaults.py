@@ -5,13 +5,12 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES
+
 CLIP = ("--grpo-clamp-eps-lower", "--grpo-clamp-eps-upper")
 SAVE_INTERVAL = "--save-interval"
 DEFAULTS = {CLIP[0]: 0.2, CLIP[1]: 0.28, "--grpo-group-size": 8, "--grpo-iterations": 1, SAVE_INTERVAL: 100}
 """Of Megatron's flags, in place of its own: 0.01, 0.01, 2, 2 and none, which with `--save` is an assertion."""
-
-CLIPS = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 0.28), "clip-cov": (1.0, 1.0)}
-"""Of the policy losses that have others, as their papers do: docs/algorithms.md."""
 
 NEEDLE_RESPONSE, LONGEST_DEFAULT_RESPONSE = 16, 1024
 
@@ -30,7 +29,7 @@ def settle_defaults(args: Namespace, argv: Sequence[str]) -> None:
     chosen: dict[str, float] = {
         flag: value for flag, value in DEFAULTS.items() if flag != SAVE_INTERVAL or getattr(args, "save", None)
     }
-    for flag, value in zip(CLIP, CLIPS.get(args.policy_loss, ()), strict=False):
+    for flag, value in zip(CLIP, POLICY_LOSSES[args.policy_loss].usual_clip or (), strict=False):
         if flag not in given and getattr(args, _name(flag)) == DEFAULTS[flag]:
             chosen[flag] = value
             setattr(args, _name(flag), value)

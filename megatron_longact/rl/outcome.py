@@ -12,6 +12,7 @@ from typing import Any
 from megatron_longact import metrics
 from megatron_longact.config import LongActConfig
 from megatron_longact.longact import LongAct
+from megatron_longact.reduction import STATISTICS
 from megatron_longact.reporting.run_log import METRICS
 from megatron_longact.rl.audit import RowCounts
 from megatron_longact.rl.config import RLConfig
@@ -98,7 +99,7 @@ def _what_is_shown(config: LongActConfig) -> str:
             "weight-norm": "norm of the row",
             "gradient": "root mean square of the row's gradient",
         }[config.select]
-    return {"mean-abs": "mean |activation|", "rms": "rms activation", "max-abs": "max |activation|"}[config.statistic]
+    return STATISTICS[config.statistic].label
 
 
 def _settings(args: Namespace, config: RLConfig, longact: LongAct | None) -> dict[str, object]:

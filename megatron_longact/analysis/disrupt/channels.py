@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_longact.config import LongActConfig, Scope, Statistic, Targets
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.reduction import STATISTICS
 from megatron_longact.selection import QK, GlobalSaliency, random_saliency, select_masks
 
 Channels = Literal["high", "low", "random"]
@@ -29,6 +30,9 @@ Replacement = Literal["mean", "zero", "noise"]
 
 _TOKENS_AT_ONCE = 4096
 """Tokens whose fp64 copies are in memory at once."""
+
+_SUM_OF_POWER = {1: 2, 2: 1}
+"""Where `RowMeasurement` adds up |x| and x²."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ class RowMeasurement:
         dist.all_reduce(sums[3], dist.ReduceOp.MAX, group=self._model.groups.dp_cp)
         if not bool((tokens > 0).all()):
             raise ValueError("a layer's linear_qkv saw no token of the prompts: its forward hooks do not run here")
-        mean, square, absolute = sums[:3] / tokens[:, None]
-        scores = {"mean-abs": absolute, "rms": square.sqrt(), "max-abs": sums[3]}[statistic]
+        mean, square, _ = sums[:3] / tokens[:, None]
+        wanted = STATISTICS[statistic]
+        scores = wanted.finish(sums[3 if wanted.maximum else _SUM_OF_POWER[wanted.power]], tokens[:, None])
         saliency = _global_saliency(self._model).from_rows(scores.float())
         if not all(bool(torch.isfinite(part).all()) for part in saliency):
             raise ValueError("activations of Q or K hold NaN or Inf on these prompts; nothing can be chosen from them")

@@ -23,4 +23,4 @@ def cispo_token_losses(
     return -weight * batch.advantages * batch.log_probs, {"clip_fraction": weight != ratio}
 
 
-CISPO = PolicyLoss(token_losses=cispo_token_losses, metrics=("clip_fraction",))
+CISPO = PolicyLoss(token_losses=cispo_token_losses, metrics=("clip_fraction",), usual_clip=(1.0, 0.28))

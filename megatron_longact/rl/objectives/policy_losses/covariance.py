@@ -75,7 +75,10 @@ def select_clip_cov(batch: TokenBatch, *, config: PolicyLossConfig, generator: G
 
 
 CLIP_COV = PolicyLoss(
-    token_losses=clip_cov_token_losses, metrics=("clip_fraction", "selected_fraction"), selection=select_clip_cov
+    token_losses=clip_cov_token_losses,
+    metrics=("clip_fraction", "selected_fraction"),
+    selection=select_clip_cov,
+    usual_clip=(1.0, 1.0),
 )
 
 

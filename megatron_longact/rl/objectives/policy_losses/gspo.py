@@ -28,4 +28,9 @@ def gspo_token_losses(
     return loss, {"clip_fraction": clipped}
 
 
-GSPO = PolicyLoss(token_losses=gspo_token_losses, metrics=("clip_fraction",), fixed_aggregation="seq-mean-token-mean")
+GSPO = PolicyLoss(
+    token_losses=gspo_token_losses,
+    metrics=("clip_fraction",),
+    fixed_aggregation="seq-mean-token-mean",
+    usual_clip=(3e-4, 4e-4),
+)

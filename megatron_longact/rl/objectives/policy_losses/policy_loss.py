@@ -74,6 +74,9 @@ class PolicyLoss:
     fixed_aggregation: Aggregation | None = None
     """How its tokens' losses become one number, whatever the configuration says; None: as that says."""
 
+    usual_clip: tuple[float, float] | None = None
+    """clip_low and clip_high of its paper, for a run that gives none; None: those of the program."""
+
     def aggregation(self, config: PolicyLossConfig) -> Aggregation:
         """How the tokens' losses become one number."""
         return self.fixed_aggregation or config.aggregation
