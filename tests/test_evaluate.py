@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -388,14 +389,18 @@ def test_longbench_prompts_fit_into_the_model(tmp_path):
 def settings_of(name: str, folder: Path) -> dict[str, Any]:
     """The least that a benchmark can be asked with."""
     (folder / "data.json").write_text(json.dumps(longbench_items()))
+    write(folder / "passkey.jsonl", [{"context": "x", "input": "y", "answer": [str(i)]} for i in range(4)])
     return {
         "ruler": {"tasks": ("vt", "qa_1"), "lengths": (4096,), "num_samples": 2},
         "needle": {"lengths": (800,), "num_samples": 2},
         "longbench-v2": {"data": folder / "data.json"},
+        "infinitebench": {"data": folder, "tasks": ("passkey",)},
     }[name]
 
 
 def right_answer(name: str, row: dict[str, Any]) -> str:
+    if name == "infinitebench":
+        return f"It is {row['ground_truth'][0]}."
     return f"The correct answer is ({row['answer']})" if name == "longbench-v2" else " ".join(row["outputs"])
 
 
@@ -504,7 +509,7 @@ def test_a_checkpoint_is_evaluated_and_a_killed_evaluation_goes_on(tmp_path):
     assert set(rows) == {(n, t, i) for n in (256, 384) for t in ("niah_single_1", "fwe") for i in range(3)}
     assert any(rows.values())
     assert results["settings"]["iteration"] == "800"
-    assert results["sources"]["words"] == ["built-in words"]
+    assert results["sources"]["words"] == [f"words of wonderwords {version('wonderwords')}"]
     assert (tmp_path / "scores.png").stat().st_size > 5000
 
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)

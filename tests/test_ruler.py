@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import wonderwords
 
 from megatron_longact.tasks import ruler
 from megatron_longact.tasks.ruler import builtin_questions, words
@@ -170,19 +172,45 @@ def test_variable_tracking_is_a_chain_after_an_example():
     assert len({re.sub(r"\b(?!VAR)[A-Z]{3}\b|\d{5}", "", example) for example in examples}) == 1
 
 
+NUMBERED = r"(\d+)\. (.+?)(?= \d+\. |$)"
+"""A word of a list; wonderwords has some with a blank."""
+
+
 @pytest.mark.parametrize(("length", "repeats"), [(4095, (6, 1)), (4096, (30, 3))])
 def test_common_words_are_the_most_common(length, repeats):
     for sample in generate("cwe", length):
         example, body = sample["input"].split("Memorize the ones that appear most often.\n")[1:]
-        listed = re.findall(r"(\d+)\. (\S+)", body.split("\nQuestion")[0])
+        listed = re.findall(NUMBERED, body.split("\nQuestion")[0])
         assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
         counts = Counter(word for _, word in listed)
         assert {word for word, _ in counts.most_common(10)} == set(sample["outputs"])
         assert set(counts.values()) == set(repeats)
-        shown = re.findall(r"\d+\. (\S+)", example.split("in the list are: ")[1].split("\nBelow")[0])
+        shown = re.findall(NUMBERED, example.split("in the list are: ")[1].split("\nBelow")[0])
         assert len(shown) == 10
 
 
+@pytest.fixture
+def no_wonderwords(monkeypatch):
+    monkeypatch.setattr(words, "find_spec", lambda name: None)
+    words.word_list.cache_clear()
+    yield
+    words.word_list.cache_clear()
+
+
+def test_words_are_those_of_wonderwords():
+    """The same that the official scripts load, and by the function that they load them by."""
+    load = wonderwords.random_word._get_words_from_text_file
+    nouns, adjectives, verbs = (load(f"{kind}list.txt") for kind in ("noun", "adjective", "verb"))
+    listed = words.word_list()
+    assert (set(listed.nouns), set(listed.adjectives)) == (set(nouns), set(adjectives))
+    assert list(listed.plain) == sorted({*nouns, *adjectives, *verbs})
+    [sample] = generate("cwe", 4096, count=1)
+    assert sample["others"]["words"] == listed.source == f"words of wonderwords {version('wonderwords')}"
+    assert set(sample["outputs"]) <= set(listed.plain)
+    assert len(listed.many) < 500_000
+
+
+@pytest.mark.usefixtures("no_wonderwords")
 def test_a_long_list_of_common_words_takes_compounds_and_says_so():
     [short], [long] = generate("cwe", 4096, count=1), generate("cwe", 60_000, count=1)
     assert short["others"]["words"] == "built-in words"

@@ -1,9 +1,10 @@
-r"""Evaluate a checkpoint, or score predictions, on RULER or LongBench v2.
+r"""Evaluate a checkpoint, or score predictions, on RULER, LongBench v2, InfiniteBench or the needle tasks.
 
 Score predictions that are there already, without Megatron:
 
     python tools/evaluate.py --benchmark ruler --predictions FILE_OR_FOLDER [--data SAMPLES]
     python tools/evaluate.py --benchmark longbench-v2 --predictions FILE [--data data.json]
+    python tools/evaluate.py --benchmark infinitebench --predictions FOLDER [--data FOLDER]
 
 Let a Megatron checkpoint answer, with the flags of its model, then score (a killed evaluation goes on):
 

@@ -31,7 +31,7 @@ class EvaluationConfig(PromptFlags, StopFlags):
     output: Path = Path("runs/evaluation")
     """Folder for results."""
     data: Path | None = None
-    """longbench-v2: its JSON file. With --predictions: the samples that were to be answered."""
+    """LongBench v2: its JSON file; InfiniteBench: its folder. With --predictions: the samples to be answered."""
     tasks: Annotated[tuple[str, ...], Flag(metavar="TASK", needed=False)]
     """Of the benchmark. Default: all."""
     lengths: Annotated[tuple[int, ...], Flag(metavar="TOKENS", needed=False)]
@@ -41,7 +41,7 @@ class EvaluationConfig(PromptFlags, StopFlags):
     sample_seed: int = 42
     """RULER: seed of the samples, and of sampled responses."""
     tokens_to_generate: int | None = None
-    """RULER, needle: instead of the task's own number; figures then do not compare."""
+    """Not LongBench v2: instead of the task's own number; figures then do not compare."""
     keep_inputs: bool = False
     """Write prompts into predictions.jsonl, as RULER's scripts do."""
     style: Annotated[Style, Flag(choices=sorted(STYLES), parse=STYLES.__getitem__)] = "0shot"
@@ -49,9 +49,9 @@ class EvaluationConfig(PromptFlags, StopFlags):
     num_chunks: int = 0
     """LongBench v2 with --style rag: retrieved chunks of an item."""
     max_length: int | None = None
-    """LongBench v2: tokens of a prompt; longer ones lose their middle. Default: 120000, or what the model has."""
+    """Tokens of a prompt; longer ones lose their middle. LongBench v2: 120000, InfiniteBench: 131072."""
     temperature: Annotated[float, Flag("--sampling-temperature", needed=False)]
-    """0 is greedy. Default: the benchmark's (RULER 0, LongBench v2 0.1)."""
+    """0 is greedy. Default: the benchmark's (LongBench v2 0.1, others 0)."""
 
 
 def add_evaluation_args(parser: ArgumentParser) -> ArgumentParser:

@@ -73,10 +73,20 @@ def _draw_grid(axes: Axes, picture: Curves) -> None:
 
 
 def bars_figure(picture: Bars) -> Figure:
-    """Upright bars, with the chance of guessing."""
-    figure = Figure(figsize=(WIDTH_IN * 0.75, 3.4), layout="constrained", facecolor="white")
-    axes = figure.subplots()
+    """Upright bars with the chance of guessing, or lying ones."""
     names = [name for group in picture.groups for name in group]
+    height = 1 + 0.28 * len(names) if picture.lying else 3.4
+    figure = Figure(figsize=(WIDTH_IN * 0.75, height), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    (_draw_lying if picture.lying else _draw_upright)(axes, picture, names)
+    axes.set_title(picture.title, fontsize=10.5, fontweight="bold", loc="left")
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_upright(axes: Axes, picture: Bars, names: list[str]) -> None:
     colours = [shade for shades in _SHADES for shade in shades]
     for place, (name, colour) in enumerate(zip(names, colours, strict=False)):
         value = picture.values[name]
@@ -90,9 +100,19 @@ def bars_figure(picture: Bars) -> Figure:
     axes.set_yticks(range(0, 101, 20))
     axes.set_xlim(-0.6, len(names) + 0.2)
     axes.set_ylabel(picture.axis, fontsize=10)
-    axes.set_title(picture.title, fontsize=10.5, fontweight="bold", loc="left")
-    axes.tick_params(labelsize=9, colors=INK)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+
+
+def _draw_lying(axes: Axes, picture: Bars, names: list[str]) -> None:
+    colours = {name: colour for group, (colour, _) in zip(picture.groups, _CURVES, strict=True) for name in group}
+    for place, name in enumerate(names):
+        value = picture.values[name]
+        axes.barh(place, value or 0, color=colours[name], height=0.7)
+        text = "-" if value is None else f"{value:.1f}"
+        axes.text((value or 0) + 1, place, text, va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(names)), [f"{name} ({picture.counts[name]})" for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel(picture.axis, fontsize=10)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)

@@ -84,7 +84,7 @@ class Table:
 class Bars:
     """A picture of one value in percent a name; names of a group have shades of one colour.
 
-    counts: samples of each name. chance: what guessing gives, if that can be said.
+    counts: samples of each name. chance: what guessing gives, if that can be said. lying: for many or long names.
     """
 
     title: str
@@ -93,6 +93,7 @@ class Bars:
     values: Mapping[str, float | None]
     counts: Mapping[str, int]
     chance: float | None = None
+    lying: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_longact.tasks.benchmark import Benchmark
+from megatron_longact.tasks.infinitebench.benchmark import InfiniteBench
 from megatron_longact.tasks.longbench_v2 import LongBenchV2
 from megatron_longact.tasks.needle_benchmark import Needle
 from megatron_longact.tasks.ruler.benchmark import Ruler
@@ -14,6 +15,7 @@ from megatron_longact.tasks.ruler.benchmark import Ruler
 BENCHMARKS: dict[str, type[Benchmark]] = {
     "ruler": Ruler,
     "longbench-v2": LongBenchV2,
+    "infinitebench": InfiniteBench,
     "needle": Needle,
 }
 

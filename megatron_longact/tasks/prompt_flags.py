@@ -19,7 +19,7 @@ class PromptFlags:
     essays: Path | None = None
     """RULER: PaulGrahamEssays.json, or a text file. Default: built-in prose."""
     words: Path | None = None
-    """RULER: folder with wonderwords' lists. Default: built-in words."""
+    """RULER: folder with wonderwords' lists. Default: the package's own, if it is installed."""
     squad: Path | None = None
     """RULER, qa_1: SQuAD's dev-v2.0.json. Default: built-in questions."""
     hotpotqa: Path | None = None

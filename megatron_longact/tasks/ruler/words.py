@@ -1,8 +1,9 @@
 """The words of needle keys and of the common-words task.
 
-The official scripts take them from the package wonderwords and, for long lists, from a dictionary of English.
-Here they are lists of our own, or files: a folder with wonderwords' `nounlist.txt`, `adjectivelist.txt` and
-`verblist.txt`, and, for long lists, RULER's `english_words.json`.
+The official scripts take them from the package wonderwords and, for longer lists, from a dictionary of English. So do
+these, where wonderwords is installed (the `benchmarks` extra); otherwise they are lists of our own. In place of the
+package there may be files: a folder with its `nounlist.txt`, `adjectivelist.txt` and `verblist.txt`, and, for longer
+lists, RULER's `english_words.json`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import random
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -112,6 +116,8 @@ thrive tolerate transform translate travel tremble understand unfold unite unloc
 welcome whisper wonder write yawn yell
 """)
 
+MOST_COMPOUNDED = 625
+"""Nouns that compounds are made of, at least this many of a longer list: one in so many, from the first on."""
 _FILES = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt", "verbs": "verblist.txt"}
 _DICTIONARY = "english_words.json"
 
@@ -150,9 +156,16 @@ class WordList:
 
 @cache
 def word_list(folder: Path | None = None) -> WordList:
-    """The built-in words, or those of a folder with wonderwords' files; ValueError for a folder without them."""
-    if folder is None:
+    """The words of wonderwords, or of a folder with its files; ValueError for a folder without them.
+
+    Without either the built-in ones: `source` says which they are.
+    """
+    if folder is None and find_spec("wonderwords") is None:
         return _make(NOUNS, ADJECTIVES, VERBS, dictionary=None, source="built-in words")
+    if folder is None:
+        assets = files("wonderwords") / "assets"
+        parts = {part: _unique((assets / name).read_text("utf-8").split("\n")) for part, name in _FILES.items()}
+        return _make(**parts, dictionary=None, source=f"words of wonderwords {version('wonderwords')}")
     parts = {part: _read(folder / name) for part, name in _FILES.items()}
     dictionary = folder / _DICTIONARY
     many = list(json.loads(dictionary.read_text("utf-8")).values()) if dictionary.exists() else None
@@ -174,7 +187,8 @@ def _make(
 
 
 def _compounds(nouns: list[str]) -> list[str]:
-    return _unique([first + second for first in nouns for second in nouns if first != second])
+    some = nouns[:: max(1, len(nouns) // MOST_COMPOUNDED)]
+    return _unique([first + second for first in some for second in some if first != second])
 
 
 def _read(path: Path) -> list[str]:
