@@ -223,6 +223,20 @@ def assert_cut_at(got: dict[str, Tensor], long: dict[str, Tensor], stops: tuple[
         assert (got["log_probs"][row, length:] == 0).all()
 
 
+def test_prompts_are_batched_with_their_neighbours_in_length() -> None:
+    from megatron_longact.generation.static import batches_of
+
+    lengths = [9, 9, 14, 15, 40, 46, 46, 46]
+
+    def batches(most: int, response_length: int) -> list[list[int]]:
+        return [lengths[rows] for rows in batches_of(lengths, most=most, response_length=response_length)]
+
+    assert batches(8, 6) == [[9, 9, 14, 15], [40, 46, 46, 46]]
+    assert batches(8, 4) == [[9, 9], [14, 15], [40], [46, 46, 46]]
+    assert batches(3, 25) == [[9, 9, 14], [15, 40, 46], [46, 46]]
+    assert list(batches_of([], most=3, response_length=5)) == []
+
+
 def test_padded_vocabulary_is_never_sampled() -> None:
     sampling = Sampling(max_response_length=RESPONSE, temperature=5.0, seed=1)
     [got] = ranks.run(generate, sampling=sampling, vocab_size=10, copies=8)

@@ -9,7 +9,7 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
   generator, `eval()` stays on, RoPE tables made in `torch.inference_mode` stay cached and cannot be
   used in a training forward: `generation_mode` undoes all of it;
 - prompts of different length prefill to the shortest and go on token by token: a batch here holds
-  prompts of one length;
+  prompts of one length, or of lengths so near that this takes fewer steps than a batch of their own (`batches_of`);
 - one generator and the first request's sampling parameters serve the whole batch, log-probs are
   those of the untempered logits in the logits' dtype, and the end-of-text token is cut off:
   `_Controller` samples, keeps fp32 log-probs and counts that token;
@@ -77,33 +77,28 @@ class StaticRolloutEngine:
         tokens = torch.zeros(n, length, dtype=torch.int64)
         log_probs = torch.zeros(n, length, dtype=torch.float32)
         with generation_mode(self.model), whole_sequences(self.model):
-            for rows in self._own_batches(prompts):
+            for rows in self._own_batches(prompts, sampling.max_response_length):
                 draws = self._generate_batch([prompts[row] for row in rows], sampling)
-                made = len(draws.tokens)
-                tokens[rows, :made] = torch.stack(draws.tokens, dim=1).cpu()
-                log_probs[rows, :made] = torch.stack(draws.log_probs, dim=1).cpu()
-                tokens[rows, made:] = self.eod
+                tokens[rows], log_probs[rows] = draws.responses(fill=self.eod)
         return self.ends.cut(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group))
 
-    def _own_batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Rows of this replica's prompts, batch by batch: one length each, equal prompts adjacent.
+    def _own_batches(self, prompts: Sequence[Prompt], response_length: int) -> Iterator[list[int]]:
+        """Rows of this replica's prompts, batch by batch, in order of length, equal prompts adjacent.
 
         Equal prompts stay on one replica; the replicas take turns in order of length.
         """
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row].tokens), prompts[row].index))
         groups = [list(rows) for _, rows in groupby(order, key=lambda r: prompts[r].tokens)]
-        own = groups[self.dp_group.rank() :: self.dp_group.size()]
-        for _, same_length in groupby(own, key=lambda rows: len(prompts[rows[0]].tokens)):
-            rows = [row for group in same_length for row in group]
-            for begin in range(0, len(rows), self.max_batch_size):
-                yield rows[begin : begin + self.max_batch_size]
+        own = [row for group in groups[self.dp_group.rank() :: self.dp_group.size()] for row in group]
+        lengths = [len(prompts[row].tokens) for row in own]
+        for batch in batches_of(lengths, most=self.max_batch_size, response_length=response_length):
+            yield own[batch]
 
     def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> _Draws:
-        prompt_length = len(prompts[0].tokens)
         draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, ends=self.ends)
         context = StaticInferenceContext(
             max_batch_size=len(prompts),
-            max_sequence_length=prompt_length + sampling.max_response_length,
+            max_sequence_length=max(len(prompt.tokens) for prompt in prompts) + sampling.max_response_length,
         )
         wrapper = _Wrapper(self.model, context, copies=_common_copies(prompts))
         engine = _Engine(_Controller(wrapper, draws, eod=self.eod), legacy=True)
@@ -124,8 +119,24 @@ class StaticRolloutEngine:
         return draws
 
 
+def batches_of(lengths: Sequence[int], *, most: int, response_length: int) -> Iterator[slice]:
+    """Batches of sorted prompt lengths: at most `most` prompts each, none much longer than the one before it.
+
+    A prompt that is g tokens longer costs its batch g more steps, and a batch of its own as many steps as a response
+    has tokens.
+    """
+    begin = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or i - begin == most or lengths[i] - lengths[i - 1] > response_length:
+            yield slice(begin, i)
+            begin = i
+
+
 class _Draws:
-    """What one batch samples: the random numbers that it uses, tokens and log-probs [b] a step."""
+    """What one batch samples: the random numbers that it uses, tokens and log-probs [b] a step.
+
+    The first step is at the end of the shortest prompt; until a row's own prompt ends, what it draws is thrown away.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int, ends: Ends) -> None:
         self.sampling = sampling
@@ -133,6 +144,8 @@ class _Draws:
         self.vocab_size = vocab_size
         self.tokens: list[Tensor] = []
         self.log_probs: list[Tensor] = []
+        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
+        self._starts = lengths - lengths.min()
         self._uniforms = torch.from_numpy(
             np.stack(
                 [
@@ -151,14 +164,27 @@ class _Draws:
     def next(self, logits: Tensor) -> Tensor:
         """The next token [b] of each row, from logits [b, padded V], as the engine is to see it."""
         log_probs = sampled_log_probs(logits[:, : self.vocab_size], sampling=self.sampling)
+        last = self.sampling.max_response_length - 1
+        positions = (len(self.tokens) - self._starts).clamp(min=0)
         if self.sampling.greedy:
             tokens = log_probs.argmax(-1)
         else:
-            uniforms = self._uniforms[:, len(self.tokens)].to(log_probs.device)
-            tokens = draw(log_probs, uniforms)
+            uniforms = self._uniforms.gather(1, positions.clamp(max=last)[:, None]).squeeze(1)
+            tokens = draw(log_probs, uniforms.to(log_probs.device))
         self.tokens.append(tokens)
         self.log_probs.append(log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
-        return self.ends.as_eod(tokens)
+        whole = (positions >= last).to(tokens.device)
+        return self.ends.as_eod(tokens).masked_fill(whole, self.ends.eod)
+
+    def responses(self, *, fill: int) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs [b, R] on the CPU; `fill` and 0 where the batch had ended."""
+        length = self.sampling.max_response_length
+        tokens = torch.full((len(self._starts), len(self.tokens) + length), fill)
+        log_probs = torch.zeros(tokens.shape)
+        tokens[:, : len(self.tokens)] = torch.stack(self.tokens, dim=1).cpu()
+        log_probs[:, : len(self.tokens)] = torch.stack(self.log_probs, dim=1).cpu()
+        columns = self._starts[:, None] + torch.arange(length)
+        return tokens.gather(1, columns), log_probs.gather(1, columns)
 
 
 class _Controller(TextGenerationController):
