@@ -5,8 +5,11 @@
 
 PYTHON_BIN := .venv/bin/python
 WORKERS ?= 2
+VERSION ?= 0.16.1
+LIBRARY_TESTS := $(patsubst %,tests/test_%.py,layouts longact checkpoints moments masked_update optimizer_shards \
+  context_parallel refusals integrations import_mask versions config qkv_layout selection reduction tokens)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo observe test test-gpu test-te lint style types suite format docs clean
+.PHONY: help setup demo observe test test-gpu test-megatron test-te lint style types suite format docs clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +28,10 @@ suite: setup
 
 test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/gpu-results.md (PYTHON=python3: your own environment)
 	@$(or $(PYTHON),$(PYTHON_BIN)) -m pytest -m gpu tests/gpu tests/test_preflight.py tests/test_telemetry.py
+
+test-megatron: setup ## the library's tests with another megatron-core (VERSION=0.16.1)
+	@bash scripts/setup_megatron.sh $(VERSION)
+	@.venv-megatron-$(VERSION)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_FLAGS) $(LIBRARY_TESTS)
 
 test-te: ## Transformer Engine's modules without a GPU, where scripts/setup_te.sh has made .venv-te
 	@if [ -e .venv-te/complete ]; then .venv-te/bin/python -m pytest -m te tests/te; \
@@ -51,5 +58,5 @@ setup: ## make .venv from constraints.txt, if it is not there
 	@bash scripts/setup.sh
 
 clean: ## remove .venv, caches and build folders (runs/ stays)
-	rm -rf .venv .venv-te .cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-te .venv-megatron-* .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from megatron.core.transformer.cuda_graph_config import normalize_cuda_graph_modules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_longact.config import LongActConfig
 from megatron_longact.qkv_layout import QKVLayout
+from megatron_longact.versions import warn_if_untested
 
 Setting = Callable[[str], Any]
 """The value of a setting, None if no source switches it on."""
@@ -24,11 +24,12 @@ def _cuda_graphs(setting: Setting) -> tuple[str, set[str]]:
         impl = "local"
     if setting("external_cuda_graph"):
         impl = "transformer_engine"
-    given = setting("cuda_graph_modules") or setting("cuda_graph_scope_deprecated")
-    modules, renamed, _ = normalize_cuda_graph_modules(given)
-    if any(name == "full_iteration" for name, *_ in renamed):
+    given = setting("cuda_graph_modules") or setting("cuda_graph_scope_deprecated") or setting("cuda_graph_scope") or []
+    listed = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+    modules = {getattr(module, "name", module) for module in listed}
+    if "full_iteration" in modules:
         impl = "full_iteration"
-    return impl, {module.name for module in modules}
+    return impl, modules - {"", "full", "full_iteration", "full_iteration_inference"}
 
 
 def _graphs_of_attention(setting: Setting) -> bool:
@@ -183,7 +184,8 @@ def check_linear_qkv(name: str, module: nn.Module, layout: QKVLayout, tp_size: i
 
 
 def check_chunks(model_chunks: Iterable[nn.Module]) -> None:
-    """Raise `ValueError` unless Megatron's DistributedDataParallel holds the gradients of each chunk."""
+    """Raise `ValueError` unless Megatron's DistributedDataParallel holds each chunk's gradients; also for an old one."""
+    warn_if_untested()
     for chunk in model_chunks:
         if not hasattr(chunk, "zero_grad_buffer"):
             raise ValueError(

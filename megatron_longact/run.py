@@ -36,7 +36,7 @@ from megatron_longact.megatron.tool_command import is_refusal
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] [--verbose] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
-_OLDEST_MEGATRON = (0, 19)
+_OLDEST_MEGATRON = (0, 17)
 _FRAMES_OF_LAUNCHER = (__file__, "<frozen runpy>", runpy.__file__)
 
 
@@ -123,7 +123,8 @@ def _check_megatron() -> None:
         numbers = re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info.read_text(), re.MULTILINE)
         if tuple(map(int, numbers)) < _OLDEST_MEGATRON:
             version = ".".join(numbers)
-            raise _UsageError(f"{info.parent} is Megatron {version}; LongAct needs 0.19 or newer")
+            oldest = ".".join(map(str, _OLDEST_MEGATRON))
+            raise _UsageError(f"{info.parent} is Megatron {version}; LongAct's launcher needs {oldest} or newer")
 
 
 def _keep_package_importable() -> None:

@@ -9,7 +9,7 @@ import megatron_longact
 PACKAGE = Path(megatron_longact.__file__).parent
 
 FLOORS = [
-    {"config", "flags", "qkv_layout", "tokens", "reduction", "safetensors_files"},
+    {"config", "flags", "qkv_layout", "tokens", "reduction", "safetensors_files", "versions"},
     {"selection", "refusals", "masked_update"},
     {"qkv_layers", "optimizer_shards", "saliency", "state", "metrics", "imported_masks", "arguments"},
     {"longact"},

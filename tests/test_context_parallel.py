@@ -3,6 +3,7 @@
 Each rank gets its part of the same activations, cut by Megatron's own function, and its rows.
 """
 
+from inspect import signature
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.ranks import Layout
 
 QKV = QKVLayout(4, 2, 4)
 LENGTHS = (16, 9, 13)
+NOT_HYBRID = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
 CASES = list(product([{}, {"min_context": 12}, {"skip_first_tokens": 5}], ["mean-abs", "rms", "max-abs"]))
 
 
@@ -39,7 +41,7 @@ def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
     x, real = activations()
     groups = ModelGroups.from_collection(ProcessGroupCollection.use_mpu_process_groups())
     cp_rank, cp_size = groups.cp.rank(), groups.cp.size()
-    local = get_batch_on_this_cp_rank({"x": x.clone()}, False, cp_group=groups.cp)["x"]  # [b, s / cp, rows]
+    local = get_batch_on_this_cp_rank({"x": x.clone()}, **NOT_HYBRID, cp_group=groups.cp)["x"]  # [b, s / cp, rows]
     assert torch.equal(zigzag(x, cp_rank=cp_rank, cp_size=cp_size), local)
     counted = counted_tokens(
         rules=TokenRules(**rules),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -379,6 +380,8 @@ def skipped_steps(spec: ModelSpec, optimizer: OptimizerSpec) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_skipped_step_leaves_everything_as_it_was(dtype: str, distributed: bool) -> None:
+    if dtype == "bf16" and not hasattr(OptimizerConfig, "grad_norm_skip_threshold"):
+        pytest.skip("this Megatron skips no step of bf16")
     optimizer = OptimizerSpec(distributed=distributed, config={"initial_loss_scale": 1024.0} if dtype == "fp16" else {})
     run = {"layout": Layout(tp=2), "world_size": 4}
     for result in ranks.run(skipped_steps, **run, spec=ModelSpec(dtype=dtype), optimizer=optimizer):

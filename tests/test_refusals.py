@@ -1,6 +1,7 @@
 """Everything that would defeat LongAct silently is refused by name, and nothing is left behind."""
 
 from argparse import Namespace
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_longact import LongAct, LongActConfig
-from megatron_longact.megatron.seams import check_args
 from megatron_longact.refusals import check_settings
 from tests import ranks
 from tests.models import Built, ModelSpec, OptimizerSpec, build, random_tokens, train_step
@@ -35,6 +35,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_flag_is_refused_with_longact_alone(name: str) -> None:
     value, flag = FLAGS[name]
+    check_args = pytest.importorskip("megatron_longact.megatron.seams", exc_type=ImportError).check_args
     with pytest.raises(ValueError, match=f"does not work with {flag}") as error:
         check_args(Namespace(longact=True, **{name: value}))
     assert "\n" not in str(error.value)
@@ -97,6 +98,12 @@ BLOCKING: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
+if not hasattr(TransformerConfig, "cuda_graph_modules"):  # until megatron-core 0.17
+    del BLOCKING["of the iteration"], BLOCKING["of the iteration by the old name"]
+    for settings, _ in BLOCKING.values():
+        settings |= {"cuda_graph_scope": settings.pop("cuda_graph_modules")} if "cuda_graph_modules" in settings else {}
+
+
 def refusals_of_configs() -> dict[str, str | None]:
     """What LongAct says to each, after Megatron's own TransformerConfig accepted it."""
     said: dict[str, str | None] = dict.fromkeys(BLOCKING)
@@ -134,6 +141,7 @@ def test_cuda_graphs_that_would_replay_attention_are_refused_under_all_their_nam
 
 
 def test_the_same_flags_are_refused_before_megatron_validates_them() -> None:
+    pytest.importorskip("megatron.training")
     flags = {
         "--cuda-graph-impl transformer_engine": ATTENTION,
         "--cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp": ATTENTION,
@@ -194,6 +202,7 @@ def test_megatron_delays_weight_gradients_only_with_what_longact_refuses() -> No
 
 
 def test_tap_norm_needs_a_norm() -> None:
+    check_args = pytest.importorskip("megatron_longact.megatron.seams", exc_type=ImportError).check_args
     given = {"longact": True, "longact_tap": "norm"}
     with pytest.raises(ValueError, match="needs --qk-layernorm"):
         check_args(Namespace(**given, qk_layernorm=False))
@@ -222,12 +231,13 @@ class Adapted(nn.Module):
 def layer_wise(built: Built) -> LayerWiseDistributedOptimizer:
     """Megatron's own, over an Adam as it makes one for what Muon does not step."""
     groups = [{"params": list(built.chunks[0].parameters()), "is_expert_parallel": False}]
+    given: dict[str, Any] = {"model_chunks": built.chunks}  # from megatron-core 0.18 on
     return LayerWiseDistributedOptimizer(
         [torch.optim.AdamW(groups)],
         built.optimizer.config,
         ProcessGroupCollection.use_mpu_process_groups(),
         [lambda *_: None],
-        built.chunks,
+        **{name: v for name, v in given.items() if name in signature(LayerWiseDistributedOptimizer).parameters},
     )
 
 

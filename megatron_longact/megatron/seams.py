@@ -10,6 +10,7 @@
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
 | `training.load_checkpoint` | derives weights in FP8 from the masters once more when weights alone are loaded again |
 | `training.train_step` | counts what one line says at the end: `run_summary` |
+| `training.finalize_model_grads` | LongAct's, which Megatron before 0.19 would put its own in the place of |
 | `training.training_log` | writes LongAct's scalars to TensorBoard, and those of the GPUs |
 """
 
@@ -23,7 +24,8 @@ from functools import wraps
 from typing import Any
 
 import torch
-from megatron.training import argument_utils, arguments, checkpointing, training
+from megatron.core.utils import get_model_config
+from megatron.training import argument_utils, arguments, checkpointing, initialize, training
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
@@ -35,6 +37,7 @@ from megatron_longact.megatron.checkpointing import carry_state, check_converted
 from megatron_longact.megatron.run_summary import said_at_the_end
 from megatron_longact.optimizer_shards import derive_quantized_weights
 from megatron_longact.refusals import check_settings, check_tap
+from megatron_longact.versions import seams_here
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,11 @@ def attached() -> Iterator[None]:
         seams.callback(telemetry.stop)
         seams.enter_context(said_at_the_end(instances))
         seams.enter_context(_replaced(arguments, "parse_args", _parsing))
+        for name in seams_here(initialize, "parse_args"):
+            seams.enter_context(_replaced(initialize, name, _parsing))
         seams.enter_context(_replaced(checkpointing, "load_args_from_checkpoint", completing))
-        seams.enter_context(_replaced(argument_utils, "gpt_config_from_args", with_rope_scaling_factor))
+        for name in seams_here(argument_utils, "gpt_config_from_args"):
+            seams.enter_context(_replaced(argument_utils, name, with_rope_scaling_factor))
         seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances, seams))
         seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
         seams.enter_context(_replaced(training, "load_checkpoint", _reloading, instances))
@@ -149,11 +155,18 @@ def _attaching(original: Callable[..., Any], instances: list[LongAct], seams: Ex
         if longact_config is not None:
             longact = LongAct.attach(model_chunks, optimizer, longact_config)
             instances.append(longact)
+            _keep_finalize(seams, get_model_config(model_chunks[0]))
             if getattr(get_args(), "perform_rl_step", False):
                 _name_rollout_tokens(model_chunks, longact, seams)
         return optimizer
 
     return get_megatron_optimizer
+
+
+def _keep_finalize(seams: ExitStack, model_config: Any) -> None:
+    """Let `train` find LongAct's function: until 0.18 it sets its own, whatever the config has (see `versions`)."""
+    finalize = model_config.finalize_model_grads_func
+    seams.enter_context(_replaced(training, "finalize_model_grads", lambda _: finalize))
 
 
 def _name_rollout_tokens(model_chunks: Any, longact: LongAct, seams: ExitStack) -> None:

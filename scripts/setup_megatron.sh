@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Makes .venv-megatron-VERSION for `make test-megatron VERSION=…`: another megatron-core beside all else that .venv has.
+# Wants 20 MB and some seconds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+version=${1:?usage: bash scripts/setup_megatron.sh VERSION, for example 0.16.1}
+folder=.venv-megatron-$version
+stamp=$folder/complete # written last: without it the folder counts as broken
+log=.cache/setup-megatron.log
+
+fingerprint() { { pwd; cat .venv/complete scripts/setup_megatron.sh; } 2>/dev/null | cksum; }
+
+give_up() {
+  if [ -f "$stamp" ]; then return; fi
+  tail -n 15 "$log" >&2
+  rm -rf "$folder"
+  echo "setup-megatron: did not finish, see $log; the unfinished $folder was removed" >&2
+}
+
+if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then exit 0; fi
+
+mkdir -p .cache
+: >"$log"
+trap give_up EXIT
+rm -rf "$folder"
+python=$(.venv/bin/python -c 'import os, sys; print(os.path.realpath(sys._base_executable))')
+shared=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -m venv --without-pip "$folder" >>"$log" 2>&1
+site=$("$folder"/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# Links to the packages one by one: the folder itself would bring the other Megatron into the namespace `megatron`.
+for package in "$shared"/*; do
+  name=$(basename "$package")
+  case $name in
+    megatron* | __editable__* | __pycache__) ;;
+    *) ln -s "$package" "$site/$name" ;;
+  esac
+done
+.venv/bin/python -m pip --disable-pip-version-check install --no-deps --target "$site" "megatron-core==$version" \
+  </dev/null >>"$log" 2>&1
+fingerprint >"$stamp"

@@ -1,0 +1,71 @@
+"""Other Megatrons than the pinned one: the rules, and a few of the library's tests and the launcher on each of them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_longact.versions import NEWEST_TESTED, OLDEST, check_version, installed, version_of
+from tests.launch import run as run_command
+
+ROOT = Path(__file__).parent.parent
+OTHERS = ["0.16.1", "0.17.1", "0.18.2"]
+SUBSET = [
+    "test_layouts.py::test_layout_selects_and_updates_as_the_reference[tp2-high]",
+    "test_layouts.py::test_layout_selects_and_updates_as_the_reference[tp2 dp2 overlapped-high]",
+    "test_longact.py::test_an_empty_or_broken_refresh_keeps_the_mask_on_every_rank",
+]
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def test_versions_are_read_as_megatron_writes_them() -> None:
+    assert version_of("0.19.2+5f48164") == (0, 19)
+    assert version_of("0.16.0rc0") == (0, 16)
+    assert OLDEST <= installed() <= NEWEST_TESTED
+
+
+def test_old_ones_are_refused_and_new_ones_warned_of() -> None:
+    with pytest.raises(ValueError, match=r"this is megatron-core 0\.15; LongAct needs 0\.16 or newer"):
+        check_version(version_of("0.15.3"))
+    assert check_version(OLDEST) is check_version(NEWEST_TESTED) is None
+    assert check_version(version_of("0.21.0")) == "LongAct is tested with megatron-core 0.16 to 0.19, and this is 0.21"
+
+
+def set_up(version: str) -> Path:
+    """The Python of an environment with that megatron-core."""
+    made = run_command(["bash", str(ROOT / "scripts/setup_megatron.sh"), version], timeout=200, environment={})
+    if "No matching distribution" in made.stderr or "Could not find a version" in made.stderr:
+        pytest.skip(f"no megatron-core {version} here: pip found none")
+    assert made.returncode == 0, made.stderr
+    return ROOT / f".venv-megatron-{version}/bin/python"
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def python(request: pytest.FixtureRequest) -> Path:
+    if sys.prefix == sys.base_prefix or not (ROOT / ".venv").exists() or ".venv-" in sys.prefix:
+        pytest.skip("from .venv alone, whose packages are shared")
+    return set_up(request.param)
+
+
+def test_the_library_works_with(python: Path) -> None:
+    tests = [f"tests/{test}" for test in SUBSET]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    result = run_command(command, timeout=200, environment={"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert re.search(r"^\.{3} +\[100%\]$", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_the_launcher_works_with(python: Path) -> None:
+    if "0.16" in str(python):
+        pytest.skip("its wheel has no megatron.training")
+    from tests.test_run import TRAINING
+
+    program = ["-m", "megatron_longact.run", "--cpu", str(ROOT / "tests/programs/pretrain_older.py")]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command = [str(python), *ranks, *program, *TRAINING, "--longact"]
+    result: subprocess.CompletedProcess[str] = run_command(command, timeout=200, environment={"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "LongAct ends at update 2: in 2 steps" in result.stdout
