@@ -184,7 +184,7 @@ def check_linear_qkv(name: str, module: nn.Module, layout: QKVLayout, tp_size: i
 
 
 def check_chunks(model_chunks: Iterable[nn.Module]) -> None:
-    """Raise `ValueError` unless Megatron's DistributedDataParallel holds each chunk's gradients; also for an old one."""
+    """Raise `ValueError` unless Megatron's DistributedDataParallel holds the chunks' gradients; and for an old one."""
     warn_if_untested()
     for chunk in model_chunks:
         if not hasattr(chunk, "zero_grad_buffer"):

@@ -158,11 +158,11 @@ def test_megatron_lies_beside_the_script(tmp_path: Path) -> None:
 def test_an_old_megatron_is_refused(tmp_path: Path) -> None:
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
-    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 2\n")
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 16\nPATCH = 1\n")
     (tmp_path / "script.py").touch()
     done = run_command([sys.executable, "-m", "megatron_longact.run", str(tmp_path / "script.py")], timeout=100)
     assert done.returncode == 2
-    assert f"megatron_longact: {core} is Megatron 0.18; LongAct needs 0.19" in done.stderr
+    assert f"megatron_longact: {core} is Megatron 0.16; LongAct's launcher needs 0.17 or newer" in done.stderr
     assert "Traceback" not in done.stderr
 
 

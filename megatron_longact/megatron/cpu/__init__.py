@@ -52,6 +52,8 @@ Megatron (replacements.py)
                                     exchange logits
     `maybe_move_tensor_to_cpu`      leaves the all-to-all's split sizes a tensor if they are on the CPU
                                     already; `all_to_all_single` wants numbers
+    `moe_utils.te_general_gemm`     in 0.16 a router without Transformer Engine asks for a name that is
+                                    not there
 
 Megatron's optimizers in checkpoints (optimizer_checkpoints.py)
     `sharded_state_dict` of all of them

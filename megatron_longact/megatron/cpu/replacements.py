@@ -18,6 +18,7 @@ def replace_in_megatron() -> None:
     _replace_inference_assertion()
     _replace_attention()
     _replace_split_sizes()
+    _name_missing_gemm()
 
 
 def _replace_rng() -> None:
@@ -88,3 +89,10 @@ def _replace_split_sizes() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_host
+
+
+def _name_missing_gemm() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
