@@ -64,6 +64,8 @@ MEGATRON = {
 }
 """What Megatron's parser gives for the flags that are read."""
 
+VIRTUAL = {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2}
+
 
 def parse(*flags: str, **megatron: Any) -> Namespace:
     ours = ["--run-dir", "runs/x", "--context-lengths", "128", "256", *flags]
@@ -217,7 +219,9 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
         ((), {"sequence_parallel": True, "tensor_model_parallel_size": 3}, "cuts rows into 3 equal parts"),
         ((), {"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ((), {"context_parallel_size": 2}, "--context-parallel-size"),
-        ((), {"virtual_pipeline_model_parallel_size": 2}, "--num-layers-per-virtual-pipeline-stage"),
+        ((), VIRTUAL | {"inference_dynamic_batching": True}, "--num-layers-per-virtual-pipeline-stage and"),
+        ((), VIRTUAL | {"micro_batch_size": 3}, "wants a multiple of 12: 3 responses a micro-batch x 2 replicas x 2"),
+        ((), VIRTUAL | {"global_batch_size": 2, "rl_use_sequence_packing": True}, "wants at least 4"),
         ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
         ((), {"fp8_param_gather": True}, "--grpo-kl-beta, --fp8-param-gather and --fp8-recipe delayed"),

@@ -36,6 +36,8 @@ CASES = {
     "dp2": Case(ranks=2, micro_batch_size=2),
     "pp2": Case(Layout(pp=2), 2, 2),
     "pp2 packed": Case(Layout(pp=2), 2, None),
+    "pp2, virtual": Case(Layout(pp=2, vpp=2), 2, 2),
+    "pp2 dp2, virtual, packed": Case(Layout(pp=2, vpp=2), 4, None),
     "tp2, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9),
     "tp2 dp2 packed": Case(Layout(tp=2), 4, None),
     "tp2 sequence parallel, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9, sequence_parallel=True),
@@ -135,19 +137,28 @@ def step(policy_loss: str, aggregation: str, case: Case) -> dict[str, Any]:
     built = build(ModelSpec(layers=4, config={"sequence_parallel": case.sequence_parallel}))
     batch = make_batch()
     pgs = ProcessGroupCollection.use_mpu_process_groups()
-    layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=pgs.pp.size())
+    layout = BatchLayout(
+        config,
+        EOD,
+        16,
+        dp_rank=pgs.dp.rank(),
+        dp_size=pgs.dp.size(),
+        pp_size=pgs.pp.size(),
+        step_multiple=2 if case.layout.vpp else 1,
+    )
     [plan] = layout.plan(batch)
     scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=pgs.tp, chunk_size=case.chunk)
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(ratio=0.4))
     objective = Objective(config, scorer, longact, dp_size=pgs.dp.size())
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
     selected = TokenSelector(config, trainer_log_probs).select(batch, plan, update=1)
+    micro_batches = [layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches]
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
         forward_step_func=objective.forward_step(batch.response_mask, num_microbatches=len(plan.micro_batches)),
-        data_iterator=iter([layout.micro_batch(batch, part, selected=selected) for part in plan.micro_batches]),
-        model=built.chunks[0],
+        data_iterator=[iter(micro_batches) for _ in built.chunks],
+        model=built.chunks,
         num_microbatches=len(plan.micro_batches),
         seq_length=SEQ_LENGTH,
         micro_batch_size=layout.micro_batch_size,

@@ -20,6 +20,7 @@ LAYOUTS = {
     "tp1": (Layout(), 1),
     "tp2 sequence parallel": (Layout(tp=2), 2),
     "pp2": (Layout(pp=2), 2),
+    "pp2, virtual": (Layout(pp=2, vpp=2), 2),
     "dp2": (Layout(), 2),
 }
 
@@ -33,7 +34,7 @@ def make_prompts(copies: int = 3) -> list[Any]:
     return [Prompt(t, i, j) for j in range(copies) for i, t in enumerate(tokens)]
 
 
-def make_engine(model: Any, **settings: Any) -> Any:
+def make_engine(model: Any, *later_chunks: Any, **settings: Any) -> Any:
     from megatron.core import parallel_state
 
     from megatron_longact.generation.static import StaticRolloutEngine
@@ -41,7 +42,7 @@ def make_engine(model: Any, **settings: Any) -> Any:
     return StaticRolloutEngine(
         model,
         dp_group=parallel_state.get_data_parallel_group(),
-        **{"eod": EOD, "vocab_size": 64, "max_batch_size": 16, **settings},
+        **{"eod": EOD, "vocab_size": 64, "max_batch_size": 16, "later_chunks": later_chunks, **settings},
     )
 
 
@@ -52,12 +53,12 @@ def make_model(**spec: Any) -> Any:
     from tests.models import ModelSpec, build
 
     config = {"sequence_parallel": get_tensor_model_parallel_world_size() > 1} | spec.pop("config", {})
-    return build(ModelSpec(layers=2, config=config, **spec))
+    return build(ModelSpec(layers=4, config=config, **spec))
 
 
 def generate(sampling: Sampling, *, copies: int = 3, **settings: Any) -> dict[str, Tensor]:
-    model = make_model().chunks[0].module
-    return vars(make_engine(model, **settings).generate(make_prompts(copies), sampling))
+    chunks = [chunk.module for chunk in make_model().chunks]
+    return vars(make_engine(*chunks, **settings).generate(make_prompts(copies), sampling))
 
 
 def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
 
     chunks = make_model(**spec).chunks
     prompts = make_prompts()
-    rollouts = make_engine(chunks[0].module).generate(prompts, sampling)
+    rollouts = make_engine(*(chunk.module for chunk in chunks)).generate(prompts, sampling)
     n = len(prompts)
     batch = RolloutBatch(
         step=0,
@@ -104,9 +105,7 @@ def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
 
 def argmax_of_full_forwards() -> list[list[int]]:
     """Greedy decoding written out: one whole forward a token, no cache, no batch."""
-    from tests.models import ModelSpec, build
-
-    model = build(ModelSpec(layers=2)).chunks[0].module.eval()
+    model = make_model().chunks[0].module.eval()
     responses = []
     for prompt in make_prompts(copies=1):
         tokens = list(prompt.tokens)

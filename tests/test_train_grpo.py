@@ -75,13 +75,13 @@ EVERYTHING = [
 """Of a run that uses what there is."""
 
 
-def train(run_dir: Path, *flags: str, tp: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run the program on `tp` ranks."""
+def train(run_dir: Path, *flags: str, tp: int = 1, pp: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the program on `tp` x `pp` ranks."""
     command = [str(ROOT / "examples/train_grpo.py"), *demo_model_args(), *FLAGS]
     command += ["--run-dir", str(run_dir), "--tensorboard-dir", str(run_dir / "tensorboard")]
     command += ["--load", str(run_dir / "checkpoints"), "--save", str(run_dir / "checkpoints")]
-    command += ["--tensor-model-parallel-size", str(tp), *flags]
-    return run_program(*command, world_size=tp)
+    command += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp), *flags]
+    return run_program(*command, world_size=tp * pp)
 
 
 def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -224,8 +224,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(straight: tuple[Path, str], tmp_
         assert any(part in name for name in names), part
 
 
-def test_a_dense_run_on_one_rank(tmp_path: Path) -> None:
-    done = train(tmp_path, "--train-iters", "1", "--grpo-kl-beta", "0")
+def test_a_dense_run_through_a_virtual_pipeline(tmp_path: Path) -> None:
+    """Two stages of two chunks each; the last one has no layer."""
+    virtual = ("--pipeline-model-parallel-layout", "Et|t|t|L", "--micro-batch-size", "2")
+    done = train(tmp_path, "--train-iters", "1", "--grpo-kl-beta", "0", *virtual, pp=2)
     assert done.returncode == 0, done.stderr
     [row] = rows_of(tmp_path)
     assert (row["longact/active_fraction_q"], row["longact/active_fraction_k"]) == (1.0, 1.0)

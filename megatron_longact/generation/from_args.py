@@ -19,10 +19,10 @@ from megatron_longact.generation.vocabulary import vocabulary_from_args
 def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
     """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one.
 
-    args: Megatron's; model: its chunks, of which there must be one. What can be drawn, and what ends a response:
-    `vocabulary_from_args`.
+    args: Megatron's; model: its chunks on this rank, of which the dynamic engine takes one. What can be drawn, and what
+    ends a response: `vocabulary_from_args`.
     """
-    vocabulary, unwrapped = vocabulary_from_args(args, get_tokenizer()), unwrap_model(model[0])
+    vocabulary, (unwrapped, *later) = vocabulary_from_args(args, get_tokenizer()), unwrap_model(list(model))
     if args.inference_dynamic_batching:
         return DynamicRolloutEngine(
             unwrapped,
@@ -40,4 +40,5 @@ def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGrou
         vocab_size=vocabulary.size,
         max_batch_size=args.inference_max_requests,
         dp_group=pgs.dp,
+        later_chunks=later,
     )

@@ -15,6 +15,7 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
   `_Controller` samples, keeps fp32 log-probs and counts that token;
 - it stops at one token: of the tokens that end a response it is told that each is that one;
 - it refuses sequence parallelism: `whole_sequences` switches that off while it generates;
+- it knows one chunk of the model a rank: `_Wrapper` goes round the stages once for each of a virtual pipeline;
 - a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once.
 """
 
@@ -28,6 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.inference.communication_utils import (
+    is_pipeline_first_stage,
+    is_pipeline_last_stage,
+    recv_from_prev_pipeline_rank_,
+    send_to_next_pipeline_rank,
+)
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines import StaticInferenceEngine
 from megatron.core.inference.inference_request import InferenceRequest, Status
@@ -49,8 +56,9 @@ from megatron_longact.generation.whole_sequences import whole_sequences
 class StaticRolloutEngine:
     """Rollouts by `StaticInferenceEngine` with a KV cache, at the model's own TP and PP size, sequence parallel or not.
 
-    model: the unwrapped GPTModel; eod: the token that ends a response, and fills what lies behind an end;
-    stop_ids: others that end one; vocab_size: ids from it on, the model's padded ones, are never sampled;
+    model: the unwrapped GPTModel; later_chunks: with a virtual pipeline this rank's others, in their order;
+    eod: the token that ends a response, and fills what lies behind an end; stop_ids: others that end one;
+    vocab_size: ids from it on, the model's padded ones, are never sampled;
     max_batch_size: responses made at once by one model replica; dp_group: ranks that share the prompts among them.
     """
 
@@ -63,8 +71,9 @@ class StaticRolloutEngine:
         max_batch_size: int,
         dp_group: ProcessGroup,
         stop_ids: Sequence[int] = (),
+        later_chunks: Sequence[nn.Module] = (),
     ) -> None:
-        self.model = model
+        self.chunks = nn.ModuleList([model, *later_chunks])
         self.eod = eod
         self.ends = Ends(eod, stop_ids)
         self.vocab_size = vocab_size
@@ -76,7 +85,7 @@ class StaticRolloutEngine:
         n, length = len(prompts), sampling.max_response_length
         tokens = torch.zeros(n, length, dtype=torch.int64)
         log_probs = torch.zeros(n, length, dtype=torch.float32)
-        with generation_mode(self.model), whole_sequences(self.model):
+        with generation_mode(self.chunks), whole_sequences(self.chunks):
             for rows in self._own_batches(prompts, sampling.max_response_length):
                 draws = self._generate_batch([prompts[row] for row in rows], sampling)
                 tokens[rows], log_probs[rows] = draws.responses(fill=self.eod)
@@ -100,7 +109,7 @@ class StaticRolloutEngine:
             max_batch_size=len(prompts),
             max_sequence_length=max(len(prompt.tokens) for prompt in prompts) + sampling.max_response_length,
         )
-        wrapper = _Wrapper(self.model, context, copies=_common_copies(prompts))
+        wrapper = _Wrapper(self.chunks, context, copies=_common_copies(prompts))
         engine = _Engine(_Controller(wrapper, draws, eod=self.eod), legacy=True)
         params = SamplingParams(num_tokens_to_generate=sampling.max_response_length)
         engine.generate(
@@ -221,8 +230,9 @@ class _Engine(StaticInferenceEngine):
 class _Wrapper(GPTInferenceWrapper):
     """The model behind the engine; prefills one row in `copies`, for rows that are equal."""
 
-    def __init__(self, model: nn.Module, context: StaticInferenceContext, *, copies: int) -> None:
-        super().__init__(model, context)
+    def __init__(self, chunks: nn.ModuleList, context: StaticInferenceContext, *, copies: int) -> None:
+        super().__init__(chunks[0], context)
+        self.chunks = chunks
         self.copies = copies
 
     def run_one_forward_step(
@@ -240,6 +250,26 @@ class _Wrapper(GPTInferenceWrapper):
                     unique = cache[:, : rows // self.copies]
                     cache.copy_(unique.repeat_interleave(self.copies, dim=1))
             return None if logits is None else logits.repeat_interleave(self.copies, dim=0)
+
+    def forward_pass_with_pipeline_parallel(
+        self, inference_input: dict[str, Any], recv_buffer_seq_len: int | None = None
+    ) -> Tensor | None:
+        """Once round the stages for each chunk of a virtual pipeline; logits [b, s, padded V] on the last one."""
+        if len(self.chunks) == 1:
+            return super().forward_pass_with_pipeline_parallel(inference_input, recv_buffer_seq_len)
+        rows, length = inference_input["tokens"].shape
+        chunks: list[Any] = list(self.chunks)
+        for i, self.model in enumerate(chunks):
+            received = None
+            if i or not is_pipeline_first_stage(self.pp_group):
+                received = self._allocate_recv_buffer(rows, length)
+                recv_from_prev_pipeline_rank_(received, self.pp_group)
+            self.model.set_input_tensor(received)
+            output: Tensor = self._forward(inference_input)
+            if i < len(chunks) - 1 or not is_pipeline_last_stage(self.pp_group):
+                send_to_next_pipeline_rank(output.to(self.pipeline_communication_dtype), self.pp_group)
+        self.inference_context.increment_sequence_len_offset(length)
+        return output.to(self.config.params_dtype) if is_pipeline_last_stage(self.pp_group) else None
 
 
 def _common_copies(prompts: Sequence[Prompt]) -> int:

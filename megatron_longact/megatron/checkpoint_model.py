@@ -55,10 +55,7 @@ def load_model(args: Namespace, pg_collection: ProcessGroupCollection) -> Sequen
 
 def check_layout(args: Namespace, program: str) -> None:
     """ValueError for a parallel layout that Megatron's inference engines cannot generate with."""
-    refused = {
-        "--context-parallel-size": args.context_parallel_size > 1,
-        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
-    }
-    for flag, given in refused.items():
-        if given:
-            raise ValueError(f"{program} does not work with {flag}: the inference engines cannot generate with it")
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"{program} does not work with --context-parallel-size: the inference engines cannot generate with it"
+        )

@@ -44,6 +44,7 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_lengths(config, max_position_embeddings=args.max_position_embeddings)
     _check_parts(args)
     _check_batches(config)
+    _check_interleaved(args, config)
     _check_objective(config)
     return config
 
@@ -133,6 +134,21 @@ def _check_batches(config: RLConfig) -> None:
         raise ValueError(f"--grpo-kl-beta is {config.kl_beta}; it must not be negative")
 
 
+def _check_interleaved(args: Namespace, config: RLConfig) -> None:
+    """Megatron's interleaved schedule takes as many micro-batches at once as there are stages."""
+    if args.virtual_pipeline_model_parallel_size is None:
+        return
+    rows = 1 if config.pack_sequences else config.micro_batch_size
+    unit = rows * args.data_parallel_size * args.pipeline_model_parallel_size
+    fits = config.global_batch_size >= unit if config.pack_sequences else config.global_batch_size % unit == 0
+    if not fits:
+        raise ValueError(
+            f"--global-batch-size is {config.global_batch_size}; --num-layers-per-virtual-pipeline-stage wants "
+            f"{'at least' if config.pack_sequences else 'a multiple of'} {unit}: {rows} responses a micro-batch x "
+            f"{args.data_parallel_size} replicas x {args.pipeline_model_parallel_size} micro-batches at once"
+        )
+
+
 def _check_objective(config: RLConfig) -> None:
     if config.overlong_buffer_length:  # raises for a buffer that does not fit
         overlong_penalty(
@@ -165,9 +181,10 @@ def _refuse_unsupported(args: Namespace) -> None:
             "without --inference-dynamic-batching it captures training forwards, whose replay runs no hook",
         ),
         "--context-parallel-size": (args.context_parallel_size > 1, engine),
-        "--num-layers-per-virtual-pipeline-stage": (
-            args.virtual_pipeline_model_parallel_size is not None,
-            engine,
+        "--num-layers-per-virtual-pipeline-stage and --inference-dynamic-batching": (
+            args.virtual_pipeline_model_parallel_size is not None and not static,
+            "the dynamic inference engine knows one chunk of the model a rank; leave --inference-dynamic-batching out: "
+            "the static engine knows them all",
         ),
         "--calculate-per-token-loss": (
             args.calculate_per_token_loss,

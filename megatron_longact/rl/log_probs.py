@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.utils import VocabUtility
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.utils.checkpoint import checkpoint
@@ -182,6 +182,10 @@ def score_responses(
     The same result stands on all tensor- and pipeline-parallel ranks. seq_length and
     micro_batch_size are Megatron's: shapes between pipeline stages.
     """
+    count = len(micro_batches)
+    if len(model) > 1:  # the last one over again: the interleaved schedule takes micro-batches in groups
+        group = get_model_config(model[0]).microbatch_group_size_per_vp_stage
+        micro_batches = [*micro_batches, *[micro_batches[-1]] * (-count % group)]
 
     def forward_step(batches: Any, chunk: GPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
         output = scorer.forward(chunk, next(batches).cuda())
@@ -192,7 +196,7 @@ def score_responses(
         chunk.eval()
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
+        data_iterator=[iter(micro_batches) for _ in model],
         model=list(model),
         num_microbatches=len(micro_batches),
         seq_length=seq_length,
@@ -202,7 +206,7 @@ def score_responses(
     )
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
-    return _from_last_stage(outputs, micro_batches, pp_group=pg_collection.pp)
+    return _from_last_stage(outputs[:count], micro_batches[:count], pp_group=pg_collection.pp)
 
 
 def _from_last_stage(

@@ -156,6 +156,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         dp_rank=pgs.dp.rank(),
         dp_size=pgs.dp.size(),
         pp_size=pgs.pp.size(),
+        step_multiple=trainer.config.microbatch_group_size_per_vp_stage if len(trainer.model) > 1 else 1,
     )
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
     longact = LongAct.of(trainer.optimizer)

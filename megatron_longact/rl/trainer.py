@@ -155,7 +155,7 @@ class MegatronTrainer:
         self.args.curr_iteration = self.iteration
         losses, skipped, _, should_exit, _, *statistics = training.train_step(
             forward_step,
-            RerunDataIterator(iter(micro_batches)),
+            _one_or_all([RerunDataIterator(iter(micro_batches)) for _ in self.model]),
             self.model,
             self.optimizer,
             self.opt_param_scheduler,

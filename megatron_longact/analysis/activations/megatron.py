@@ -149,8 +149,13 @@ def _arguments(checkpoint: Checkpoint, flags: Sequence[str]) -> Namespace:
     sys.argv[1:] = [*flags, "--load", str(checkpoint.load)]
     sys.argv += [] if checkpoint.step is None else ["--ckpt-step", str(checkpoint.step)]
     args = parse_args()
-    if args.context_parallel_size > 1:
-        raise ValueError("this does not work with --context-parallel-size; tensor and pipeline parallelism would")
+    refused = {
+        "--context-parallel-size": args.context_parallel_size > 1,
+        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None,
+    }
+    for flag, given in refused.items():
+        if given:
+            raise ValueError(f"this does not work with {flag}; tensor, sequence and pipeline parallelism would")
     return args
 
 

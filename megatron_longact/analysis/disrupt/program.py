@@ -91,8 +91,10 @@ class Disruption:
         self.pgs = ProcessGroupCollection.use_mpu_process_groups()
         self.model = load_model(args, self.pgs)
         self.qkv = QKVModel.find(self.model)
+        first, *later = unwrap_model(list(self.model))
         self.engine = StaticRolloutEngine(
-            unwrap_model(self.model[0]),
+            first,
+            later_chunks=later,
             eod=self.vocabulary.eod,
             stop_ids=self.vocabulary.stop_ids[1:],
             vocab_size=self.vocabulary.size,

@@ -158,6 +158,8 @@ class BatchLayout:
     dp_rank: int
     dp_size: int
     pp_size: int
+    step_multiple: int = 1
+    """Of the micro-batches of a step on each replica: an interleaved pipeline takes them in groups."""
 
     def plan(self, batch: RolloutBatch, use: Use | None = None) -> list[StepPlan]:
         """The optimizer steps on a batch; those that are left, if it is in use."""
@@ -172,6 +174,7 @@ class BatchLayout:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             packing=self.packing,
+            multiple_of=self.step_multiple,
         )
 
     def new_use(self) -> Use:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -72,6 +73,7 @@ def plan_steps(
     dp_rank: int,
     dp_size: int,
     packing: Packing | None = None,
+    multiple_of: int = 1,
     done: int = 0,
 ) -> list[StepPlan]:
     """The optimizer steps on what is left of a rollout batch, with this replica's micro-batches of each.
@@ -79,7 +81,8 @@ def plan_steps(
     Each epoch goes once through the batch in a new random order, `global_batch_size` rows a step.
     Inside a step rows are sorted by length, so that a micro-batch holds little padding, and dealt
     out to the replicas in turn, so that all have the same work and the same shapes. With packing a
-    micro-batch is one row of several responses. done: responses trained on already, over all epochs; what is left of
+    micro-batch is one row of several responses. multiple_of: of the micro-batches of a step on each replica, as an
+    interleaved pipeline wants them. done: responses trained on already, over all epochs; what is left of
     an epoch may end in a smaller step, if they were trained on with another `global_batch_size`. Raises ValueError
     where that one does not divide into micro-batches.
     """
@@ -89,19 +92,21 @@ def plan_steps(
         for begin in range(min(max(done - epoch * len(order), 0), len(order)), len(order), global_batch_size):
             rows = sorted(order[begin : begin + global_batch_size], key=batch.total_length)
             if packing is None:
-                _check_divides(len(rows), global_batch_size, micro_batch_size=micro_batch_size, dp_size=dp_size)
+                parts = {"replicas": dp_size, "micro-batches of a virtual pipeline": multiple_of}
+                _check_divides(len(rows), global_batch_size, micro_batch_size=micro_batch_size, parts=parts)
                 micro_batches = _padded(batch, rows, micro_batch_size, dp_rank, dp_size)
             else:
-                micro_batches = _packed(batch, rows, packing, dp_rank, dp_size)
+                micro_batches = _packed(batch, rows, packing, dp_rank, dp_size, multiple_of)
             steps.append(StepPlan(rows=tuple(rows), micro_batches=tuple(micro_batches)))
     return steps
 
 
-def _check_divides(count: int, global_batch_size: int, *, micro_batch_size: int, dp_size: int) -> None:
-    if count != global_batch_size and count % (micro_batch_size * dp_size):
+def _check_divides(count: int, global_batch_size: int, *, micro_batch_size: int, parts: dict[str, int]) -> None:
+    if count != global_batch_size and count % (micro_batch_size * prod(parts.values())):
+        into = " x ".join(f"{number} {name}" for name, number in parts.items() if number > 1 or name == "replicas")
         raise ValueError(
             f"the checkpoint is of the middle of a rollout batch, of which {count} responses are left for an optimizer "
-            f"step; they do not divide into --micro-batch-size {micro_batch_size} x {dp_size} replicas: give the "
+            f"step; they do not divide into --micro-batch-size {micro_batch_size} x {into}: give the "
             "numbers that the batch was begun with, and change them later"
         )
 
@@ -120,21 +125,21 @@ def _padded(
 
 
 def _packed(
-    batch: RolloutBatch, rows: list[Row], packing: Packing, dp_rank: int, dp_size: int
+    batch: RolloutBatch, rows: list[Row], packing: Packing, dp_rank: int, dp_size: int, multiple_of: int
 ) -> Iterator[MicroBatchPlan]:
-    bins = (_bins_of_groups if packing.shares_prompts else _bins)(batch, rows, packing, dp_size)
+    bins = (_bins_of_groups if packing.shares_prompts else _bins)(batch, rows, packing, dp_size * multiple_of)
     for begin in range(0, len(bins), dp_size):  # longest first
         sizes = [packed_tokens(batch, bin, packing) for bin in bins[begin : begin + dp_size]]
         yield MicroBatchPlan(rows=tuple(bins[begin + dp_rank]), longest=max(sizes), tokens=sum(sizes))
 
 
-def _bins(batch: RolloutBatch, rows: list[Row], packing: Packing, dp_size: int) -> list[list[Row]]:
+def _bins(batch: RolloutBatch, rows: list[Row], packing: Packing, multiple_of: int) -> list[list[Row]]:
     lengths = [batch.total_length(row) for row in rows]
-    bins = pack(lengths, capacity=packing.capacity, max_sequences=packing.max_sequences, multiple_of=dp_size)
+    bins = pack(lengths, capacity=packing.capacity, max_sequences=packing.max_sequences, multiple_of=multiple_of)
     return [[rows[index] for index in bin] for bin in bins]
 
 
-def _bins_of_groups(batch: RolloutBatch, rows: list[Row], packing: Packing, dp_size: int) -> list[list[Row]]:
+def _bins_of_groups(batch: RolloutBatch, rows: list[Row], packing: Packing, multiple_of: int) -> list[list[Row]]:
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(batch.prompts[row], []).append(row)
@@ -144,7 +149,7 @@ def _bins_of_groups(batch: RolloutBatch, rows: list[Row], packing: Packing, dp_s
         lengths=batch.lengths.tolist(),
         capacity=packing.capacity,
         max_sequences=packing.max_sequences,
-        multiple_of=dp_size,
+        multiple_of=multiple_of,
     )
 
 
