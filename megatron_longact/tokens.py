@@ -94,7 +94,7 @@ def _packed(
     weights = real if named is None else torch.where(real, named, torch.zeros_like(named))
     weights = rules.apply(weights[None], ids[None], num_sequences=len(bounds))[0]
     if cp_size > 1:
-        weights = weights[_packed_zigzag(bounds, total, cp_rank=cp_rank, cp_size=cp_size)]
+        weights = weights[zigzag_positions(bounds, total, cp_rank=cp_rank, cp_size=cp_size)]
     return weights[:, None]
 
 
@@ -102,8 +102,11 @@ def _sequence_of(positions: Tensor, bounds: Tensor) -> Tensor:
     return torch.bucketize(positions, bounds[1:].to(positions.dtype), right=True)
 
 
-def _packed_zigzag(bounds: Tensor, total: int, *, cp_rank: int, cp_size: int) -> Tensor:
-    """Positions in the packed row of a context-parallel rank's tokens: `zigzag` of each sequence; int64 [t / cp]."""
+def zigzag_positions(bounds: Tensor, total: int, *, cp_rank: int, cp_size: int) -> Tensor:
+    """Positions in a row of a context-parallel rank's tokens: `zigzag` of each sequence in it; int64 [t / cp].
+
+    bounds: of its sequences, each a multiple of 2 cp tokens long; total: t, tokens of the row.
+    """
     bounds = torch.cat([bounds, bounds.new_full((1,), total)]).long()  # padding behind the last is cut like the others
     local = torch.arange(total // cp_size, device=bounds.device)
     ids = _sequence_of(local * cp_size, bounds)

@@ -99,7 +99,7 @@ def make_dynamic_engine(model: Any, **settings: Any) -> Any:
         eod=eod,
         vocab_size=vocab_size,
         stop_ids=stop_ids,
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         mp_group=parallel_state.get_model_parallel_group(),
     )
 
@@ -128,7 +128,7 @@ LAYOUTS = {
     "tp2": (Layout(tp=2), 2, {}),
     "tp2 sequence parallel": (Layout(tp=2), 2, {"sequence_parallel": True}),
     "pp2": (Layout(pp=2), 2, {}),
-    "dp2": (Layout(), 2, {}),
+    "cp2": (Layout(cp=2), 2, {}),
     "dp2 shared prefixes": (Layout(), 2, {"enable_prefix_caching": True}),
 }
 SAMPLINGS = [
@@ -413,7 +413,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--inference-dynamic-batching-async-sched-mode": ({"async_sched_mode": "async"}, {}),
     "--rl-kv-cache-management-mode offload": ({"kv_cache_management_mode": "offload"}, {}),
     "--expert-model-parallel-size": ({}, {"expert_model_parallel_size": 2}),
-    "--context-parallel-size": ({}, {"context_parallel_size": 2}),
     "--inference-dynamic-batching-max-requests is 15": ({"max_requests": 15}, {"tensor_model_parallel_size": 2}),
     "--inference-dynamic-batching-max-tokens is 100; steps are padded to a multiple, choose 128": (
         {"max_tokens": 100},

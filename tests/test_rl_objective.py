@@ -39,6 +39,11 @@ CASES = {
     "pp2, virtual": Case(Layout(pp=2, vpp=2), 2, 2),
     "pp2 dp2, virtual, packed": Case(Layout(pp=2, vpp=2), 4, None),
     "tp2, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9),
+    "cp2": Case(Layout(cp=2), 2, 2),
+    "cp2, packed, logits of 9 tokens at once": Case(Layout(cp=2), 2, None, 9),
+    "cp2 dp2": Case(Layout(cp=2), 4, 2),
+    "tp2 cp2 sequence parallel, packed": Case(Layout(tp=2, cp=2), 4, None, sequence_parallel=True),
+    "pp2 cp2, virtual": Case(Layout(pp=2, vpp=2, cp=2), 4, 2),
     "tp2 dp2 packed": Case(Layout(tp=2), 4, None),
     "tp2 sequence parallel, logits of 9 tokens at once": Case(Layout(tp=2), 2, 4, 9, sequence_parallel=True),
     "tp2 dp2 sequence parallel": Case(Layout(tp=2), 4, 1, sequence_parallel=True),
@@ -144,10 +149,12 @@ def step(policy_loss: str, aggregation: str, case: Case) -> dict[str, Any]:
         dp_rank=pgs.dp.rank(),
         dp_size=pgs.dp.size(),
         pp_size=pgs.pp.size(),
+        cp_rank=pgs.cp.rank(),
+        cp_size=pgs.cp.size(),
         step_multiple=2 if case.layout.vpp else 1,
     )
     [plan] = layout.plan(batch)
-    scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=pgs.tp, chunk_size=case.chunk)
+    scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=pgs.tp, cp_group=pgs.cp, chunk_size=case.chunk)
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(ratio=0.4))
     objective = Objective(config, scorer, longact, dp_size=pgs.dp.size())
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)

@@ -21,7 +21,7 @@ LAYOUTS = {
     "tp2 sequence parallel": (Layout(tp=2), 2),
     "pp2": (Layout(pp=2), 2),
     "pp2, virtual": (Layout(pp=2, vpp=2), 2),
-    "dp2": (Layout(), 2),
+    "cp2": (Layout(cp=2), 2),
 }
 
 
@@ -41,7 +41,7 @@ def make_engine(model: Any, *later_chunks: Any, **settings: Any) -> Any:
 
     return StaticRolloutEngine(
         model,
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         **{"eod": EOD, "vocab_size": 64, "max_batch_size": 16, "later_chunks": later_chunks, **settings},
     )
 
@@ -63,7 +63,6 @@ def generate(sampling: Sampling, *, copies: int = 3, **settings: Any) -> dict[st
 
 def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
     """Sample, then score the responses by the trainer's forward: log-probs [n, R] both ways, and the mask."""
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_longact.rl.batches.micro_batches import make_micro_batch
@@ -87,15 +86,19 @@ def score(sampling: Sampling, **spec: Any) -> dict[str, Tensor]:
         advantages=torch.zeros(n),
     )
     plans = [MicroBatchPlan(rows=(i, i + 1, i + 2), longest=20) for i in range(0, n, 3)]
+    pgs = ProcessGroupCollection.use_mpu_process_groups()
     scored = score_responses(
         chunks,
-        [make_micro_batch(batch, p, pad_token=EOD, multiple_of=16, fixed_length=32) for p in plans],
-        scorer=ResponseScorer(
-            temperature=sampling.temperature, vocab_size=64, tp_group=parallel_state.get_tensor_model_parallel_group()
-        ),
+        [
+            make_micro_batch(batch, p, pad_token=EOD, multiple_of=16, fixed_length=32).shared_by(
+                pgs.cp.size(), cp_rank=pgs.cp.rank()
+            )
+            for p in plans
+        ],
+        scorer=ResponseScorer(temperature=sampling.temperature, vocab_size=64, tp_group=pgs.tp, cp_group=pgs.cp),
         seq_length=32,
         micro_batch_size=3,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pg_collection=pgs,
     )
     trained = torch.zeros_like(rollouts.log_probs)
     for plan, rows in zip(plans, scored, strict=True):

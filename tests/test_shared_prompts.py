@@ -84,8 +84,17 @@ def step(policy_loss: str, share: bool) -> dict[str, Any]:
     )
     built = build(ModelSpec(layers=2))
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(**RULES[policy_loss]))
-    layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=pgs.pp.size())
-    scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp)
+    layout = BatchLayout(
+        config,
+        EOD,
+        16,
+        dp_rank=pgs.dp.rank(),
+        dp_size=pgs.dp.size(),
+        pp_size=pgs.pp.size(),
+        cp_rank=pgs.cp.rank(),
+        cp_size=pgs.cp.size(),
+    )
+    scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp, cp_group=pgs.cp)
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
     batch = make_batch()
     old = trainer_log_probs.of_batch(batch)
@@ -133,8 +142,8 @@ def close(mine: Tensor, theirs: Tensor, what: Any) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [(Layout(), 1), (Layout(tp=2), 2), (Layout(pp=2), 2), (Layout(), 2)],
-    ids=["one rank", "tp2", "pp2", "dp2"],
+    [(Layout(), 1), (Layout(tp=2), 2), (Layout(pp=2), 2), (Layout(), 2), (Layout(cp=2), 2)],
+    ids=["one rank", "tp2", "pp2", "dp2", "cp2"],
 )
 def test_a_step_is_the_one_without_sharing(layout: Layout, world_size: int) -> None:
     for result in ranks.run(both, layout=layout, world_size=world_size):

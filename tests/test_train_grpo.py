@@ -1,6 +1,7 @@
 """The RL program as a user starts it: real ranks, the shipped start checkpoint, everything it leaves behind."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ KEYS = {
 }
 """What metrics.jsonl and TensorBoard promise."""
 
+OF_THE_STEP = ("reward_mean", "loss", "grad_norm", "kl", "kl_old", "entropy", "selected_fraction", "clip_fraction")
+"""What no layout changes beyond rounding."""
+
 FLAGS = [
     *("--context-lengths", "80", "128"),
     *("--seq-length", "144"),
@@ -75,13 +79,14 @@ EVERYTHING = [
 """Of a run that uses what there is."""
 
 
-def train(run_dir: Path, *flags: str, tp: int = 1, pp: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run the program on `tp` x `pp` ranks."""
+def train(run_dir: Path, *flags: str, tp: int = 1, pp: int = 1, cp: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the program on `tp` x `pp` x `cp` ranks."""
     command = [str(ROOT / "examples/train_grpo.py"), *demo_model_args(), *FLAGS]
     command += ["--run-dir", str(run_dir), "--tensorboard-dir", str(run_dir / "tensorboard")]
     command += ["--load", str(run_dir / "checkpoints"), "--save", str(run_dir / "checkpoints")]
-    command += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp), *flags]
-    return run_program(*command, world_size=tp * pp)
+    command += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    command += ["--context-parallel-size", str(cp), *flags]
+    return run_program(*command, world_size=tp * pp * cp)
 
 
 def rows_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -222,6 +227,26 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(straight: tuple[Path, str], tmp_
     [names] = ranks.run(compare_checkpoints, first=last[0], second=last[1])
     for part in ("linear_qkv.weight", "exp_avg_sq", "saliency"):
         assert any(part in name for name in names), part
+
+
+def test_ranks_that_share_rows_make_the_same_run_and_resume_it_bitwise(
+    straight: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Context parallel, with everything: the metrics of the tensor-parallel run, and the bits of a run that stopped."""
+    flags = [*EVERYTHING, "--train-iters", "2", "--save-first-iteration"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = train(whole, *flags, cp=2)
+    assert done.returncode == 0, done.stderr
+    for mine, other in zip(rows_of(whole), rows_of(straight[0]), strict=False):
+        for name in OF_THE_STEP:
+            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), (mine["iteration"], name)
+    shutil.copytree(whole / "checkpoints/iter_0000001", stopped / "checkpoints/iter_0000001")
+    (stopped / "checkpoints/latest_checkpointed_iteration.txt").write_text("1")
+    resumed = train(stopped, *flags, cp=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["iteration"] for row in rows_of(stopped)] == [2]
+    last = [str(run / "checkpoints/iter_0000002") for run in (whole, stopped)]
+    ranks.run(compare_checkpoints, first=last[0], second=last[1])
 
 
 def test_a_dense_run_through_a_virtual_pipeline(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.scoring import write_report
 from megatron_longact.generation.from_args import rollout_engine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
-from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
+from megatron_longact.megatron.checkpoint_model import load_model, parse_args
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
 from megatron_longact.tasks.benchmark import MegatronEncoder
 from megatron_longact.tasks.benchmarks import benchmark_from
@@ -36,7 +36,6 @@ def main() -> None:
     config = config_from_args(add_evaluation_args(early).parse_known_args()[0])
     with output_in_file(config.output / MEGATRON_LOG) as terminal:
         args = parse_args(add_evaluation_args)
-        check_layout(args, "the evaluation")
         iteration = latest_iteration(args.load) if args.ckpt_step is None else str(args.ckpt_step)
         initialize_megatron()
         Evaluation(args, config, iteration=iteration, terminal=terminal).run()
@@ -97,7 +96,7 @@ class Evaluation:
             self.groups,
             rollout_engine(self.args, model, pgs),
             done=done,
-            chunk=self.args.inference_max_requests * pgs.dp.size(),
+            chunk=self.args.inference_max_requests * pgs.dp_cp.size(),
             temperature=self.config.temperature,
             seed=self.config.sample_seed,
             detokenize=tokenizer.detokenize,

@@ -56,6 +56,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_longact.generation.engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
 from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
+from megatron_longact.generation.whole_sequences import whole_sequences
 
 ROWS_AT_ONCE = 64
 """Requests whose distribution is written out together: bounds sampling's memory to so many fp64 [V]."""
@@ -129,7 +130,8 @@ class DynamicRolloutEngine:
         )[self.dp_group.rank()]
         tokens = torch.zeros(len(prompts), sampling.max_response_length, dtype=torch.int64)
         log_probs = torch.zeros_like(tokens, dtype=torch.float32)
-        with self._cuda_graphs(), generation_mode(self.model), self._awake() as engine:
+        whole = whole_sequences(self.model, keep_sequence_parallel=True)
+        with self._cuda_graphs(), generation_mode(self.model), whole, self._awake() as engine:
             self._check_blocks(engine.context, prompts, sampling)
             if own:
                 tokens[own], log_probs[own] = self._run(engine, [prompts[row] for row in own], sampling)
@@ -316,7 +318,6 @@ def _check(config: InferenceConfig, model_config: Any) -> None:
             model_config.expert_model_parallel_size > 1,
             "a replica that has finished would leave the others waiting for its experts",
         ),
-        "--context-parallel-size": (model_config.context_parallel_size > 1, "its KV cache is not split"),
     }
     for flag, (given, reason) in refused.items():
         if given:

@@ -106,6 +106,7 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
     global buffers, into which sequence parallelism gathers.
     """
     was_training = {module: module.training for module in model.modules()}
+    _forget_rope_tables(model)  # those of training may be cut for context parallelism
     generators = _generator_states()
     was_active = InferenceMode.is_active()
     InferenceMode.set_active()
@@ -118,10 +119,15 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
             InferenceMode.unset_active()
         for module, training in was_training.items():
             module.training = training
-            if hasattr(module.forward, "cache_clear"):
-                module.forward.cache_clear()
+        _forget_rope_tables(model)
         _forget_inference_buffers()
         _restore_generators(generators)
+
+
+def _forget_rope_tables(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module.forward, "cache_clear"):
+            module.forward.cache_clear()
 
 
 def _forget_inference_buffers() -> None:

@@ -19,8 +19,9 @@ from megatron_longact.generation.vocabulary import vocabulary_from_args
 def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
     """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one.
 
-    args: Megatron's; model: its chunks on this rank, of which the dynamic engine takes one. What can be drawn, and what
-    ends a response: `vocabulary_from_args`.
+    Ranks that share sequences in training, by context parallelism, are replicas here. args: Megatron's; model: its
+    chunks on this rank, of which the dynamic engine takes one. What can be drawn, and what ends a response:
+    `vocabulary_from_args`.
     """
     vocabulary, (unwrapped, *later) = vocabulary_from_args(args, get_tokenizer()), unwrap_model(list(model))
     if args.inference_dynamic_batching:
@@ -30,7 +31,7 @@ def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGrou
             eod=vocabulary.eod,
             stop_ids=vocabulary.stop_ids[1:],
             vocab_size=vocabulary.size,
-            dp_group=pgs.dp,
+            dp_group=pgs.dp_cp,
             mp_group=pgs.mp,
         )
     return StaticRolloutEngine(
@@ -39,6 +40,6 @@ def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGrou
         stop_ids=vocabulary.stop_ids[1:],
         vocab_size=vocabulary.size,
         max_batch_size=args.inference_max_requests,
-        dp_group=pgs.dp,
+        dp_group=pgs.dp_cp,
         later_chunks=later,
     )

@@ -51,11 +51,3 @@ def load_model(args: Namespace, pg_collection: ProcessGroupCollection) -> Sequen
     )
     chunks: Sequence[nn.Module] = model
     return chunks
-
-
-def check_layout(args: Namespace, program: str) -> None:
-    """ValueError for a parallel layout that Megatron's inference engines cannot generate with."""
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            f"{program} does not work with --context-parallel-size: the inference engines cannot generate with it"
-        )

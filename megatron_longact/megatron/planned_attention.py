@@ -21,16 +21,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from megatron_longact.megatron.attention_plan import AttentionPlan
+from megatron_longact.megatron.context_parallel import RowShare
 
 
 class PlannedSeqParams(PackedSeqParams):
-    """One sequence of t tokens, and the plan of its attention."""
+    """One sequence of t tokens, and the plan of its attention: of this rank's part of it if the row is shared."""
 
-    def __init__(self, plan: AttentionPlan, *, device: torch.device) -> None:
+    def __init__(self, plan: AttentionPlan, *, device: torch.device, share: RowShare | None = None) -> None:
         t = plan.num_queries
         bounds = torch.tensor([0, t], dtype=torch.int32, device=device)
         super().__init__(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=t, max_seqlen_kv=t)
-        self.plan = plan
+        self.plan = plan if share is None else plan.of(share.spans)
+        self.share = share
 
     @cached_property
     def key_index(self) -> Tensor:
@@ -50,6 +52,7 @@ class PlannedSeqParams(PackedSeqParams):
             cu_seqlens_kv=keys,
             max_seqlen_q=longest_query,
             max_seqlen_kv=longest_key,
+            local_cp_size=None if self.share is None else 1,  # keys and values are there: no context parallelism
         )
 
 
@@ -65,6 +68,8 @@ def take_plans(chunks: Iterable[nn.Module]) -> None:
         for name, module in chunk.named_modules():
             if name.endswith("core_attention") and not takes_plans(module):
                 module.register_forward_pre_hook(_gather_keys, with_kwargs=True)
+                if getattr(module, "cp_group", None) is not None:
+                    module.register_forward_hook(_ContextParallelAgain(module), with_kwargs=True, always_call=True)
 
 
 def takes_plans(core_attention: nn.Module) -> bool:
@@ -77,15 +82,30 @@ def _gather_keys(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Query [t, np, hn] stays; key and value [t, ng, hn] become those of the pieces, [their keys, ng, hn].
 
-    The backward of the gather adds up the gradient of a key that several pieces see.
+    The backward of the gather adds up the gradient of a key that several pieces see. Under context parallelism keys and
+    values of the whole row are put together before.
     """
     packed = kwargs.get("packed_seq_params")
     if not isinstance(packed, PlannedSeqParams):
         return None
     query, key, value, *rest = args
+    if packed.share is not None:
+        key, value = packed.share.whole(key), packed.share.whole(value)
     key, value = (x.index_select(0, packed.key_index) for x in (key, value))
     planned = {"packed_seq_params": packed.of_pieces, "attn_mask_type": MaskType.padding_causal_bottom_right}
     return (query, key, value, *rest), kwargs | planned
+
+
+class _ContextParallelAgain:
+    """Takes back what Megatron's attention does for `local_cp_size` 1, and leaves so: no context parallelism."""
+
+    def __init__(self, module: Any) -> None:
+        self._group = (module.cp_group, module.cp_global_ranks, module.cp_stream, module.cp_comm_type)
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        packed = kwargs.get("packed_seq_params")
+        if packed is not None and packed.local_cp_size == 1:
+            module.set_context_parallel_group(*self._group)
 
 
 @contextmanager

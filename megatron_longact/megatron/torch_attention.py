@@ -2,13 +2,15 @@
 
 Megatron's holds [b * np, sq, sk] scores, their mask and their softmax for the backward: 2,048 tokens of a small model
 take twice the time and many times the memory. This one never makes scores of a whole packed row either: it goes
-through the row's pieces (`attention_plan`), several in one call where that is not more work.
+through the row's pieces (`attention_plan`), several in one call where that is not more work. Under context parallelism
+each rank gathers the keys and values of the row (`context_parallel`).
 
 Shape letters: sq query tokens, sk key tokens, b batch, np/ng query heads/groups, hn channels of a head.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -17,8 +19,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_longact.megatron.attention_plan import AttentionPlan, Piece, indices, of_sequences
+from megatron_longact.megatron.context_parallel import RowShare
 
 _WASTE = 1.25
 """How much more may be computed than is asked for, to make one call of several."""
@@ -149,12 +153,14 @@ def _together(pieces: Sequence[Piece]) -> Call:
 def replace_attention() -> None:
     """Let Megatron's `DotProductAttention` compute by torch what torch can, and take packed rows.
 
-    Its own stays for dropout, sliding windows, softmax offsets and biases; packed rows raise `ValueError` there.
+    Its own stays for dropout, sliding windows, softmax offsets and biases; packed rows and context parallelism raise
+    `ValueError` there.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
     original = DotProductAttention.forward
+    _let_contexts_be_parallel(DotProductAttention)
 
     @wraps(original)
     def forward(
@@ -163,13 +169,21 @@ def replace_attention() -> None:
         packed = kw.pop("packed_seq_params", None)
         packed = packed if packed is not None and packed.qkv_format == "thd" else None
         missing = _what_torch_has_not(self, *rest, **kw)
-        if packed is not None and missing:
-            raise ValueError(f"packed rows do not work on the CPU with {missing}")
+        parallel = self.config.context_parallel_size > 1
+        if parallel and (mask is not None or self.attn_mask_type != AttnMaskType.causal):
+            missing = missing or "an attention mask"
+        if missing and (packed is not None or parallel):
+            what = "context parallelism does" if packed is None else "packed rows do"
+            raise ValueError(f"{what} not work on the CPU with {missing}")
         if missing or (mask is None and self.attn_mask_type != AttnMaskType.causal):
             return cast(Tensor, original(self, query, key, value, mask, *rest, **kw))
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
+        share = _share_of(packed, query, self.pg_collection.cp) if parallel else None
+        if share is not None:
+            key, value = share.whole(key), share.whole(value)
+            mask = share.positions[:, None] < torch.arange(len(key))
         if packed is not None:
-            return _calls_of(packed, len(query))(query, key, value, scale=scale).flatten(1)
+            return _calls_of(packed, len(key), share)(query, key, value, scale=scale).flatten(1)
         return attend(query, key, value, mask, scale=scale)
 
     DotProductAttention.forward = forward
@@ -218,18 +232,47 @@ def _is_causal(mask: Tensor) -> bool:
     return mask.shape[:-2].numel() == 1 and torch.equal(mask.view(mask.shape[-2:]), causal_mask(*mask.shape[-2:]))
 
 
-def _calls_of(packed: Any, num_tokens: int) -> Calls:
-    """The calls of a packed row, worked out in its first layer."""
+def _let_contexts_be_parallel(attention: Any) -> None:
+    """Its constructor refuses context parallelism."""
+    original = attention.__init__
+
+    @wraps(original)
+    def init(self: Any, config: Any, *rest: Any, **kw: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        original(self, alone, *rest, **kw)
+        self.config = config
+
+    attention.__init__ = init
+
+
+def _share_of(packed: Any, query: Tensor, group: ProcessGroup) -> RowShare:
+    """How the row that these queries are a part of is shared, worked out in its first layer if it is packed."""
+    total = len(query) * group.size()
+    if packed is None:
+        return RowShare([0, total], group)
+    share: RowShare | None = getattr(packed, "share", None)
+    if share is None:
+        share = packed.share = RowShare([*_bounds_of(packed), total], group)
+    return share
+
+
+def _calls_of(packed: Any, num_tokens: int, share: RowShare | None) -> Calls:
+    """The calls of a packed row, or of this rank's share of it, worked out in its first layer."""
     from megatron_longact.megatron.planned_attention import PlannedSeqParams
 
     calls: Calls | None = getattr(packed, "_torch_calls", None)
     if calls is None:
-        calls = Calls(packed.plan if isinstance(packed, PlannedSeqParams) else _plan_of(packed, num_tokens))
+        if isinstance(packed, PlannedSeqParams):
+            plan = packed.plan  # of the share already
+        else:
+            plan = of_sequences([*_bounds_of(packed), num_tokens])
+            plan = plan if share is None else plan.of(share.spans)
+        calls = Calls(plan)
         packed._torch_calls = calls
     return calls
 
 
-def _plan_of(packed: Any, num_tokens: int) -> AttentionPlan:
-    """Sequences as the bounds say; what is behind the last is one more."""
+def _bounds_of(packed: Any) -> list[int]:
     bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    return of_sequences([*bounds.tolist(), num_tokens])
+    return cast(list[int], bounds.tolist())

@@ -80,12 +80,18 @@ def _check_lengths(config: RLConfig, *, max_position_embeddings: int) -> None:
         _check_made_lengths(config, max_position_embeddings=max_position_embeddings)
 
 
-def _check_parts(args: Namespace) -> None:
+def parts_of_rows(args: Namespace) -> int:
+    """How many equal parts sequence and context parallelism cut rows into; the latter gives each rank two."""
     parts = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return int(parts if args.context_parallel_size == 1 else 2 * args.context_parallel_size * parts)
+
+
+def _check_parts(args: Namespace) -> None:
+    parts = parts_of_rows(args)
     if args.seq_length % parts:
         raise ValueError(
-            f"--seq-length is {args.seq_length}, and --sequence-parallel at --tensor-model-parallel-size {parts} cuts "
-            f"rows into {parts} equal parts: choose a multiple of {parts}"
+            f"--seq-length is {args.seq_length}; sequence and context parallelism cut rows into {parts} equal parts: "
+            f"choose a multiple of {parts}"
         )
 
 
@@ -138,13 +144,14 @@ def _check_interleaved(args: Namespace, config: RLConfig) -> None:
     """Megatron's interleaved schedule takes as many micro-batches at once as there are stages."""
     if args.virtual_pipeline_model_parallel_size is None:
         return
-    rows = 1 if config.pack_sequences else config.micro_batch_size
+    packed = config.pack_sequences or config.shared_prompts
+    rows = 1 if packed else config.micro_batch_size
     unit = rows * args.data_parallel_size * args.pipeline_model_parallel_size
-    fits = config.global_batch_size >= unit if config.pack_sequences else config.global_batch_size % unit == 0
+    fits = config.global_batch_size >= unit if packed else config.global_batch_size % unit == 0
     if not fits:
         raise ValueError(
             f"--global-batch-size is {config.global_batch_size}; --num-layers-per-virtual-pipeline-stage wants "
-            f"{'at least' if config.pack_sequences else 'a multiple of'} {unit}: {rows} responses a micro-batch x "
+            f"{'at least' if packed else 'a multiple of'} {unit}: {rows} responses a micro-batch x "
             f"{args.data_parallel_size} replicas x {args.pipeline_model_parallel_size} micro-batches at once"
         )
 
@@ -172,7 +179,6 @@ def _check_objective(config: RLConfig) -> None:
 
 
 def _refuse_unsupported(args: Namespace) -> None:
-    engine = "the static inference engine cannot generate with it"
     static = not args.inference_dynamic_batching
     refused = {
         "--perform-rl-step": (args.perform_rl_step, "it switches on Megatron's own RL loop"),
@@ -180,7 +186,6 @@ def _refuse_unsupported(args: Namespace) -> None:
             args.cuda_graph_impl == "local" and static,
             "without --inference-dynamic-batching it captures training forwards, whose replay runs no hook",
         ),
-        "--context-parallel-size": (args.context_parallel_size > 1, engine),
         "--num-layers-per-virtual-pipeline-stage and --inference-dynamic-batching": (
             args.virtual_pipeline_model_parallel_size is not None and not static,
             "the dynamic inference engine knows one chunk of the model a rank; leave --inference-dynamic-batching out: "
@@ -189,6 +194,10 @@ def _refuse_unsupported(args: Namespace) -> None:
         "--calculate-per-token-loss": (
             args.calculate_per_token_loss,
             "--loss-aggregation says how tokens are averaged",
+        ),
+        "--hybrid-context-parallel": (
+            args.hybrid_context_parallel,
+            "each sequence then lies on another number of ranks; --context-parallel-size alone works",
         ),
         "--rampup-batch-size": (args.rampup_batch_size is not None, "rollout batches are fixed"),
         "--grpo-entropy-term-weight": (args.grpo_entropy_term_weight != 0, "not implemented"),

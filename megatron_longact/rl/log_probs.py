@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -29,10 +30,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.utils.checkpoint import checkpoint
 
+from megatron_longact.megatron.context_parallel import RowShare
 from megatron_longact.megatron.planned_attention import PlannedSeqParams, rope_by_position
 from megatron_longact.rl.batches.micro_batches import BatchLayout, MicroBatch
 from megatron_longact.rl.batches.plans import StepPlan
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
+from megatron_longact.rl.batches.row_parts import RowPart
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class ResponseScorer:
     temperature: float
     vocab_size: int
     tp_group: ProcessGroup
+    cp_group: ProcessGroup | None = None
+    """Ranks that share rows, if they do: each scores the response tokens that its part predicts."""
+
     chunk_size: int = 1024
     """Tokens whose logits are in memory at once; beyond it the backward makes them again."""
 
@@ -55,12 +61,13 @@ class ResponseScorer:
         [0] is log p of each response token, [1] the entropy where it was chosen, without gradient;
         both are garbage in the padding. Earlier stages return their hidden states.
         """
+        everything = slice(None) if batch.part is None else batch.part.places
         with self._positions(model, batch):
             return model(
-                batch.tokens,
-                batch.position_ids,
+                batch.tokens[:, everything],
+                batch.position_ids[:, everything],
                 None,
-                packed_seq_params=_packed_seq_params(batch),
+                packed_seq_params=_packed_seq_params(batch, self.cp_group),
                 output_processor=self._process,
                 output_processor_context=batch,
             )
@@ -79,8 +86,11 @@ class ResponseScorer:
         context: MicroBatch,
         **unused: Any,
     ) -> Tensor:
-        hidden_states = self._predicting(hidden_states, context.positions.t(), split=output_layer.sequence_parallel)
-        targets = context.targets.t().contiguous()  # [R, b]
+        index, targets = context.positions.t(), context.targets.t().contiguous()  # [R, b]
+        if context.part is not None:  # [n, 1], as if of one response
+            index = context.part.predicting.unsqueeze(1)
+            targets = F.pad(context.targets.flatten(), (0, 1))[context.part.predicted].unsqueeze(1)
+        hidden_states = self._predicting(hidden_states, index, split=output_layer.sequence_parallel)
 
         def score(hidden_states: Tensor, targets: Tensor) -> Tensor:
             with _without_sequence_parallel(output_layer):
@@ -90,9 +100,20 @@ class ResponseScorer:
         positions = max(self.chunk_size // targets.shape[1], 1)
         chunks = list(zip(hidden_states.split(positions), targets.split(positions), strict=True))
         if len(chunks) == 1:
-            return score(*chunks[0])
-        scored = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        return torch.cat(scored, dim=2)
+            scored = score(*chunks[0])
+        else:
+            parts = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+            scored = torch.cat(parts, dim=2)
+        return scored if context.part is None else self._put_together(scored, context.part, context.targets.shape)
+
+    def _put_together(self, scored: Tensor, part: RowPart, shape: torch.Size) -> Tensor:
+        """What each context-parallel rank has scored, [2, 1, n] -> [2, b, R], 0 in the padding, the same on all.
+
+        The gradient goes to the rank that scored a token, whole: all ranks have the same loss, of which Megatron gives
+        the model the mean over them, times their number.
+        """
+        flat = scored.new_zeros(2, shape.numel() + 1).index_copy(1, part.predicted, scored[:, 0])
+        return reduce_from_tensor_model_parallel_region(flat[:, :-1].unflatten(1, shape), group=self.cp_group)
 
     def _predicting(self, hidden_states: Tensor, index: Tensor, *, split: bool) -> Tensor:
         """The hidden states at `index` [R, b] of the flattened [s, b]: [R, b, h], the same on all ranks of the group.
@@ -140,16 +161,20 @@ def _without_sequence_parallel(output_layer: Any) -> Iterator[None]:
         output_layer.sequence_parallel = before
 
 
-def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
+def _packed_seq_params(batch: MicroBatch, cp_group: ProcessGroup | None) -> PackedSeqParams | None:
     if batch.shared is not None:
-        return PlannedSeqParams(batch.shared.plan, device=batch.tokens.device)
+        share = None if cp_group is None or batch.part is None else RowShare([0, batch.tokens.shape[1]], cp_group)
+        return PlannedSeqParams(batch.shared.plan, device=batch.tokens.device, share=share)
     if batch.cu_seqlens is None:
         return None
     longest = int(batch.cu_seqlens.diff().max())
+    padded = None if batch.part is None else batch.cu_seqlens  # Transformer Engine's context parallelism asks for it
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -28,11 +28,12 @@ def perplexity(
 
     All windows have one length. Every replica scores all of them; the same number on all ranks.
     """
-    length = round_up(len(windows[0]), pgs.tp.size())  # sequence parallelism cuts them into equal parts
-    scorer = ResponseScorer(temperature=1.0, vocab_size=vocab_size, tp_group=pgs.tp)
+    length = padded_length(len(windows[0]), pgs)
+    scorer = ResponseScorer(temperature=1.0, vocab_size=vocab_size, tp_group=pgs.tp, cp_group=pgs.cp)
+    whole = [_micro_batch(i, window, length=length) for i, window in enumerate(windows)]
     scored = score_responses(
         model,
-        [_micro_batch(i, window, length=length) for i, window in enumerate(windows)],
+        [batch.shared_by(pgs.cp.size(), cp_rank=pgs.cp.rank()) for batch in whole],
         scorer=scorer,
         seq_length=length,
         micro_batch_size=1,
@@ -40,6 +41,11 @@ def perplexity(
     )
     mean = float(torch.cat(scored).double().mean())
     return math.exp(-mean) if mean > -700 else math.inf
+
+
+def padded_length(length: int, pgs: ProcessGroupCollection) -> int:
+    """What a window of so many tokens is padded to: sequence and context parallelism cut it into equal parts."""
+    return round_up(length, pgs.tp.size() * (2 * pgs.cp.size() if pgs.cp.size() > 1 else 1))
 
 
 def _micro_batch(row: int, window: Sequence[int], *, length: int) -> MicroBatch:

@@ -26,6 +26,7 @@ from megatron_longact.megatron.checkpointing import check_load, check_schedule
 from megatron_longact.megatron.planned_attention import take_plans
 from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
+from megatron_longact.rl.arguments import parts_of_rows
 from megatron_longact.rl.audit import RowAudit, RowHistory
 from megatron_longact.rl.batches.micro_batches import BatchLayout
 from megatron_longact.rl.bf16_changes import Bf16Changes
@@ -147,6 +148,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         temperature=config.temperature,
         vocab_size=vocabulary.size,
         tp_group=pgs.tp,
+        cp_group=pgs.cp,
         chunk_size=config.logits_chunk_size,
     )
     layout = BatchLayout(
@@ -156,6 +158,8 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         dp_rank=pgs.dp.rank(),
         dp_size=pgs.dp.size(),
         pp_size=pgs.pp.size(),
+        cp_rank=pgs.cp.rank(),
+        cp_size=pgs.cp.size(),
         step_multiple=trainer.config.microbatch_group_size_per_vp_stage if len(trainer.model) > 1 else 1,
     )
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
@@ -183,7 +187,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
 
 
 def _sequence_multiple(args: Namespace) -> int:
-    return math.lcm(SEQUENCE_MULTIPLE, args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    return math.lcm(SEQUENCE_MULTIPLE * args.context_parallel_size, parts_of_rows(args))
 
 
 def _audit(config: RLConfig, trainer: MegatronTrainer, longact: LongAct | None, history: RowHistory | None) -> RowAudit:

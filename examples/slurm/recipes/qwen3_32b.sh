@@ -4,7 +4,7 @@
 #     python tools/convert_hf_to_megatron.py --hf-dir my/Qwen3-32B --save my/qwen3-32b
 #     HF_DIR=my/Qwen3-32B START=my/qwen3-32b sbatch examples/slurm/multi_node.sh
 #
-# PROGRAM=ours         examples/train_grpo.py, TP 8 x DP 8: it refuses context parallelism
+# PROGRAM=ours         examples/train_grpo.py, TP 8 x DP 8
 # PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 8 x CP 2 x DP 4: it must split sequences
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 PROGRAM=${PROGRAM:-ours}

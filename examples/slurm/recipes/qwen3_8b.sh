@@ -4,7 +4,7 @@
 #     python tools/convert_hf_to_megatron.py --hf-dir my/Qwen3-8B --save my/qwen3-8b
 #     HF_DIR=my/Qwen3-8B START=my/qwen3-8b sbatch examples/slurm/single_node.sh
 #
-# PROGRAM=ours         examples/train_grpo.py, TP 4 x DP 2: it refuses context parallelism
+# PROGRAM=ours         examples/train_grpo.py, TP 4 x DP 2
 # PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 4 x CP 2: it must split sequences
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 PROGRAM=${PROGRAM:-ours}

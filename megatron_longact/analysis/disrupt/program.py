@@ -40,12 +40,11 @@ from megatron_longact.generation.sampling import Sampling
 from megatron_longact.generation.static import StaticRolloutEngine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.imported_masks import read_masks
-from megatron_longact.megatron.checkpoint_model import check_layout, load_model, parse_args
+from megatron_longact.megatron.checkpoint_model import load_model, parse_args
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
-from megatron_longact.rl.batches.packing import round_up
 from megatron_longact.rl.data.prose import text_windows
-from megatron_longact.rl.perplexity import perplexity
+from megatron_longact.rl.perplexity import padded_length, perplexity
 from megatron_longact.selection import QK
 
 
@@ -62,16 +61,15 @@ def main() -> None:
 
 
 def _check(args: Namespace) -> None:
-    check_layout(args, "tools/disrupt.py")
+    static = "it generates with the static inference engine"
     refused = {
-        "--inference-dynamic-batching": args.inference_dynamic_batching,
-        "--cuda-graph-impl": getattr(args, "cuda_graph_impl", "none") not in (None, "none"),
+        "--context-parallel-size": (args.context_parallel_size > 1, "noise is of whole sequences; leave it out"),
+        "--inference-dynamic-batching": (args.inference_dynamic_batching, static),
+        "--cuda-graph-impl": (getattr(args, "cuda_graph_impl", "none") not in (None, "none"), static),
     }
-    for flag, given in refused.items():
+    for flag, (given, reason) in refused.items():
         if given:
-            raise ValueError(
-                f"tools/disrupt.py does not work with {flag}: it generates with the static inference engine"
-            )
+            raise ValueError(f"tools/disrupt.py does not work with {flag}: {reason}")
 
 
 class Disruption:
@@ -164,7 +162,7 @@ class Disruption:
             replacement=replacement,
             statistics=statistics,
             seed=self.config.channel_seed,
-            positions=round_up(max(*needed, self.config.text_tokens), self.pgs.tp.size()),
+            positions=padded_length(max(*needed, self.config.text_tokens), self.pgs),
         )
 
     def _rows(self, progress: Progress | None, name: str, *, done: int) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from megatron_longact.rl.batches.packing import packed_row, round_up
 from megatron_longact.rl.batches.plans import MicroBatchPlan, Packing, StepPlan, Use, plan_steps
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
+from megatron_longact.rl.batches.row_parts import RowPart, row_part
 from megatron_longact.rl.batches.segments import SharedRow, shared_row
 from megatron_longact.rl.config import RLConfig
 
@@ -32,7 +34,7 @@ class MicroBatch:
     if they are not packed, or share prompts: then `shared` says what stands where; targets: int64
     [b, R]; response_mask: bool [b, R]; advantages: fp32 [b]; old_log_probs, ref_log_probs,
     importance_weights: fp32 [b, R] or None; selected: bool [b, R], the tokens that a covariance
-    objective treats apart, or None.
+    objective treats apart, or None; part: under context parallelism what this rank has of the rows.
     """
 
     rows: tuple[Row, ...]
@@ -49,12 +51,28 @@ class MicroBatch:
     importance_weights: Tensor | None
     selected: Tensor | None
     shared: SharedRow | None = None
+    part: RowPart | None = None
 
     def cuda(self) -> MicroBatch:
         """A copy on this process's device."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: v.cuda() if isinstance(v, Tensor) else v for name, v in values.items()}
+        moved: dict[str, Any] = {name: v.cuda() if isinstance(v, Tensor | RowPart) else v for name, v in values.items()}
         return MicroBatch(**moved)
+
+    def shared_by(self, cp_size: int, *, cp_rank: int) -> MicroBatch:
+        """The same as one of so many context-parallel ranks sees it."""
+        if cp_size == 1:
+            return self
+        rows, length = self.tokens.shape
+        part = row_part(
+            self.positions,
+            self.response_mask,
+            bounds=torch.tensor([0, length]) if self.cu_seqlens is None else self.cu_seqlens,
+            num_rows=rows,
+            cp_rank=cp_rank,
+            cp_size=cp_size,
+        )
+        return dataclasses.replace(self, part=part)
 
 
 def make_micro_batch(
@@ -76,7 +94,9 @@ def make_micro_batch(
     length = fixed_length or round_up(plan.longest, multiple_of)
     index = list(plan.rows)
     r = int(batch.lengths[index].max())
-    make = _padded_rows if packing is None else _shared_row if packing.shares_prompts else _packed_row
+    make: Any = _padded_rows if packing is None else _shared_row
+    if packing is not None and not packing.shares_prompts:
+        make = partial(_packed_row, multiple_of=packing.sequence_multiple)
 
     def of_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[index, :r]
@@ -110,9 +130,13 @@ def _padded_rows(batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, 
     }
 
 
-def _packed_row(batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, pad_token: int) -> dict[str, Any]:
+def _packed_row(
+    batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, pad_token: int, *, multiple_of: int
+) -> dict[str, Any]:
     sequences = [batch.sequence(row) for row in rows]
-    tokens, position_ids, token_mask, cu_seqlens = packed_row(sequences, length=length, pad_token=pad_token)
+    tokens, position_ids, token_mask, cu_seqlens = packed_row(
+        sequences, length=length, pad_token=pad_token, multiple_of=multiple_of
+    )
     return {
         "tokens": tokens,
         "position_ids": position_ids,
@@ -158,6 +182,8 @@ class BatchLayout:
     dp_rank: int
     dp_size: int
     pp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
     step_multiple: int = 1
     """Of the micro-batches of a step on each replica: an interleaved pipeline takes them in groups."""
 
@@ -191,7 +217,7 @@ class BatchLayout:
             fixed_length=self._fixed_length,
             selected=selected,
             packing=self.packing,
-        )
+        ).shared_by(self.cp_size, cp_rank=self.cp_rank)
 
     @property
     def packing(self) -> Packing | None:
@@ -205,6 +231,7 @@ class BatchLayout:
             capacity=rows * config.seq_length,
             max_sequences=config.max_sequences_per_row if config.pack_sequences else config.global_batch_size,
             shares_prompts=bool(config.shared_prompts),
+            sequence_multiple=2 * self.cp_size if self.cp_size > 1 else 1,
         )
 
     @property

@@ -119,16 +119,22 @@ def round_up(length: int, multiple_of: int) -> int:
     return -(-length // multiple_of) * multiple_of
 
 
-def packed_row(sequences: Sequence[Tensor], *, length: int, pad_token: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def packed_row(
+    sequences: Sequence[Tensor], *, length: int, pad_token: int, multiple_of: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, positions, which are real, and bounds of a packed row.
 
-    sequences: int64 [length of each]; length: t, at least their sum. Returns int64 [1, t], int64 [1, t] counted from
-    the beginning of each sequence, bool [1, t], and int32 bounds; padding at the end is a sequence of its own.
+    sequences: int64 [length of each], filled up to a multiple of `multiple_of`; length: t, at least the sum of that.
+    Returns int64 [1, t], int64 [1, t] counted from the beginning of each sequence, bool [1, t], and int32 bounds;
+    padding at the end is a sequence of its own.
     """
-    lengths = [len(sequence) for sequence in sequences]
-    padding = length - sum(lengths)
-    bounds = [0, *accumulate([*lengths, padding] if padding else lengths)]
-    tokens = torch.cat([*sequences, torch.full((padding,), pad_token, dtype=torch.int64)])
+    filled = [round_up(len(sequence), multiple_of) for sequence in sequences]
+    padding = length - sum(filled)
+    bounds = [0, *accumulate([*filled, padding] if padding else filled)]
+    tokens = torch.full((length,), pad_token, dtype=torch.int64)
+    real = torch.zeros(length, dtype=torch.bool)
+    for begin, sequence in zip(bounds, sequences, strict=False):
+        tokens[begin : begin + len(sequence)] = sequence
+        real[begin : begin + len(sequence)] = True
     positions = torch.cat([torch.arange(end - begin) for begin, end in pairwise(bounds)])
-    real = torch.arange(length) < length - padding
     return tokens[None], positions[None], real[None], torch.tensor(bounds, dtype=torch.int32)

@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from megatron_longact.rl.batches.packing import pack, pack_groups
+from megatron_longact.rl.batches.packing import pack, pack_groups, round_up
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
 
 
@@ -61,6 +61,9 @@ class Packing:
 
     shares_prompts: bool = False
     """Whether responses to one prompt stand behind one copy of it."""
+
+    sequence_multiple: int = 1
+    """What a sequence's tokens are filled up to, if prompts are not shared: context-parallel ranks cut each alike."""
 
 
 def plan_steps(
@@ -129,12 +132,16 @@ def _packed(
 ) -> Iterator[MicroBatchPlan]:
     bins = (_bins_of_groups if packing.shares_prompts else _bins)(batch, rows, packing, dp_size * multiple_of)
     for begin in range(0, len(bins), dp_size):  # longest first
-        sizes = [packed_tokens(batch, bin, packing) for bin in bins[begin : begin + dp_size]]
-        yield MicroBatchPlan(rows=tuple(bins[begin + dp_rank]), longest=max(sizes), tokens=sum(sizes))
+        side_by_side = bins[begin : begin + dp_size]
+        yield MicroBatchPlan(
+            rows=tuple(bins[begin + dp_rank]),
+            longest=max(_row_length(batch, bin, packing) for bin in side_by_side),
+            tokens=sum(packed_tokens(batch, bin, packing) for bin in side_by_side),
+        )
 
 
 def _bins(batch: RolloutBatch, rows: list[Row], packing: Packing, multiple_of: int) -> list[list[Row]]:
-    lengths = [batch.total_length(row) for row in rows]
+    lengths = [round_up(batch.total_length(row), packing.sequence_multiple) for row in rows]
     bins = pack(lengths, capacity=packing.capacity, max_sequences=packing.max_sequences, multiple_of=multiple_of)
     return [[rows[index] for index in bin] for bin in bins]
 
@@ -151,6 +158,13 @@ def _bins_of_groups(batch: RolloutBatch, rows: list[Row], packing: Packing, mult
         max_sequences=packing.max_sequences,
         multiple_of=multiple_of,
     )
+
+
+def _row_length(batch: RolloutBatch, rows: Sequence[Row], packing: Packing) -> int:
+    """`packed_tokens`, and what fills each sequence up."""
+    if packing.shares_prompts:
+        return packed_tokens(batch, rows, packing)
+    return sum(round_up(batch.total_length(row), packing.sequence_multiple) for row in rows)
 
 
 def packed_tokens(batch: RolloutBatch, rows: Sequence[Row], packing: Packing) -> int:
