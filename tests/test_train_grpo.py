@@ -60,6 +60,7 @@ FLAGS = [
     *("--train-iters", str(LAST)),
     *("--lr", "1e-4"),
     *("--lr-decay-style", "constant"),
+    *("--lr-warmup-iters", str(LAST), "--lr-decay-iters", "100"),
     *("--weight-decay", "0.1"),
     *("--log-interval", "1"),
     *("--save-interval", "1000"),
@@ -132,6 +133,15 @@ def test_tensorboard_has_the_same_names(straight: tuple[Path, str]) -> None:
     assert {event.step for event in events.Scalars("heldout/accuracy")} == {0, LAST}
 
 
+def test_learning_rate_goes_by_responses_and_not_by_rows(straight: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(straight[0] / "tensorboard"))
+    events.Reload()
+    rates = {event.step: event.value for event in events.Scalars("learning-rate")}
+    assert rates == pytest.approx({i: 1e-4 * i / LAST for i in range(1, LAST + 1)})
+
+
 def test_it_says_what_came_out(straight: tuple[Path, str]) -> None:
     run_dir, shown = straight
     assert "4/4  reward" in shown
@@ -174,7 +184,19 @@ def test_help_is_readable_and_begins_with_ours() -> None:
 
 def test_gradients_that_are_nan_end_a_run_in_one_line(tmp_path: Path) -> None:
     """Another start is asked for once; on the same machine again the run stays down."""
-    flags = ("--longact", "--train-iters", "6", "--lr", "1e30", "--grpo-kl-beta", "0", "--eval-interval", "1000")
+    flags = (
+        "--longact",
+        "--train-iters",
+        "6",
+        "--lr",
+        "1e30",
+        "--lr-warmup-iters",
+        "0",
+        "--grpo-kl-beta",
+        "0",
+        "--eval-interval",
+        "1000",
+    )
     for code, said in ((16, "saved; started on another GPU"), (17, "it stays down")):
         done = train(tmp_path, *flags)
         assert done.returncode == code, done.stderr

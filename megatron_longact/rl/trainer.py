@@ -66,6 +66,17 @@ class StepSize:
     squared_lengths: int
 
 
+@dataclass(frozen=True)
+class _CountsResponses:
+    """The scheduler as `train_step` sees it: a step goes on by its responses, in however few rows they are packed."""
+
+    scheduler: Any
+    responses: int
+
+    def step(self, increment: int) -> None:
+        self.scheduler.step(increment=self.responses)
+
+
 class MegatronTrainer:
     """A model, its optimizer and its scheduler, as `setup_model_and_optimizer` returned them."""
 
@@ -158,7 +169,7 @@ class MegatronTrainer:
             _one_or_all([RerunDataIterator(iter(micro_batches)) for _ in self.model]),
             self.model,
             self.optimizer,
-            self.opt_param_scheduler,
+            _CountsResponses(self.opt_param_scheduler, size.responses),
             self.config,
             get_forward_backward_func(),
             iteration=self.iteration,
