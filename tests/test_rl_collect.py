@@ -56,12 +56,19 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     from tests.test_rl_objective import grpo_config
 
     config = grpo_config(
-        prompts_per_step=PROMPTS, group_size=GROUP, global_batch_size=PROMPTS * GROUP, micro_batch_size=2, **settings
+        **{
+            "prompts_per_step": PROMPTS,
+            "group_size": GROUP,
+            "global_batch_size": PROMPTS * GROUP,
+            "micro_batch_size": 2,
+            **settings,
+        }
     )
     pgs = ProcessGroupCollection.use_mpu_process_groups()
     built = build(ModelSpec(layers=2))
     scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp)
     layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=1)
+    trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
     collector = Collector(
         config,
         engine=StaticRolloutEngine(
@@ -72,7 +79,7 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
             dp_group=parallel_state.get_data_parallel_group(),
         ),
         judge=Judge(Arithmetic(RIGHT[right]), lambda ids: " ".join(map(str, ids))),
-        trainer_log_probs=TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs),
+        trainer_log_probs=trainer_log_probs,
         reference=None,
     )
     try:
@@ -80,7 +87,8 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     except ValueError as error:
         return {"error": str(error)}
     collector.add_log_probs(batch)
-    return {"batch": batch}
+    first, *_ = layout.plan(batch)
+    return {"batch": batch, "first": sorted(first.rows), "all": trainer_log_probs.of_batch(batch)}
 
 
 def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
@@ -128,6 +136,26 @@ def test_long_responses_lose_reward() -> None:
     loss = (plain.lengths - 2).clamp(min=0) / 4 * 2.0  # of six response tokens the last four
     assert loss.max() > 0
     torch.testing.assert_close(punished.rewards, plain.rewards - loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "before"),
+    [
+        ({"global_batch_size": 6}, False),
+        ({}, False),
+        ({"global_batch_size": 6, "policy_loss": "kl-cov"}, True),
+        ({"corrects_rollouts": True}, True),
+    ],
+    ids=str,
+)
+def test_the_first_step_says_its_own_old_log_probs(settings: dict[str, Any], before: bool) -> None:
+    """Those of later steps are known before it; all are where a selection or a correction rests on them."""
+    result = ranks.run(collect, right="starts low", **settings)[0]
+    known = ~result["batch"].old_log_probs.isnan().any(1)
+    first = torch.zeros(len(known), dtype=torch.bool)
+    first[result["first"]] = True
+    assert torch.equal(known, torch.ones_like(first) if before else ~first)
+    torch.testing.assert_close(result["batch"].old_log_probs[known], result["all"][known], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

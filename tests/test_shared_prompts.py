@@ -60,6 +60,9 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """LongAct's settings beside each loss: its statistics, and what a token must fulfil."""
 
+OWN = "dapo"
+"""The loss for which old log-probs are those of the training forward, where prompts are shared."""
+
 
 def step(policy_loss: str, share: bool) -> dict[str, Any]:
     """One optimizer step of a model with LongAct: old log-probs, metrics, saliency, masks, and the weights after it."""
@@ -98,8 +101,12 @@ def step(policy_loss: str, share: bool) -> dict[str, Any]:
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
     batch = make_batch()
     old = trainer_log_probs.of_batch(batch)
-    batch = replace(batch, old_log_probs=old + 0.1 * torch.sin(torch.arange(old.numel()).view_as(old) * 1.0))
+    known = old + 0.1 * torch.sin(torch.arange(old.numel()).view_as(old) * 1.0)
+    if policy_loss == OWN:
+        known = torch.full_like(old, torch.nan) if share else old
+    batch = replace(batch, old_log_probs=known)
     [plan] = layout.plan(batch)
+    micro_batches = [layout.micro_batch(batch, part) for part in plan.micro_batches]
     selected = TokenSelector(config, trainer_log_probs).select(batch, plan, update=1)
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
@@ -119,7 +126,10 @@ def step(policy_loss: str, share: bool) -> dict[str, Any]:
     for total in sums.values():
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     assert "few named" not in longact._said
+    own = [objective.own_log_probs[part.rows] for part in micro_batches if objective.own_log_probs]
+    said = policy_loss == OWN and share
     return {
+        "trained": trainer_log_probs.of_training(batch, micro_batches, own) if said else old,
         "old": old,
         "metrics": {name: float(total[0] / total[1]) for name, total in sums.items()},
         "selected": selected,
@@ -150,6 +160,7 @@ def test_a_step_is_the_one_without_sharing(layout: Layout, world_size: int) -> N
         for name, (apart, shared) in result.items():
             assert shared["tokens"] < apart["tokens"]
             close(shared["old"], apart["old"], name)
+            close(shared["trained"], apart["old"], name)
             assert shared["metrics"] == pytest.approx(apart["metrics"], rel=1e-4), name
             assert apart["selected"] is None or torch.equal(shared["selected"], apart["selected"]), name
             for layer, parts in apart["saliency"].items():

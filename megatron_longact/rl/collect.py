@@ -6,7 +6,6 @@ A batch is tasks, responses, rewards, advantages, and log-probs by the trainer's
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron_longact.rl.heldout import Judge, evaluate_heldout
 from megatron_longact.rl.log_probs import TrainerLogProbs
 from megatron_longact.rl.objectives.advantages import group_relative_advantages, overlong_penalty
 from megatron_longact.rl.objectives.importance_weights import truncated_importance_weights
+from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES
 from megatron_longact.rl.reference import ReferenceWeights
 
 
@@ -113,9 +113,12 @@ class Collector:
 
     def add_log_probs(self, batch: RolloutBatch) -> None:
         """Set `old_log_probs`, and what rests on them, and `ref_log_probs` if there is a reference."""
-        batch.old_log_probs = self._log_probs(batch, nullcontext())
+        weighs = self._config.importance_level is not None
+        selects = POLICY_LOSSES[self._config.policy_loss].selection is not None
+        batch.old_log_probs = self._trainer_log_probs.before_updates(batch, first_too=weighs or selects)
         if self._reference is not None:
-            batch.ref_log_probs = self._log_probs(batch, self._reference.swapped_in())
+            with self._reference.swapped_in():
+                batch.ref_log_probs = self._trainer_log_probs.of_batch(batch)
         if self._config.importance_level is not None:
             batch.importance_weights = truncated_importance_weights(
                 batch.old_log_probs,
@@ -135,10 +138,6 @@ class Collector:
         config = self._config
         row = evaluate_heldout(self._engine, self._judge, config, iteration=iteration, pass_at=config.data.pass_at)
         return row if self._prose is None else row | {"perplexity": self._prose()}
-
-    def _log_probs(self, batch: RolloutBatch, weights: AbstractContextManager[None]) -> Tensor:
-        with weights:
-            return self._trainer_log_probs.of_batch(batch)
 
 
 def _not_full(config: RLConfig, *, step: int, sampled: int, kept: int) -> str:

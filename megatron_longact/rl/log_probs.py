@@ -267,21 +267,52 @@ class TrainerLogProbs:
         The forward runs on the micro-batches of the first epoch, so the first update sees ratios of
         exactly 1 wherever training forwards are deterministic.
         """
-        config = self._layout.config
-        return self.of_steps(batch, self._layout.plan(batch)[: len(batch) // config.global_batch_size])
+        return self.of_steps(batch, self._first_epoch(batch))
+
+    def before_updates(self, batch: RolloutBatch, *, first_too: bool) -> Tensor:
+        """fp32 [n, R] as the model is before the first optimizer step on a batch.
+
+        NaN for the responses of that step, whose training forward says them, unless `first_too` needs them before, or
+        training forwards draw numbers that this one does not.
+        """
+        first, *later = self._first_epoch(batch)
+        if first_too or self._training_forwards_draw:
+            return self.of_steps(batch, [first, *later])
+        log_probs = self.of_steps(batch, later) if later else torch.zeros_like(batch.rollout_log_probs)
+        log_probs[list(first.rows)] = torch.nan
+        return log_probs
+
+    @property
+    def _training_forwards_draw(self) -> bool:
+        config = get_model_config(self._model[0])
+        return any((config.hidden_dropout, config.attention_dropout, config.moe_input_jitter_eps))
+
+    def _first_epoch(self, batch: RolloutBatch) -> list[StepPlan]:
+        return self._layout.plan(batch)[: len(batch) // self._layout.config.global_batch_size]
 
     def of_steps(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> Tensor:
         """fp32 [n, R] of the responses in these optimizer steps, 0 for the others and in the padding."""
-        config = self._layout.config
         micro_batches = [self._layout.micro_batch(batch, plan) for step in steps for plan in step.micro_batches]
         scored = score_responses(
             self._model,
             micro_batches,
             scorer=self._scorer,
-            seq_length=config.seq_length,
+            seq_length=self._layout.config.seq_length,
             micro_batch_size=self._layout.micro_batch_size,
             pg_collection=self._pgs,
         )
+        return self._of_all_replicas(batch, micro_batches, scored)
+
+    def of_training(
+        self, batch: RolloutBatch, micro_batches: Sequence[MicroBatch], log_probs: Sequence[Tensor]
+    ) -> Tensor:
+        """The same of a training forward; log_probs: [b, R] of each micro-batch, on the last pipeline stage."""
+        scored = _from_last_stage([part.float() for part in log_probs], micro_batches, pp_group=self._pgs.pp)
+        return self._of_all_replicas(batch, micro_batches, scored)
+
+    def _of_all_replicas(
+        self, batch: RolloutBatch, micro_batches: Sequence[MicroBatch], scored: Sequence[Tensor]
+    ) -> Tensor:
         log_probs = torch.zeros_like(batch.rollout_log_probs).cuda()
         for micro_batch, rows in zip(micro_batches, scored, strict=True):
             mask = micro_batch.response_mask.cuda()

@@ -180,6 +180,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
             layout=layout,
             objective=Objective(config, scorer, longact, dp_size=pgs.dp.size()),
             selector=TokenSelector(config, trainer_log_probs),
+            trainer_log_probs=trainer_log_probs,
         ),
         audit=_audit(config, trainer, longact, state.rows),
         log=_log(args, terminal),

@@ -107,7 +107,7 @@ def make_micro_batch(
         targets=batch.responses[index, :r],
         response_mask=batch.response_mask[index, :r],
         advantages=batch.advantages[index],
-        old_log_probs=of_rows(batch.old_log_probs),
+        old_log_probs=of_rows(batch.old_log_probs if batch.knows_old_log_probs(index) else None),
         ref_log_probs=of_rows(batch.ref_log_probs),
         importance_weights=of_rows(batch.importance_weights),
         selected=of_rows(selected),

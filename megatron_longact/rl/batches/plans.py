@@ -6,6 +6,7 @@ trained in which step does not depend on the layout.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,8 @@ class MicroBatchPlan:
     longest: int
     tokens: int = 0
     """In it and in those of the other replicas: no padding, and a prompt that is shared once."""
+    squared_lengths: int = 0
+    """Of its sequences and theirs, likewise; behind a shared prompt what a response adds to the prompt's."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class StepPlan:
     def tokens(self) -> int:
         """What all replicas compute, padding aside."""
         return sum(part.tokens for part in self.micro_batches)
+
+    @property
+    def squared_lengths(self) -> int:
+        """What their attention reads, in tokens squared."""
+        return sum(part.squared_lengths for part in self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ def _padded(
             rows=tuple(together[dp_rank::dp_size]),
             longest=batch.total_length(together[-1]),
             tokens=sum(map(batch.total_length, together)),
+            squared_lengths=sum(batch.total_length(row) ** 2 for row in together),
         )
 
 
@@ -133,10 +142,13 @@ def _packed(
     bins = (_bins_of_groups if packing.shares_prompts else _bins)(batch, rows, packing, dp_size * multiple_of)
     for begin in range(0, len(bins), dp_size):  # longest first
         side_by_side = bins[begin : begin + dp_size]
+        work = [packed_work(batch, bin, packing) for bin in side_by_side]
+        tokens, squares = (sum(parts) for parts in zip(*work, strict=True))
         yield MicroBatchPlan(
             rows=tuple(bins[begin + dp_rank]),
             longest=max(_row_length(batch, bin, packing) for bin in side_by_side),
-            tokens=sum(packed_tokens(batch, bin, packing) for bin in side_by_side),
+            tokens=tokens,
+            squared_lengths=squares,
         )
 
 
@@ -161,18 +173,21 @@ def _bins_of_groups(batch: RolloutBatch, rows: list[Row], packing: Packing, mult
 
 
 def _row_length(batch: RolloutBatch, rows: Sequence[Row], packing: Packing) -> int:
-    """`packed_tokens`, and what fills each sequence up."""
+    """Tokens of a packed row, and what fills each sequence up."""
     if packing.shares_prompts:
-        return packed_tokens(batch, rows, packing)
+        return packed_work(batch, rows, packing)[0]
     return sum(round_up(batch.total_length(row), packing.sequence_multiple) for row in rows)
 
 
-def packed_tokens(batch: RolloutBatch, rows: Sequence[Row], packing: Packing) -> int:
-    """Tokens of the packed row that these make."""
-    if not packing.shares_prompts:
-        return sum(map(batch.total_length, rows))
-    prompts = {batch.prompts[row] for row in rows}
-    return sum(map(len, prompts)) + int(batch.lengths[list(rows)].sum())
+def packed_work(batch: RolloutBatch, rows: Sequence[Row], packing: Packing) -> tuple[int, int]:
+    """Tokens of the packed row that these make, and what its attention reads, in tokens squared."""
+    lengths = [batch.total_length(row) for row in rows]
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    if packing.shares_prompts:
+        times = Counter(batch.prompts[row] for row in rows)
+        tokens -= sum((count - 1) * len(prompt) for prompt, count in times.items())
+        squares -= sum((count - 1) * len(prompt) ** 2 for prompt, count in times.items())
+    return tokens, squares
 
 
 def _random_order(n: int, *key: int) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class RolloutBatch:
     prompts: n prompts; responses: int64 [n, R]; lengths: int64 [n] of the responses;
     rollout_log_probs: fp32 [n, R]; rewards: fp32 [n]; correct: bool [n]; finished: bool [n];
     advantages: fp32 [n]; old_log_probs and ref_log_probs: fp32 [n, R] by the trainer's forward,
-    None until they are known (the reference: None without a KL penalty); importance_weights: fp32
+    None before (the reference: None without a KL penalty), and the old ones NaN at the responses
+    whose training forward is to say them, as it is the first; importance_weights: fp32
     [n, R] of the correction for rollouts that differ from the trainer, None without it; counts: what
     was thrown out on the way, for the metrics.
     """
@@ -46,6 +48,10 @@ class RolloutBatch:
     def response_mask(self) -> Tensor:
         """Bool [n, R], True at response tokens."""
         return torch.arange(self.responses.shape[1]) < self.lengths.unsqueeze(-1)
+
+    def knows_old_log_probs(self, rows: Sequence[Row]) -> bool:
+        """Whether those of all these responses are there already."""
+        return self.old_log_probs is not None and not self.old_log_probs[list(rows)].isnan().any()
 
     def total_length(self, row: Row) -> int:
         """Tokens of a row's prompt and response."""

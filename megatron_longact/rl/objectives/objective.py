@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_longact.longact import LongAct
 from megatron_longact.rl.batches.micro_batches import MicroBatch
+from megatron_longact.rl.batches.rollout_batch import Row
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.log_probs import ResponseScorer
 from megatron_longact.rl.objectives.aggregation import aggregate, aggregation_weight
@@ -46,6 +47,8 @@ class Objective:
         self._scorer = scorer
         self._longact = longact
         self._dp_size = dp_size
+        self.own_log_probs: dict[tuple[Row, ...], Tensor] = {}
+        """Of the last step's micro-batches without old log-probs, which are their own then: [b, R] by their rows."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -59,6 +62,7 @@ class Objective:
 
         response_mask: bool [n, R] of all responses of the step, on all replicas.
         """
+        self.own_log_probs = {}
         weight = aggregation_weight(response_mask, mode=self._aggregation)
         # Megatron divides by the micro-batches, and averages gradients over the replicas.
         scale = num_microbatches * self._dp_size / max(int(weight), 1)
@@ -80,11 +84,13 @@ class Objective:
 
     def _loss(self, batch: MicroBatch, scale: float, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         config, mask = self._config, batch.response_mask
-        assert batch.old_log_probs is not None
         log_probs, entropy = output[0], output[1].detach()
+        old_log_probs = batch.old_log_probs
+        if old_log_probs is None:
+            old_log_probs = self.own_log_probs[batch.rows] = log_probs.detach().clone()
         loss, means = self._policy_loss(
             log_probs,
-            batch.old_log_probs,
+            old_log_probs,
             batch.advantages,
             mask,
             config=config.loss,
