@@ -1,13 +1,15 @@
 """The CPU mode's attention: torch's own, whole or in pieces, gives what Megatron's unfused one gives."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_longact.megatron.attention_plan import AttentionPlan, Piece, of_sequences
+from megatron_longact.megatron.planned_attention import PlannedSeqParams, rope_by_position, take_plans
 from megatron_longact.megatron.torch_attention import Calls
 from tests import ranks
 
@@ -102,6 +104,51 @@ def test_a_rank_has_its_own_queries_and_reads_all_keys() -> None:
         Piece((4, 11), ((17, 37), (77, 157))),
         Piece((11, 13), ((157, 159),)),
     )
+
+
+class VariableLength(nn.Module):
+    """What Transformer Engine documents of a call with sequences of different length, one after the other."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> Tensor:
+        packed = kwargs["packed_seq_params"]
+        assert kwargs["attn_mask_type"].name == "padding_causal_bottom_right"
+        assert packed.qkv_format == "thd"
+        queries, keys = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_kv.tolist()
+        assert packed.max_seqlen_q == max(b - a for a, b in pairwise(queries))
+        assert packed.max_seqlen_kv == max(b - a for a, b in pairwise(keys))
+        parts = [
+            naive(of_one(b - a, d - c), query[a:b], key[c:d], value[c:d])
+            for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def of_one(queries: int, keys: int) -> AttentionPlan:
+    return AttentionPlan((Piece((0, queries), ((0, keys),)),))
+
+
+def test_the_hook_of_a_gpu_makes_one_variable_length_call_of_a_row() -> None:
+    model = nn.ModuleDict({"core_attention": VariableLength()})
+    take_plans([model])
+    inputs = tensors(SHARED.num_queries, 160)
+    packed = PlannedSeqParams(SHARED, device=torch.device("cpu"))
+    assert (packed.cu_seqlens_q.tolist(), packed.max_seqlen_q) == ([0, 160], 160)  # to Megatron, and its RoPE
+    compare([model["core_attention"](*inputs, None, packed_seq_params=packed), naive(SHARED, *inputs)], inputs)
+
+
+def test_rope_is_read_by_position() -> None:
+    class Rope(nn.Module):
+        def forward(self, length: int, factor: float | None) -> Any:
+            table = torch.arange(length).view(-1, 1, 1, 1)
+            return table if factor is None else (table, factor)
+
+    model, positions = nn.ModuleDict({"rotary_pos_emb": Rope()}), torch.tensor([0, 1, 2, 1, 2, 3])
+    model.rotary_pos_emb = model["rotary_pos_emb"]
+    with rope_by_position(model, positions):
+        assert torch.equal(model.rotary_pos_emb(6, None).flatten(), positions)
+        table, factor = model.rotary_pos_emb(6, 1.5)  # YaRN's
+        assert (table.flatten().tolist(), factor) == (positions.tolist(), 1.5)
+    assert model.rotary_pos_emb(6, None).flatten().tolist() == list(range(6))
 
 
 def of_megatron() -> dict[str, list[Any]]:

@@ -8,7 +8,8 @@ What stands in for what; everything around it is Transformer Engine's own Python
                                   Adam in fp32; a bf16 weight and its int16 remainder are put together to the fp32
                                   master and taken apart as csrc does: the weight's bits are one more where the
                                   remainder is negative
-    DotProductAttention.forward   torch's `scaled_dot_product_attention`, causal
+    DotProductAttention.forward   torch's `scaled_dot_product_attention`, causal; packed sequences one by one, causal
+                                  from the bottom right
     Tensor.is_cuda                True where `transformer_engine.pytorch.module.base` asserts it
 
 Not here: anything that quantises. FP8 tensors can be made of bytes by hand, but no module runs in FP8.
@@ -108,11 +109,42 @@ def rmsnorm_bwd(
 
 
 def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Q [sq, b, np, hn], K and V [sq, b, ng, hn] -> [sq, b, np * hn]."""
+    """Q [sq, b, np, hn], K and V [sq, b, ng, hn] -> [sq, b, np * hn]; packed ones have no b."""
+    if kwargs.get("qkv_format") == "thd":
+        return _of_sequences(query, key, value, **kwargs)
     sq, b = query.shape[:2]
     heads_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     context = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
     return context.permute(2, 0, 1, 3).reshape(sq, b, -1)
+
+
+def _of_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask_type: str,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    **unused: Any,
+) -> Tensor:
+    """Sequence by sequence: Q [t, np, hn], K and V [their keys, ng, hn] -> [t, np * hn]."""
+    sizes = [bounds.diff().tolist() for bounds in (cu_seqlens_q, cu_seqlens_kv)]
+    assert (max(sizes[0]), max(sizes[1])) == (max_seqlen_q, max_seqlen_kv)
+    assert attn_mask_type == "padding_causal_bottom_right" or (
+        attn_mask_type == "padding_causal" and sizes[0] == sizes[1]
+    )
+    parts = (x.split(n) for x, n in zip((query, key, value), (sizes[0], sizes[1], sizes[1]), strict=True))
+    contexts = []
+    for q, k, v in zip(*parts, strict=True):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        contexts.append(
+            F.scaled_dot_product_attention(*heads_first, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+        )
+    return torch.cat(contexts).flatten(1)
 
 
 def _adam(
