@@ -98,3 +98,18 @@ def test_fp8_is_refused_where_there_is_none() -> None:
     code, _, err = run("benchmark_overhead.py", "--dtype", "bf16", "--fp8", "hybrid")
     assert code == 2
     assert err.splitlines()[-1].endswith("--fp8 needs a GPU and --dtype bf16")
+
+
+def test_shared_prompts_are_measured_against_rows_apart(tmp_path: Path) -> None:
+    output = tmp_path / "shared.json"
+    model = ["--num-layers", "1", "--hidden-size", "64", "--ffn-hidden-size", "64", "--kv-channels", "16"]
+    model += ["--num-query-groups", "2", "--vocab-size", "64"]
+    flags = ["--shapes", "32+4x4", "--rounds", "1", "--output", str(output)]
+    code, out, err = run("benchmark_shared_prompts.py", *model, *flags)
+    assert code == 0, err
+    assert "| 32 + 4, 4 | 288 → 96 |" in out
+    [result] = json.loads(output.read_text())["runs"]
+    assert result["shape"] == {"prompt": 32, "response": 4, "group": 4, "responses": 8}
+    for arm in result["arms"].values():
+        assert len(arm["steps"]) == len(arm["log_probs"]) == 1
+        assert arm["peak_bytes"] > 0
