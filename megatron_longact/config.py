@@ -72,7 +72,7 @@ class LongActConfig:
     zero."""
 
     import_mask: str = ""
-    """Start from the masks in this safetensors file, as tools/export_mask.py writes it, instead of a first selection.
+    """Start from the masks in this safetensors file, as `longact export-mask` writes it, instead of a first selection.
     With a refresh interval of 0 they stay for the whole run; with another one they hold until the first refresh, one
     interval after the first masked step. A run that resumes goes on with the masks of its checkpoint."""
 

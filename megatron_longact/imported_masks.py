@@ -1,4 +1,4 @@
-"""Masks from a file, for `--longact-import-mask`: what `tools/export_mask.py` writes, or another program.
+"""Masks from a file, for `--longact-import-mask`: what `longact export-mask` writes, or another program.
 
 Names are those of Hugging Face: `model.layers.N.self_attn.q_proj` and `.k_proj`, N from 0, bool, one element a row.
 """

@@ -19,6 +19,8 @@ FLOORS = [
     {"generation"},
     {"rl", "evaluation"},
     {"analysis"},
+    {"commands"},
+    {"__main__"},
 ]
 """From the ground up. A room may import what lies below it, and itself; on the lower floors also its neighbours."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_longact.commands import plan
 from tests.launch import ROOT
 from tests.ranks import run_program
 
@@ -91,12 +91,7 @@ def known_flags() -> set[str]:
 
 
 def plan_flags() -> set[str]:
-    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools/plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {flag for action in module.parser_of_plans()._actions for flag in action.option_strings}
+    return {flag for action in plan.parser_of_plans()._actions for flag in action.option_strings}
 
 
 def test_flags_that_are_named_exist() -> None:
@@ -148,16 +143,11 @@ def test_the_tree_of_the_architecture_is_the_package() -> None:
 
 
 def test_the_plans_on_the_page_are_what_the_tool_says(capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools/plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     rows = re.findall(r"^\| [\d,]+ \| `(--model [^`]+)` \| (.*) \|$", TEXT["docs/planning.md"], re.MULTILINE)
     assert len(rows) == 7
     for flags, numbers in rows:
         given = flags.replace("…", "--first-stage-layers 5 --last-stage-layers 5").split()
-        assert tool.main([*given, "--global-batch-size", "256"]) == 0
+        assert plan.main([*given, "--global-batch-size", "256"]) == 0
         shown = capsys.readouterr().out
         for number in numbers.split(" | "):
             if number.endswith("%"):  # to two digits there

@@ -155,7 +155,7 @@ def test_a_command_that_will_not_go_on_is_told_so(tmp_path: Path) -> None:
 
 def test_a_hugging_face_folder_is_to_be_converted_first(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"convert it first, with python tools/convert_hf_to_megatron.py --hf-dir"):
+    with pytest.raises(ValueError, match="with python -m megatron_longact convert to-megatron --hf-dir"):
         check_converted(Namespace(load=None, pretrained_checkpoint=str(tmp_path)))
     checkpoint(tmp_path, "release")
     check_converted(Namespace(load=str(tmp_path), pretrained_checkpoint=None))

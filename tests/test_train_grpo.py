@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_longact.commands.train import launched
 from tests import ranks
 from tests.launch import ROOT, demo_model_args
 from tests.ranks import run_program
@@ -80,9 +82,14 @@ EVERYTHING = [
 """Of a run that uses what there is."""
 
 
-def train(run_dir: Path, *flags: str, tp: int = 1, pp: int = 1, cp: int = 1) -> subprocess.CompletedProcess[str]:
+EXAMPLE = (str(ROOT / "examples/train_grpo.py"),)
+
+
+def train(
+    run_dir: Path, *flags: str, tp: int = 1, pp: int = 1, cp: int = 1, program: Sequence[str] = EXAMPLE
+) -> subprocess.CompletedProcess[str]:
     """Run the program on `tp` x `pp` x `cp` ranks."""
-    command = [str(ROOT / "examples/train_grpo.py"), *demo_model_args(), *FLAGS]
+    command = [*program, *demo_model_args(), *FLAGS]
     command += ["--run-dir", str(run_dir), "--tensorboard-dir", str(run_dir / "tensorboard")]
     command += ["--load", str(run_dir / "checkpoints"), "--save", str(run_dir / "checkpoints")]
     command += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
@@ -272,9 +279,9 @@ def test_ranks_that_share_rows_make_the_same_run_and_resume_it_bitwise(
 
 
 def test_a_dense_run_through_a_virtual_pipeline(tmp_path: Path) -> None:
-    """Two stages of two chunks each; the last one has no layer."""
+    """Two stages of two chunks each; the last one has no layer. Started as `longact train` starts it."""
     virtual = ("--pipeline-model-parallel-layout", "Et|t|t|L", "--micro-batch-size", "2")
-    done = train(tmp_path, "--train-iters", "1", "--grpo-kl-beta", "0", *virtual, pp=2)
+    done = train(tmp_path, "--train-iters", "1", "--grpo-kl-beta", "0", *virtual, pp=2, program=launched([]))
     assert done.returncode == 0, done.stderr
     [row] = rows_of(tmp_path)
     assert (row["longact/active_fraction_q"], row["longact/active_fraction_k"]) == (1.0, 1.0)

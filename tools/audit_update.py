@@ -1,42 +1,8 @@
-"""What training changed between two Hugging Face folders, tensor by tensor, inside and outside LongAct's mask.
+"""`longact audit` from a checkout: see megatron_longact/commands/audit_update.py."""
 
-    python tools/audit_update.py BEFORE AFTER --mask mask.safetensors [--json audit.json]
-
-Columns: rows; rows with any other bit than before; rows in the mask; of the changed ones those inside and outside the
-mask; share of elements that changed; L2 norm of the change; that over the norm before; share of the whole model's
-squared change. With `--longact-freeze strict` and a mask that stayed, no row outside the mask changes.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_longact.conversion import command
-from megatron_longact.conversion.audit import audit
-from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new
-
-
-def main(args: argparse.Namespace) -> int:
-    """Compare, write the JSON, print the table."""
-
-    def report() -> str:
-        check_new(args.json, overwrite=args.overwrite, flag="--json")
-        result = audit(args.before, args.after, mask=args.mask)
-        if args.json is not None:
-            try:
-                args.json.write_text(result.json() + "\n")
-            except OSError as error:
-                raise ValueError(f"cannot write {args.json}: {error.strerror}") from error
-        return result.table()
-
-    return command.run(report)
-
+from megatron_longact.commands.audit_update import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, metavar="BEFORE")
-    parser.add_argument("after", type=Path, metavar="AFTER")
-    parser.add_argument("--mask", type=Path, help="mask file of tools/export_mask.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    add_overwrite_arg(parser)
-    sys.exit(main(parser.parse_args()))
+    sys.exit(main(sys.argv[1:]))

@@ -1,36 +1,8 @@
-"""Megatron → Hugging Face: a torch_dist checkpoint becomes safetensors with index, config.json and tokenizer files.
+"""`longact convert to-hf` from a checkout: see megatron_longact/commands/convert_megatron_to_hf.py."""
 
-    python tools/convert_megatron_to_hf.py --load IN --hf-config DIR --save OUT
-
-DIR is the folder that the model came from, or IN/hf, where the way to Megatron leaves its config.json and tokenizer.
-IN may be of any layout, and of a training run. Stopped half-way, the same command goes on where it was.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_longact.conversion import command, to_hf
-
-
-def main(args: argparse.Namespace) -> int:
-    """Convert."""
-    return command.run(
-        lambda: to_hf.convert(
-            args.load,
-            args.hf_config,
-            args.save,
-            ckpt_step=args.ckpt_step,
-            max_shard_bytes=int(args.max_shard_gb * 1e9),
-        )
-    )
-
+from megatron_longact.commands.convert_megatron_to_hf import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, help="a checkpoint folder as Megatron's --load takes it")
-    parser.add_argument("--hf-config", type=Path, required=True, help="folder with config.json and tokenizer files")
-    parser.add_argument("--save", type=Path, required=True, help="the Hugging Face folder; must not exist")
-    parser.add_argument("--ckpt-step", type=int, help="another iteration than the latest")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file (default: 5)")
-    sys.exit(main(parser.parse_args()))
+    sys.exit(main(sys.argv[1:]))

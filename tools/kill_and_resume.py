@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from compare_checkpoints import compare, differences
 
+from megatron_longact.commands.compare_checkpoints import compare, differences
 from megatron_longact.megatron.quiet import quiet_libraries
 
 MARK = "LONGACT_KILL_AND_RESUME"

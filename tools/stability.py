@@ -1,63 +1,9 @@
-"""Would a mask chosen once do? Overlap of the selected Q and K rows across prompts, checkpoints and definitions.
+"""`longact stability` from a checkout: see megatron_longact/commands/stability.py."""
 
-A Hugging Face folder, or several of one shape (checkpoints of a run):
-
-    python tools/stability.py --hf-dir MODEL --lengths 1024 4096 16384
-
-Iterations of a Megatron run, with Megatron's own flags, on as many ranks as its layout has:
-
-    torchrun --standalone --nproc-per-node 2 tools/stability.py --load CHECKPOINTS --ckpt-step 100 200 300 ...
-
-The masks that runs with LongAct made themselves, by checkpoint or file; alone, or beside a model:
-
-    python tools/stability.py --masks CHECKPOINTS mask.safetensors
-
-The table, the pictures and the verdict are in --output (default: runs/stability): matrices.png, curves.png,
-stability.json.
-"""
-
-import argparse
 import sys
 
-from megatron_longact.analysis.activations.models import ModelFlags, check_ratio, opened
-from megatron_longact.analysis.activations.prompts import PromptOptions
-from megatron_longact.analysis.arguments import StabilityFlags
-from megatron_longact.config import LongActConfig
-from megatron_longact.flags import add_groups
+from megatron_longact.commands.stability import main
 from megatron_longact.megatron.quiet import quiet_libraries
-from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
-
-
-def main(argv: list[str]) -> int:
-    """Compare; the exit status: 2 for unknown choices, 1 for what else is refused."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_groups(parser, {"model": ModelFlags, "prompts": PromptOptions, "selection": StabilityFlags})
-    add_overwrite_arg(parser)
-    args, others = parser.parse_known_args(argv)
-
-    def action() -> None:
-        check_ratio(args.ratio)
-        check_new(args.output / "stability.json", overwrite=args.overwrite)
-        config = LongActConfig(ratio=args.ratio, scope=args.scope, statistic=args.statistic, tap=args.tap)
-        options = PromptOptions.from_args(args)
-        alone = args.masks and not (args.hf_dir or args.load or others)
-        models = None if alone else opened(args, others, output=args.output)
-        from megatron_longact.analysis.stability import report as stability
-
-        stability.run(
-            models,
-            options,
-            config,
-            masks=list(args.masks),
-            num_seeds=args.num_seeds,
-            output=args.output,
-            terminal=sys.stdout,
-        )
-
-    return end_in_one_line("stability", action)
-
 
 if __name__ == "__main__":
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""Flags of `tools/observe.py`, `stability.py` and `emulate_fp8.py` beside those of models and prompts."""
+"""Flags of `longact observe`, `longact stability` and `longact emulate-fp8` beside those of models and prompts."""
 
 from __future__ import annotations
 

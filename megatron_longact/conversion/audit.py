@@ -107,7 +107,7 @@ def _without_name(change: Change) -> dict[str, object]:
 def audit(before: Path, after: Path, *, mask: Path | None = None) -> Audit:
     """Compare two folders of the same model.
 
-    mask: a file as `tools/export_mask.py` writes it. Raises `ValueError` with a tensor's name if only one folder
+    mask: a file as `longact export-mask` writes it. Raises `ValueError` with a tensor's name if only one folder
     has it, if shape or dtype differ, or if the mask does not fit it.
     """
     old, new = HFFolder.open(before), HFFolder.open(after)

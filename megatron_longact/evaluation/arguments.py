@@ -1,4 +1,4 @@
-"""Flags of `tools/evaluate.py` that Megatron does not have."""
+"""Flags of `longact evaluate` that Megatron does not have."""
 
 from __future__ import annotations
 

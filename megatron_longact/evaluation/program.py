@@ -1,4 +1,4 @@
-"""The Megatron program behind `tools/evaluate.py --load`: a checkpoint's responses to a benchmark, and their scores."""
+"""The Megatron program behind `longact evaluate --load`: a checkpoint's responses to a benchmark, and their scores."""
 
 from __future__ import annotations
 

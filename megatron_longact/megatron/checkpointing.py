@@ -77,8 +77,8 @@ def check_converted(args: Namespace) -> None:
         folder = Path(getattr(args, flag, None) or "")
         if (folder / "config.json").is_file() and not (folder / TRACKER).exists():
             raise ValueError(
-                f"--{flag.replace('_', '-')} {folder} is a Hugging Face folder: convert it first, with python "
-                f"tools/convert_hf_to_megatron.py --hf-dir {quote(str(folder))} --save OUT, and give OUT"
+                f"--{flag.replace('_', '-')} {folder} is a Hugging Face folder: convert it first, with "
+                f"python -m megatron_longact convert to-megatron --hf-dir {quote(str(folder))} --save OUT, and give OUT"
             )
 
 

@@ -1,4 +1,4 @@
 """Whether the machines of a job are fit for it: small checks, each of which ends in ok, failed or not here.
 
-`tools/preflight.py` runs them on every rank and prints one table; examples/slurm does so before each start.
+`longact preflight` runs them on every rank and prints one table; examples/slurm does so before each start.
 """

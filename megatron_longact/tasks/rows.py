@@ -24,7 +24,7 @@ _BESIDE_PREDICTIONS = {"results.json", "settings.json"}
 def read_rows(path: Path) -> list[Row]:
     """Rows of a JSON-lines file, a JSON list, or all such files of a folder and what is below it.
 
-    Passed over in a folder: hidden files and folders, and what tools/evaluate.py writes beside its predictions.
+    Passed over in a folder: hidden files and folders, and what `longact evaluate` writes beside its predictions.
     Each row gets `_file`. Raises ValueError for a file that is not there or holds anything else.
     """
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""Flags of `tools/disrupt.py` that Megatron does not have."""
+"""Flags of `longact disrupt` that Megatron does not have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DisruptConfig(PromptFlags, StopFlags):
     targets: Targets = LongActConfig.targets
     """Replace in Q and K, or in one of them."""
     mask: Annotated[str, Flag(metavar="FILE")] = ""
-    """Take these channels for the high ones: a file of tools/export_mask.py, or the word checkpoint for LongAct's own
+    """Take these channels for the high ones: a file of `longact export-mask`, or the word checkpoint for LongAct's own
     masks in --load. The low and random ones are as many in each layer."""
     channel_seed: int = 0
     """Seed of random channels and of noise."""

@@ -1,4 +1,4 @@
-"""The picture of `tools/disrupt.py`. Needs matplotlib (the `plots` extra); made without pyplot."""
+"""The picture of `longact disrupt`. Needs matplotlib (the `plots` extra); made without pyplot."""
 
 from __future__ import annotations
 

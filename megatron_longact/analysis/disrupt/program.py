@@ -1,4 +1,4 @@
-"""The Megatron program behind `tools/disrupt.py`: load, measure, disturb, ask, report."""
+"""The Megatron program behind `longact disrupt`: load, measure, disturb, ask, report."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _check(args: Namespace) -> None:
     }
     for flag, (given, reason) in refused.items():
         if given:
-            raise ValueError(f"tools/disrupt.py does not work with {flag}: {reason}")
+            raise ValueError(f"longact disrupt does not work with {flag}: {reason}")
 
 
 class Disruption:

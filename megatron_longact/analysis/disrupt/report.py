@@ -1,4 +1,4 @@
-"""What came out of `tools/disrupt.py`: a table, JSON, and responses side by side."""
+"""What came out of `longact disrupt`: a table, JSON, and responses side by side."""
 
 from __future__ import annotations
 

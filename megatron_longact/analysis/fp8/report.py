@@ -1,4 +1,4 @@
-"""What `tools/emulate_fp8.py` does: the rows that each recipe selects, against those of bf16."""
+"""What `longact emulate-fp8` does: the rows that each recipe selects, against those of bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tools/observe.py` does: measure a model by context length, say what stands out, draw it, write it down."""
+"""What `longact observe` does: measure a model by context length, say what stands out, draw it, write it down."""
 
 from __future__ import annotations
 

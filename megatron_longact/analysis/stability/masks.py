@@ -1,4 +1,4 @@
-"""Masks that runs made themselves: out of checkpoints with LongAct's state, or files of `tools/export_mask.py`."""
+"""Masks that runs made themselves: out of checkpoints with LongAct's state, or files of `longact export-mask`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tools/stability.py` does: choose rows in many ways, compare the choices, and say whether one would do."""
+"""What `longact stability` does: choose rows in many ways, compare the choices, and say whether one would do."""
 
 from __future__ import annotations
 

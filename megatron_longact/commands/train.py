@@ -1,0 +1,22 @@
+"""GRPO and its kin on Megatron's own training step; the flags are those of docs/program-flags.md.
+
+    longact train --cpu --longact ...
+    torchrun --standalone --nproc-per-node 8 -m megatron_longact train --longact ...
+
+The same as `python -m megatron_longact.run [--cpu] [--verbose] -m megatron_longact.rl.train ...`.
+"""
+
+from itertools import takewhile
+
+from megatron_longact import run
+
+
+def main(argv: list[str]) -> int:
+    """Train; the exit status of the launcher."""
+    return run.main(launched(argv))
+
+
+def launched(argv: list[str]) -> list[str]:
+    """The launcher's arguments: its own, which come first, the program, and the program's."""
+    own = [*takewhile(lambda word: word in ("--cpu", "--verbose"), argv)]
+    return [*own, "-m", "megatron_longact.rl.train", *argv[len(own) :]]
