@@ -51,8 +51,8 @@ format: setup ## format the code and mend what ruff can mend
 	@$(PYTHON_BIN) -m ruff format .
 
 docs: setup ## from the code: docs/flags.md and docs/program-flags.md again, and the API reference in build/api
-	@$(PYTHON_BIN) tools/generate_flags_doc.py
-	@$(PYTHON_BIN) tools/generate_api_reference.py
+	@PYTHONWARNINGS=ignore $(PYTHON_BIN) tools/generate_flags_doc.py
+	@PYTHONWARNINGS=ignore $(PYTHON_BIN) tools/generate_api_reference.py
 
 setup: ## make .venv from constraints.txt, if it is not there
 	@bash scripts/setup.sh
