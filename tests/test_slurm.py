@@ -125,7 +125,9 @@ def parse(commands: list[list[str]], worlds: list[int]) -> list[dict[str, Any]]:
         )
         validate_args(args)
         if ours:
-            rl_config_from_args(args)
+            config = rl_config_from_args(args)
+            longest = max(*config.context_lengths, *config.heldout_context_lengths)
+            assert longest <= args.inference_dynamic_batching_max_tokens  # in one step of the engine
         longact = longact_config_from_args(args)
         names = (
             "tensor_model_parallel_size",
@@ -133,6 +135,9 @@ def parse(commands: list[list[str]], worlds: list[int]) -> list[dict[str, Any]]:
             "data_parallel_size",
             "num_layers",
             "exit_signal",
+            "position_embedding_type",
+            "apply_rope_fusion",
+            "sequence_parallel",
         )
         found.append({name: getattr(args, name) for name in names} | {"ratio": longact and longact.ratio})
     sys.argv, os.environ["WORLD_SIZE"] = before
@@ -140,16 +145,21 @@ def parse(commands: list[list[str]], worlds: list[int]) -> list[dict[str, Any]]:
 
 
 def test_megatron_takes_every_flag_of_the_recipes() -> None:
-    scripts, commands, worlds = ("single_node", "multi_node"), [], []
+    commands, worlds = [], []
     for program in ("ours", "megatron_lm"):
-        for script in scripts:
+        for script in ("single_node", "multi_node"):
             lines = of("megatron_longact.run", dry_run(script, PROGRAM=program))
             commands.append(lines[0]["command"][3:])
             worlds.append(len(lines))
+    commands.append(of("megatron_longact.run", dry_run("single_node", RECIPE="qwen3_8b_128k"))[0]["command"][3:])
+    worlds.append(8)
     [found] = ranks.run(parse, commands=commands, worlds=worlds)
     layouts = [tuple(args[f"{part}_parallel_size"] for part in ("tensor_model", "context", "data")) for args in found]
-    assert layouts == [(4, 1, 2), (8, 1, 8), (4, 2, 1), (8, 2, 4)]
-    assert [args["num_layers"] for args in found] == [36, 64, 36, 64]
+    assert layouts == [(4, 1, 2), (8, 1, 8), (4, 2, 1), (8, 2, 4), (4, 2, 1)]
+    assert [args["num_layers"] for args in found] == [36, 64, 36, 64, 36]
+    assert [args["position_embedding_type"] for args in found] == [*["rope"] * 4, "yarn"]
+    assert not found[-1]["apply_rope_fusion"]  # it forgets YaRN's factor in packed rows
+    assert all(args["sequence_parallel"] for args in found)
     assert all(args["exit_signal"].name == "SIGUSR1" and args["ratio"] == 0.3 for args in found)
 
 

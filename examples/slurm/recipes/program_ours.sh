@@ -1,5 +1,5 @@
 # Flags of examples/train_grpo.py for a model of several billion parameters; to be sourced by a recipe that has set
-# MODEL_ARGS, TP, PP, SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had.
+# MODEL_ARGS, TP, PP, CP, SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had.
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 [[ $DRY_RUN == 1 ]] && HF_DIR=${HF_DIR:-HF_DIR} START=${START:-START}
 SAVE=${SAVE:-$RUN_DIR/checkpoints}
@@ -7,6 +7,7 @@ HF_DIR=${HF_DIR:?names the Hugging Face folder of the model: tokenizer, and shap
 START=${START:?names the Megatron checkpoint to start from, out of tools/convert_hf_to_megatron.py}
 read -ra TRAIN_DATA <<<"${TRAIN_DATA:-needle}"          # JSONL files, docs/data.md; needle: the built-in needle tasks
 read -ra HELDOUT_DATA <<<"${HELDOUT_DATA:-needle}"
+read -ra CONTEXT_LENGTHS <<<"${CONTEXT_LENGTHS:-8192 16384 28672}"
 STOP_CODE=75                                            # what it ends with after a signal
 PREFLIGHT_ARGS=(
     --require-gpu --gpu "${GPU:-H100}" --min-gpu-memory-gib "${MIN_GPU_MEMORY_GIB:-75}"
@@ -18,6 +19,8 @@ PREFLIGHT_ARGS=(
 LAYOUT_ARGS=(
     --tensor-model-parallel-size "$TP"
     --pipeline-model-parallel-size "$PP"
+    --context-parallel-size "$CP"      # ranks that hold a part of each row, and are replicas while responses are made
+    --sequence-parallel                # between layers each TP rank has 1/TP of the tokens
     --use-distributed-optimizer        # replicas share masters and moments
     --overlap-grad-reduce              # gradients are added up while the backward goes on
     --overlap-param-gather             # and updated weights gathered while the forward does
@@ -42,8 +45,8 @@ TASK_ARGS=(
     --train-data "${TRAIN_DATA[@]}"
     --heldout-data "${HELDOUT_DATA[@]}"
     --drop-overlong-prompts            # leave out, and count, what does not fit
-    --context-lengths 8192 16384 28672 # tokens of a needle prompt, drawn for each
-    --max-response-length 4096         # the longest prompt is the rest of --seq-length
+    --context-lengths "${CONTEXT_LENGTHS[@]}"           # tokens of a needle prompt, drawn for each
+    --max-response-length 4096         # the longest prompt of a data set is the rest of --seq-length
     --seq-length "$SEQ_LENGTH"
     --eval-interval 40                 # optimizer steps: every ten rollout batches
     --rl-prompts-per-eval 32           # held-out prompts for each context length
@@ -55,7 +58,9 @@ ROLLOUT_ARGS=(
     --grpo-group-size 16               # responses to each
     --rl-default-temperature 1.0
     --inference-dynamic-batching       # paged KV cache, prompts of any length side by side; needs flash-attn
-    --inference-dynamic-batching-buffer-size-gb 20      # of KV cache on each GPU
+    --inference-dynamic-batching-buffer-size-gb "${KV_CACHE_GB:-20}"    # of KV cache on each GPU
+    --inference-dynamic-batching-prefix-caching         # a group's prompt is there once
+    --inference-dynamic-batching-max-tokens "$SEQ_LENGTH"               # of one step: the longest prompt must fit in it
     --inference-max-requests 64        # responses made at once by a model replica
     --rl-kv-cache-management-mode recompute             # the cache's memory is free while the model trains
 )
@@ -63,7 +68,8 @@ OBJECTIVE_ARGS=(
     --grpo-iterations 1                # times through a rollout batch
     --global-batch-size 256            # responses of an optimizer step: four steps a rollout batch
     --micro-batch-size 1
-    --rl-use-sequence-packing          # short responses share a row of --seq-length tokens
+    --rl-use-sequence-packing          # several responses share a row of --seq-length tokens,
+    --shared-prompts                   # behind one copy of their prompt
     --grpo-clamp-eps-lower 0.2
     --grpo-clamp-eps-upper 0.28        # clip-higher, as DAPO has it
     --grpo-kl-beta 0                   # no reference model

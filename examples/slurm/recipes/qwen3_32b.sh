@@ -4,14 +4,19 @@
 #     python tools/convert_hf_to_megatron.py --hf-dir my/Qwen3-32B --save my/qwen3-32b
 #     HF_DIR=my/Qwen3-32B START=my/qwen3-32b sbatch examples/slurm/multi_node.sh
 #
-# PROGRAM=ours         examples/train_grpo.py, TP 8 x DP 8
+# PROGRAM=ours         examples/train_grpo.py, TP 8 x DP 8, a prompt computed once for the responses beside it
 # PROGRAM=megatron_lm  NVIDIA's train_rl.py out of the checkout MEGATRON_LM, TP 8 x CP 2 x DP 4: it must split sequences
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 PROGRAM=${PROGRAM:-ours}
 TP=${TP:-8}                            # a node's 8 GPUs hold a layer: 8 GB of weights, 16 GB of fp32 gradients each
 PP=${PP:-1}                            # all layers on every GPU
-if [[ $PROGRAM == megatron_lm ]]; then CP=${CP:-2}; else CP=1; fi   # 2: each GPU holds half of a sequence
-SEQ_LENGTH=${SEQ_LENGTH:-32768}        # longest prompt plus response
+if [[ $PROGRAM == megatron_lm ]]; then
+    CP=${CP:-2}                        # each GPU holds half of a sequence
+    SEQ_LENGTH=${SEQ_LENGTH:-32768}    # longest prompt plus response
+else
+    CP=${CP:-1}
+    SEQ_LENGTH=${SEQ_LENGTH:-40960}    # of a row: the longest prompt, 28,672, and room for several responses beside it
+fi
 RUN_DIR=${RUN_DIR:-runs/qwen3-32b-$PROGRAM}
 MIN_FREE_GB=${MIN_FREE_GB:-1000}       # two checkpoints: 66 GB of weights and 393 GB of optimizer each
 MIN_ALL_REDUCE=${MIN_ALL_REDUCE:-20}   # GB/s of an all-reduce between nodes: a floor; 400 Gb/s a GPU are 50
