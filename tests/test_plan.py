@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.conversion.mapping import entries_of
 from megatron_longact.conversion.megatron_args import model_args
+from megatron_longact.megatron.attention_plan import AttentionPlan, Piece
 from megatron_longact.planning import cost
 from megatron_longact.planning.models import PRESETS, find_model
 from megatron_longact.planning.report import make_plan
@@ -333,12 +334,16 @@ def test_shared_prompts_are_counted_token_by_token(row: int, responses: list[int
     before = {False: 0, True: 18}  # a response has its prompt in front
     # of a token's own key half counts, as in the roofline's causal sequence
     assert group.shared.pairs == sum(before[s > 0] + i + 0.5 for tokens in rows for s, i in tokens)
-    for cp, (count, tokens) in itertools.product((1, 2, 3), zip(responses, rows, strict=True)):
-        cuts = [len(tokens) * i // (2 * cp) for i in range(2 * cp + 1)] if cp > 1 else [0, len(tokens), len(tokens)]
-        # the last token that a chunk has of each segment sees what is gathered for it
-        lasts = [dict(tokens[begin:end]) for begin, end in itertools.pairwise(cuts)]
-        keys = [sum(before[s > 0] + i + 1 for s, i in last.items()) for last in lasts]
-        assert group.gathered_keys(count, cp=cp) == max(keys[rank] + keys[-1 - rank] for rank in range(cp))
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+def test_gathered_keys_are_those_of_the_attention(cp: int) -> None:
+    group = Group(prompt=18, response=6, size=8, row=66)
+    own = [(begin, begin + 6) for begin in range(18, 66, 6)]
+    row = AttentionPlan((Piece((0, 18), ((0, 18),)), *(Piece(span, ((0, 18), span)) for span in own)))
+    chunks = list(itertools.pairwise(66 * i // (2 * cp) for i in range(2 * cp + 1)))
+    held = [(chunks[rank], chunks[-1 - rank]) for rank in range(cp)] if cp > 1 else [((0, 66),)]
+    assert group.gathered_keys(8, cp=cp) == max(row.of(spans).key_index.numel() for spans in held)
 
 
 def test_what_sharing_saves_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
