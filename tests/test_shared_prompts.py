@@ -85,7 +85,8 @@ def step(policy_loss: str, share: bool) -> dict[str, Any]:
         kl_beta=0.1,
         loss=PolicyLossConfig(kl_cov_ratio=0.2, clip_cov_ratio=0.2, clip_cov_lower=-10.0),
     )
-    built = build(ModelSpec(layers=2))
+    yarn = policy_loss == "dapo"  # its table of RoPE comes with a factor
+    built = build(ModelSpec(layers=2, yarn=yarn))
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(**RULES[policy_loss]))
     layout = BatchLayout(
         config,
