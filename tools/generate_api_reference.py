@@ -43,17 +43,19 @@ def first_lines(name: str) -> dict[str, str]:
     return {each.__name__: (inspect.getdoc(each) or "").split("\n")[0] for each in (module, *below)}
 
 
-def build(folder: Path, *, source: bool) -> int:
+def build(folder: Path, *, quick: bool = False) -> int:
     """Write the pages; their number. Raises the first warning of pdoc, and `ValueError` for a link that is broken.
 
-    source: with the code beside the docstrings, which takes half of the time.
+    quick: without the code beside the docstrings and without the search, which take half of the time.
     """
     found = parts()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, of all that is not installed here
         lines = {part: {k: v for name in names for k, v in first_lines(name).items()} for part, names in found.items()}
     vars(megatron_longact)["LongAct"] = megatron_longact.LongAct  # pdoc asks for no name that is made on demand
-    pdoc.render.configure(docformat="markdown", show_source=source, template_directory=ROOT / "docs/templates")
+    pdoc.render.configure(
+        docformat="markdown", show_source=not quick, search=not quick, template_directory=ROOT / "docs/templates"
+    )
     pdoc.render.env.globals["parts"] = lines
     shutil.rmtree(folder, ignore_errors=True)
     with warnings.catch_warnings():
@@ -72,7 +74,8 @@ def _write(folder: Path, names: list[str]) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(pdoc.render.html_module(module, documented))
     (folder / "index.html").write_text(pdoc.render.html_index(documented))
-    (folder / "search.js").write_text(pdoc.render.search_index(documented))
+    if index := pdoc.render.search_index(documented):
+        (folder / "search.js").write_text(index)
 
 
 class _Page(HTMLParser):
@@ -110,9 +113,9 @@ def main(argv: list[str]) -> int:
     """Build; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build/api", help="Folder. Default: build/api.")
-    parser.add_argument("--no-source", action="store_true", help="Leave out the code, which takes half of the time.")
+    parser.add_argument("--quick", action="store_true", help="Leave out code and search, which take half of the time.")
     args = parser.parse_args(argv)
-    print(f"{build(args.output, source=not args.no_source)} pages: {args.output / 'index.html'}")
+    print(f"{build(args.output, quick=args.quick)} pages: {args.output / 'index.html'}")
     return 0
 
 
