@@ -118,11 +118,12 @@ def test_targets_of_make_that_are_named_exist() -> None:
     assert not [(page, name) for page, name in of_each_page(r"(?<![\w-])make ([a-z-]+)\b") if name not in targets]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(find_spec("pdoc") is None, reason="needs pdoc (the dev extra)")
 def test_the_api_reference_has_no_warning_and_no_broken_link(tmp_path: Path) -> None:
     """And a page for each module, the public ones first."""
     tool = str(ROOT / "tools/generate_api_reference.py")
-    done = run_program(tool, "--quick", "--output", str(tmp_path), launcher=False, cpu=False)
+    done = run_program(tool, "--quick", "--output", str(tmp_path), launcher=False, cpu=False, timeout=280)
     assert done.returncode == 0, done.stderr
     names = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "megatron_longact").rglob("*.py")]
     pages = {name.parent if name.name == "__init__" else name for name in names}
