@@ -23,7 +23,7 @@ from megatron_longact.analysis.activations import hf as activations_hf
 from megatron_longact.analysis.activations.checkpoints import run_name
 from megatron_longact.analysis.activations.measurement import Measurement, measure, pooled
 from megatron_longact.analysis.activations.prompts import PromptOptions
-from megatron_longact.analysis.observe.outliers import Rope, rope_profile, spreads
+from megatron_longact.analysis.observe.outliers import RopeFrequencies, rope_profile, spreads
 from megatron_longact.conversion import to_megatron
 from megatron_longact.qkv_layout import QKVLayout
 from tests import launch, ranks
@@ -204,7 +204,7 @@ def test_what_cannot_be_measured_is_refused(models: Path) -> None:
 def test_spreads_on_paper() -> None:
     q = torch.tensor([1.0, 2.0, 1.0, 2.0, 3.0, 18.0, 2.0, 1.0])  # two heads of four channels; median 2
     k = torch.ones(4)
-    rope = Rope(torch.tensor([1.0, 0.01]))
+    rope = RopeFrequencies(torch.tensor([1.0, 0.01]))
     first, second = spreads({1: {"q": q, "k": k}}, kv_channels=4, ratio=0.25, rope=rope)
     assert (first.layer, first.part, first.head, first.channel) == (1, "q", 1, 1)
     assert first.outlier_ratio == 9.0
@@ -220,7 +220,7 @@ def test_channels_of_a_pair_share_a_frequency(interleaved: bool, wanted: list[fl
     layout = QKVLayout(2, 1, 6)  # four of six channels turn
     scores = torch.ones(12)
     scores[2], scores[7], scores[5] = 5.0, 7.0, 100.0  # head 0 channel 2, head 1 channel 1, one that does not turn
-    rope = Rope(torch.tensor([1.0, 0.1]), interleaved)
+    rope = RopeFrequencies(torch.tensor([1.0, 0.1]), interleaved)
     assert rope_profile(scores, layout=layout, rope=rope).tolist() == wanted
     assert rope.wavelength(5) is None
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from megatron_longact.reporting.figures import plot_reward, plot_saliency, reward_figure, saliency_figure
-from megatron_longact.rl.report import HeldOutAccuracy, RunSummary, render_table, write_report
+from megatron_longact.rl.report import HeldOutAccuracy, RunOutcome, render_table, write_report
 
 HEADS = {"q": 4, "k": 2}
 CHANNELS = 32
@@ -18,7 +18,7 @@ CHANNELS = 32
 BEFORE = {"iteration": 0, "accuracy": 0.60, "accuracy_by_length": {"512": 0.3, "64": 0.9}, "prompts": 128}
 AFTER = {"iteration": 60, "accuracy": 0.75, "accuracy_by_length": {"512": 0.55, "64": 0.95}, "prompts": 128}
 
-SUMMARY = RunSummary(
+SUMMARY = RunOutcome(
     before=HeldOutAccuracy.from_row(BEFORE),
     after=HeldOutAccuracy.from_row(AFTER),
     iterations=60,

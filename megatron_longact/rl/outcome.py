@@ -16,7 +16,7 @@ from megatron_longact.reduction import STATISTICS
 from megatron_longact.reporting.run_log import METRICS
 from megatron_longact.rl.audit import RowCounts
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.report import HeldOutAccuracy, RunSummary, render_table, write_report
+from megatron_longact.rl.report import HeldOutAccuracy, RunOutcome, render_table, write_report
 
 REPORT, SALIENCY, REWARD = "report.md", "saliency.png", "reward.png"
 
@@ -38,7 +38,7 @@ def write_outcome(
     run_dir = Path(args.run_dir)
     steps = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
     before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
-    summary = RunSummary(
+    summary = RunOutcome(
         before=None if before is None else HeldOutAccuracy.from_row(before),
         after=None if after is None else HeldOutAccuracy.from_row(after),
         iterations=steps[-1]["iteration"] if steps else 0,

@@ -24,7 +24,7 @@ class HeldOutAccuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSummary:
+class RunOutcome:
     """The numbers of a finished run.
 
     rows: Q and K rows of the model; moved: those that differ from the start weights; frozen: those that no
@@ -69,7 +69,7 @@ class RunSummary:
         return f"{sentence}: LESS than the {needed:.0f} points to expect here."
 
 
-def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
+def accuracy_rows(summary: RunOutcome) -> list[tuple[str, str, str, str]]:
     """Context length, before, after and gain in points, as text; the last row is over all."""
     before, after = summary.before, summary.after
     if before is None or after is None:
@@ -79,7 +79,7 @@ def accuracy_rows(summary: RunSummary) -> list[tuple[str, str, str, str]]:
     return [(name, f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f}") for name, old, new in pairs]
 
 
-def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
+def fact_rows(summary: RunOutcome) -> list[tuple[str, str]]:
     """What was counted, and the count, as text."""
     moved = f"{summary.moved} of {summary.rows} ({summary.moved / summary.rows:.1%})"
     start = f"those of iteration {summary.since}" if summary.since else "the start weights"
@@ -97,7 +97,7 @@ def fact_rows(summary: RunSummary) -> list[tuple[str, str]]:
     ]
 
 
-def render_table(summary: RunSummary) -> str:
+def render_table(summary: RunOutcome) -> str:
     """The table for a terminal, several lines without the last newline."""
     accuracy = [("held-out accuracy", "before", "after", "gain"), *accuracy_rows(summary)]
     lines = [f"{name:<28}{old:>9}{new:>9}{gain:>9}" for name, old, new, gain in accuracy]
@@ -107,7 +107,7 @@ def render_table(summary: RunSummary) -> str:
     return "\n".join([rule, *measured, *facts, rule, summary.verdict()])
 
 
-def render_markdown(summary: RunSummary, *, settings: Mapping[str, object], pictures: Mapping[str, str]) -> str:
+def render_markdown(summary: RunOutcome, *, settings: Mapping[str, object], pictures: Mapping[str, str]) -> str:
     """The text of report.md.
 
     settings: what a reader must know to run it again; pictures: caption by file name, relative to the report.
@@ -131,7 +131,7 @@ def render_markdown(summary: RunSummary, *, settings: Mapping[str, object], pict
 
 
 def write_report(
-    path: Path, summary: RunSummary, *, settings: Mapping[str, object], pictures: Mapping[str, str]
+    path: Path, summary: RunOutcome, *, settings: Mapping[str, object], pictures: Mapping[str, str]
 ) -> None:
     """Write `render_markdown` to `path`; pictures that are not beside it are left out."""
     there = {name: caption for name, caption in pictures.items() if (path.parent / name).is_file()}

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_longact.analysis.activations.measurement import Measurement, ModelSource, measure, pooled
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
-from megatron_longact.analysis.observe.outliers import Rope, Spread, rope_profile, spreads
+from megatron_longact.analysis.observe.outliers import RopeFrequencies, Spread, rope_profile, spreads
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reporting.run_log import Progress
@@ -24,7 +24,7 @@ class Observation:
 
     name: str
     layout: QKVLayout
-    rope: Rope | None
+    rope: RopeFrequencies | None
     by_length: Mapping[Length, Measurement]
     statistic: Statistic
     ratio: float
@@ -70,5 +70,5 @@ def observe(
         by_length[length] = pooled(parts)
     if session.first:
         progress.close()
-    rope = None if source.inv_freq is None else Rope(source.inv_freq, source.rope_interleaved)
+    rope = None if source.inv_freq is None else RopeFrequencies(source.inv_freq, source.rope_interleaved)
     return Observation(source.name, source.layout, rope, by_length, statistic, ratio)

@@ -22,7 +22,7 @@ OUTLIER, MILD = 5.0, 3.0
 
 
 @dataclass(frozen=True)
-class Rope:
+class RopeFrequencies:
     """RoPE of a model: inverse frequencies, radians a token, fp32 [pairs]."""
 
     inv_freq: Tensor
@@ -60,7 +60,7 @@ class Spread:
     wavelength: float | None
 
 
-def spreads(values: ChannelValues, *, kv_channels: int, ratio: float, rope: Rope | None) -> list[Spread]:
+def spreads(values: ChannelValues, *, kv_channels: int, ratio: float, rope: RopeFrequencies | None) -> list[Spread]:
     """One for each layer's Q and K, the largest outlier ratio first."""
     found = [
         _spread(layer, part, scores, kv_channels=kv_channels, ratio=ratio, rope=rope)
@@ -70,7 +70,9 @@ def spreads(values: ChannelValues, *, kv_channels: int, ratio: float, rope: Rope
     return sorted(found, key=lambda each: (-each.outlier_ratio, each.layer, each.part))
 
 
-def _spread(layer: int, part: str, scores: Tensor, *, kv_channels: int, ratio: float, rope: Rope | None) -> Spread:
+def _spread(
+    layer: int, part: str, scores: Tensor, *, kv_channels: int, ratio: float, rope: RopeFrequencies | None
+) -> Spread:
     """scores: fp32 [channels]."""
     relative = over_median(scores)
     top = scores.sort(descending=True).values[: num_selected(ratio, len(scores))]
@@ -95,7 +97,7 @@ def over_median(scores: Tensor) -> Tensor:
     return scores.float() / scores.float().quantile(0.5).clamp_min(smallest)
 
 
-def rope_profile(scores: Tensor, *, layout: QKVLayout, rope: Rope) -> Tensor:
+def rope_profile(scores: Tensor, *, layout: QKVLayout, rope: RopeFrequencies) -> Tensor:
     """The largest channel at each RoPE frequency over the median of all: [heads * hn] -> fp32 [pairs]."""
     relative = over_median(scores).view(-1, layout.kv_channels).amax(0)  # [heads, hn] -> [hn]
     profile = torch.zeros(len(rope.inv_freq))

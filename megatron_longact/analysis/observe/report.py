@@ -10,7 +10,7 @@ from typing import Any
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.observation import Length, Observation, observe
-from megatron_longact.analysis.observe.outliers import Rope, spread_table, verdict
+from megatron_longact.analysis.observe.outliers import RopeFrequencies, spread_table, verdict
 from megatron_longact.config import Statistic
 from megatron_longact.reduction import STATISTICS
 
@@ -101,7 +101,7 @@ def as_json(observation: Observation, options: PromptOptions) -> dict[str, Any]:
     }
 
 
-def _rope_json(observation: Observation, rope: Rope) -> dict[str, Any]:
+def _rope_json(observation: Observation, rope: RopeFrequencies) -> dict[str, Any]:
     profiles = {
         tap: {
             layer: {part: values.tolist() for part, values in parts.items()}

@@ -18,7 +18,7 @@ from megatron_longact.tokens import TokenRules
 
 
 @dataclass(frozen=True)
-class Group:
+class SharedPrompt:
     """A prompt in a row, and the responses that stand behind it."""
 
     prompt: Span
@@ -42,7 +42,7 @@ class Group:
 class SharedRow:
     """The groups of a row of t tokens; behind the last is padding."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[SharedPrompt, ...]
     num_tokens: int
 
     @property
@@ -108,6 +108,6 @@ def shared_row(prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, num_
         own = list(mates)
         sizes = [len(prompts[own[0]]), *(lengths[row] for row in own)]
         prompt, *responses = pairwise(accumulate(sizes, initial=place))
-        groups.append(Group(prompt, tuple(responses)))
+        groups.append(SharedPrompt(prompt, tuple(responses)))
         place += sum(sizes)
     return SharedRow(tuple(groups), num_tokens)

@@ -22,7 +22,7 @@ TOKENS_A_CODED_WORD, LEAST_CODED_WORDS = 50, 4
 TOKENS_OF_TRACKING_EXAMPLE = 500
 
 
-class Tokenizer(Protocol):
+class TextEncoder(Protocol):
     """All that is asked of a tokenizer."""
 
     def encode(self, text: str) -> Sequence[int]:
@@ -35,7 +35,7 @@ def generate(
     *,
     num_samples: int,
     max_seq_length: int,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     seed: int = 42,
     tokens_to_generate: int | None = None,
     model_template: str = TASK_TEMPLATE,
@@ -135,7 +135,7 @@ def least_length(
     *,
     num_samples: int,
     max_seq_length: int,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     seed: int = 42,
     tokens_to_generate: int | None = None,
     model_template: str = TASK_TEMPLATE,
@@ -164,7 +164,7 @@ def least_length(
 def _request(
     task: str,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     seed: int,
     tokens_to_generate: int | None,
     model_template: str,
