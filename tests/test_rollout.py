@@ -158,6 +158,39 @@ def test_a_response_does_not_depend_on_its_batch() -> None:
     assert len({tuple(row.tolist()) for row in together["tokens"]}) > 10
 
 
+def keys_rotated_once_and_anew() -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
+    """Tokens a call of RoPE; the responses; and those of the engine as Megatron has it."""
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    from megatron.core.transformer import attention
+
+    from megatron_longact.generation import static
+
+    model = make_model().chunks[0].module
+    sampling = Sampling(max_response_length=RESPONSE, seed=3)
+    calls: list[int] = []
+
+    def counted(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(tokens))
+        return rotate(tokens, *args, **kwargs)
+
+    rotate = attention.apply_rotary_pos_emb
+    with patch.object(attention, "apply_rotary_pos_emb", counted):
+        once = make_engine(model).generate(make_prompts(), sampling)
+    assert not any("_adjust_key_value_for_inference" in vars(module) for module in model.modules())
+    with patch.object(static, "rotated_keys", lambda model: nullcontext()):
+        anew = make_engine(model).generate(make_prompts(), sampling)
+    return calls, vars(once), vars(anew)
+
+
+def test_keys_are_rotated_once_and_the_same_to_the_bit() -> None:
+    for calls, once, anew in ranks.run(keys_rotated_once_and_anew, layout=Layout(tp=2), world_size=2):
+        assert sorted(set(calls)) == [1, 9]  # of decoding, and of the shortest prompts, queries alone
+        for name, expected in anew.items():
+            assert torch.equal(once[name], expected), name
+
+
 def test_seed_and_step_choose_the_random_numbers() -> None:
     base = Sampling(max_response_length=RESPONSE, seed=11, step=4)
     [first] = ranks.run(generate, sampling=base)

@@ -16,6 +16,7 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
 - it stops at one token: of the tokens that end a response it is told that each is that one;
 - it refuses sequence parallelism: `whole_sequences` switches that off while it generates;
 - it knows one chunk of the model a rank: `_Wrapper` goes round the stages once for each of a virtual pipeline;
+- it rotates all cached keys anew for each token: `rotated_keys`;
 - a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once.
 """
 
@@ -49,6 +50,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_longact.generation.engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
+from megatron_longact.generation.rotated_keys import rotated_keys
 from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
 from megatron_longact.generation.whole_sequences import whole_sequences
 
@@ -85,7 +87,7 @@ class StaticRolloutEngine:
         n, length = len(prompts), sampling.max_response_length
         tokens = torch.zeros(n, length, dtype=torch.int64)
         log_probs = torch.zeros(n, length, dtype=torch.float32)
-        with generation_mode(self.chunks), whole_sequences(self.chunks):
+        with generation_mode(self.chunks), whole_sequences(self.chunks), rotated_keys(self.chunks):
             for rows in self._own_batches(prompts, sampling.max_response_length):
                 draws = self._generate_batch([prompts[row] for row in rows], sampling)
                 tokens[rows], log_probs[rows] = draws.responses(fill=self.eod)
