@@ -57,8 +57,12 @@ FLAGS=(
     --save-retain-interval 1000            # of the earlier checkpoints none stays
 )
 if [[ $GPUS != 0 ]]; then                  # has not run: nobody lent a GPU
-    FLAGS+=(--bf16 --transformer-impl transformer_engine --attention-backend flash
-        --use-distributed-optimizer --inference-dynamic-batching --rl-kv-cache-management-mode recompute)
+    FLAGS+=(
+        --bf16 --transformer-impl transformer_engine --attention-backend flash
+        --use-distributed-optimizer --no-gradient-accumulation-fusion
+        --inference-dynamic-batching --inference-dynamic-batching-buffer-size-gb 8
+        --rl-kv-cache-management-mode recompute
+    )
 fi
 FLAGS+=("$@")
 
@@ -94,7 +98,8 @@ one() {                                    # arm, seed, flags
     [[ $GPUS == 0 ]] || launch=(--nproc-per-node "$GPUS" -m megatron_longact.run)
     mkdir -p "$dir"
     echo "$dir"
-    CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
+    # glibc would keep what tensors of many sizes leave behind: 8 GB where 4 are in use
+    MALLOC_MMAP_THRESHOLD_=8388608 CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
         torchrun --standalone "${launch[@]}" examples/train_grpo.py \
         --use-checkpoint-args --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF_DIR" \
         --pretrained-checkpoint "$START" --load "$dir/checkpoints" --save "$dir/checkpoints" \
