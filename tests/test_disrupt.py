@@ -461,7 +461,8 @@ def config(*flags: str) -> DisruptConfig:
     [
         (["--tasks", "niah_single_1"], "--tasks has 'niah_single_1'; needle has single, multikey"),
         (["--benchmark", "ruler", "--tasks", "single"], "--tasks has 'single'; ruler has niah_single_1"),
-        (["--ratio", "1"], "--ratio is 1.0; it must be a share between 0 and 1"),
+        (["--ratio", "0.1", "1"], "--ratio is 1.0; it must be a share between 0 and 1"),
+        (["--ratio", "0.1", "0.3", "--mask", "m"], "--mask has the share of its channels; give no --ratio"),
         (["--num-samples", "0"], "--num-samples is 0; it must be at least 1"),
         (["--text-tokens", "1"], "--text-tokens is 1; a window needs at least 2"),
         (["--channel-seed", "-1"], "--channel-seed is -1; it must be 0 or more"),
@@ -481,21 +482,26 @@ def run_tool(*flags: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(200)
 def test_the_demo_checkpoint_is_disturbed_on_two_tensor_parallel_ranks(tmp_path):
     flags = ["--lengths", "64", "--tasks", "single", "--num-samples", "8", "--measure-samples", "4"]
-    flags += ["--channels", "high", "low"]
+    flags += ["--channels", "high", "low", "--ratio", "0.3", "0.02"]
     flags += ["--text-windows", "2", "--text-tokens", "64", "--tensor-model-parallel-size", "2"]
     done = run_tool(*flags, "--output", str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "high channels by their mean" in done.stdout
+    assert "high 30% by their mean" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["channels"] for run in results["runs"]] == [None, "high", "low"]
-    plain, high, low = results["runs"]
+    assert [run["channels"] for run in results["runs"]] == [None, "high", "low", "high", "low"]
+    assert [run.get("ratio") for run in results["runs"]] == [None, 0.02, 0.02, 0.3, 0.3]
+    plain, _, fewest, high, low = results["runs"]
+    assert fewest["perplexity"] == pytest.approx(plain["perplexity"], rel=0.05)  # two of 128 channels
     # the start model finds most single needles at a length that it was trained on, not without its highest channels
     assert min(plain["accuracy"], low["accuracy"]) >= 50 > high["accuracy"]
     assert plain["perplexity"] != pytest.approx(high["perplexity"], rel=1e-3)
     assert results["measured"] == {"prompts": 4, "tokens": 256}
-    assert {(c["q"], c["k"]) for c in results["channels"].values()} == {(3 * 38, 3 * 19)}  # 0.3 of 128 and of 64
+    counts = {name: (c["q"], c["k"]) for name, c in results["channels"].items()}  # of 128 and of 64
+    assert counts == {
+        f"{name} {share}": n for share, n in (("2%", (9, 3)), ("30%", (114, 57))) for name in ("high", "low")
+    }
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 8
+    assert len(rows) == 5 * 8
     assert "## single, 64 tokens, prompt 1" in (tmp_path / "samples.md").read_text()
     assert (tmp_path / "disruption.png").stat().st_size > 5000
 

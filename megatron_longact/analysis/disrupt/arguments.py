@@ -29,8 +29,8 @@ class DisruptConfig(PromptFlags, StopFlags):
     """Which are replaced, one set after the other."""
     replace: Annotated[tuple[Replacement, ...], Flag(parse=each_once)] = ("mean",)
     """By what: the mean over the measured prompts, zero, noise of the same mean and deviation."""
-    ratio: float = LongActConfig.ratio
-    """Share of Q, and of K, that is replaced."""
+    ratio: Annotated[tuple[float, ...], Flag(metavar="SHARE", parse=ascending)] = (LongActConfig.ratio,)
+    """Shares of Q, and of K, that are replaced, one after the other."""
     scope: Scope = LongActConfig.scope
     """Where channels are ranked."""
     statistic: Statistic = LongActConfig.statistic
@@ -104,5 +104,8 @@ def _check(config: DisruptConfig, *, known: list[str]) -> None:
             raise ValueError(f"{flag} is {value}; it must be 0 or more")
     if config.text_tokens < 2:
         raise ValueError(f"--text-tokens is {config.text_tokens}; a window needs at least 2")
-    if not 0 < config.ratio < 1:
-        raise ValueError(f"--ratio is {config.ratio}; it must be a share between 0 and 1")
+    for ratio in config.ratio:
+        if not 0 < ratio < 1:
+            raise ValueError(f"--ratio is {ratio}; it must be a share between 0 and 1")
+    if config.mask and len(config.ratio) > 1:
+        raise ValueError("--mask has the share of its channels; give no --ratio")

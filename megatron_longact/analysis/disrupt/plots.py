@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
 
@@ -26,7 +27,8 @@ Results = Mapping[str, Any]
 
 def plot(results: Results, *, path: Path) -> None:
     """Write the figure as a PNG."""
-    disruption_figure(results).savefig(path, dpi=DPI)
+    several = any("ratio" in run for run in results["runs"])
+    (share_figure if several else disruption_figure)(results).savefig(path, dpi=DPI)
 
 
 def disruption_figure(results: Results) -> Figure:
@@ -46,6 +48,48 @@ def disruption_figure(results: Results) -> Figure:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=9, frameon=False)
     return figure
+
+
+def share_figure(results: Results) -> Figure:
+    """A row a replacement: accuracy over all prompts, repetition and perplexity by the share that is replaced."""
+    runs: Sequence[Results] = results["runs"]
+    replacements = list(dict.fromkeys(run["replacement"] for run in runs if run["replacement"]))
+    metrics = [("accuracy", "accuracy, percent"), ("loop_share", "tokens in a loop, percent")]
+    metrics += [("perplexity", "perplexity")] if runs[0]["perplexity"] is not None else []
+    figure = Figure(figsize=(WIDTH_IN, 0.5 + 2.9 * len(replacements)), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(replacements), len(metrics), squeeze=False, sharey="col")
+    for row, replacement in zip(panels, replacements, strict=True):
+        shown = [run for run in runs if run["replacement"] == replacement]
+        for axes, (metric, label) in zip(row, metrics, strict=True):
+            _draw_by_share(axes, runs[0], shown, metric, label)
+        row[0].set_title(f"replaced by {REPLACED_BY[replacement]}", fontsize=10.5, fontweight="bold", loc="left")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _draw_by_share(axes: Axes, undisturbed: Results, runs: Sequence[Results], metric: str, label: str) -> None:
+    name, colour, _ = STYLES[None]
+    axes.axhline(undisturbed[metric], color=colour, linestyle=":", label=name)
+    for channels in dict.fromkeys(run["channels"] for run in runs):
+        own = [run for run in runs if run["channels"] == channels]
+        name, colour, marker = STYLES[channels]
+        shares, values = [100 * run["ratio"] for run in own], [run[metric] for run in own]
+        axes.plot(shares, values, color=colour, marker=marker, markersize=5, label=name)
+        if metric == "accuracy":
+            ends = [interval(run[metric], sum(run["samples_by_length"].values())) for run in own]
+            axes.vlines(shares, *zip(*ends, strict=True), color=colour, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({100 * run["ratio"] for run in runs}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("channels replaced, percent", fontsize=10)
+    axes.set_ylabel(label, fontsize=10)
+    if metric == "accuracy":
+        axes.set_ylim(-3, 103)
+    if metric == "perplexity":
+        axes.set_yscale("log")
+    _finish(axes, "")
 
 
 def interval(percent: float, count: int) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,7 @@ from megatron_longact.analysis.disrupt.arguments import (
     config_from_args,
 )
 from megatron_longact.analysis.disrupt.channels import (
+    Channels,
     Disturbance,
     RowMeasurement,
     RowStatistics,
@@ -108,10 +110,11 @@ class Disruption:
         arms += [(name, replacement) for replacement in self.config.replace for name in chosen]
         progress = Progress(len(arms) * len(self.samples), self.terminal) if self.terminal else None
         runs: list[Run] = []
-        for channels, replacement in arms:
-            with self._disturbed(chosen, statistics, channels, replacement):
-                rows = list(self._rows(progress, channels or "undisturbed", done=len(runs) * len(self.samples)))
-                runs.append(Run(channels, replacement, rows, self._perplexity()))
+        for label, replacement in arms:
+            with self._disturbed(chosen, statistics, label, replacement):
+                rows = list(self._rows(progress, label or "undisturbed", done=len(runs) * len(self.samples)))
+                channels, ratio = self._sets.get(label, ("", None))
+                runs.append(Run(channels, replacement, rows, self._perplexity(), ratio))
         if progress is not None:
             progress.close()
         self._report(runs, chosen, statistics)
@@ -123,24 +126,33 @@ class Disruption:
         return measurement.result(statistic=self.config.statistic)
 
     def _choose(self, saliency: QK) -> dict[str, QK]:
+        """By the names of the sets: `high`, or `high 3%` where there are several shares."""
         config, layout = self.config, self.qkv.layout
         if not config.mask:
             return {
-                name: choose_channels(
+                label: choose_channels(
                     name,
                     saliency,
                     layout=layout,
-                    ratio=config.ratio,
+                    ratio=config.ratio[0] if ratio is None else ratio,
                     scope=config.scope,
                     targets=config.targets,
                     seed=config.channel_seed,
                 )
-                for name in config.channels
+                for label, (name, ratio) in self._sets.items()
             }
         masks = check_masks(self._masks(), source=f"--mask {config.mask}", targets=config.targets)
         return {
             name: as_many(name, masks, saliency, seed=config.channel_seed, layout=layout) for name in config.channels
         }
+
+    @cached_property
+    def _sets(self) -> dict[str, tuple[Channels, float | None]]:
+        """By name: which channels, and their share where there are several."""
+        names, ratios = self.config.channels, self.config.ratio
+        if len(ratios) == 1:
+            return {name: (name, None) for name in names}
+        return {f"{name} {100 * ratio:g}%": (name, ratio) for ratio in ratios for name in names}
 
     def _masks(self) -> QK:
         if self.config.mask == FROM_CHECKPOINT:
@@ -151,14 +163,14 @@ class Disruption:
             raise ValueError(str(error).replace("--longact-import-mask", "--mask")) from error
 
     def _disturbed(
-        self, chosen: dict[str, QK], statistics: RowStatistics, channels: str, replacement: Any
+        self, chosen: dict[str, QK], statistics: RowStatistics, label: str, replacement: Any
     ) -> AbstractContextManager[Any]:
-        if not channels:
+        if not label:
             return nullcontext()
         needed = [len(sample.tokens) + sample.tokens_to_generate for sample in self.samples]
         return Disturbance(
             self.qkv,
-            chosen[channels],
+            chosen[label],
             replacement=replacement,
             statistics=statistics,
             seed=self.config.channel_seed,

@@ -23,17 +23,21 @@ class Run:
     replacement: str
     rows: list[Row]
     perplexity: float | None
+    ratio: float | None = None
+    """Share of the channels; None where there is one share only."""
 
     @property
     def name(self) -> str:
-        """Such as `high channels by their mean`."""
+        """Such as `high channels by their mean`, or `high 3% by their mean` where there are several shares."""
         if not self.channels:
             return "undisturbed"
-        return f"{self.channels} channels by {'their mean' if self.replacement == 'mean' else self.replacement}"
+        which = "channels" if self.ratio is None else f"{100 * self.ratio:g}%"
+        return f"{self.channels} {which} by {'their mean' if self.replacement == 'mean' else self.replacement}"
 
     def results(self) -> dict[str, Any]:
         """The run's part of results.json."""
         what = {"name": self.name, "channels": self.channels or None, "replacement": self.replacement or None}
+        what |= {} if self.ratio is None else {"ratio": self.ratio}
         return what | summary(self.rows) | {"perplexity": self.perplexity}
 
 
