@@ -36,7 +36,11 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """The run's part of results.json."""
-        what: dict[str, Any] = {"name": self.name, "channels": self.channels or None, "replacement": self.replacement or None}
+        what: dict[str, Any] = {
+            "name": self.name,
+            "channels": self.channels or None,
+            "replacement": self.replacement or None,
+        }
         what |= {} if self.ratio is None else {"ratio": self.ratio}
         return what | summary(self.rows) | {"perplexity": self.perplexity}
 
