@@ -4,8 +4,12 @@ import gc
 from collections import Counter
 
 import pytest
+from hypothesis import settings
 
 from tests import ranks
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("any machine")
 
 LONGEST = [
     "test_layouts",

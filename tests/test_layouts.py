@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_longact import LongAct, LongActConfig
+from megatron_longact.versions import installed
 from tests import ranks
 from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
 from tests.ranks import Layout
@@ -89,6 +90,8 @@ BY_GRADIENT = ("dp2", "tp2 dp2 overlapped", "pp2 vpp2", "qkv bias tp4")
     ("case", "select"), [*((case, "high") for case in CASES), *((c, "gradient") for c in BY_GRADIENT)]
 )
 def test_layout_selects_and_updates_as_the_reference(case: str, select: Any) -> None:
+    if case == "output gate tp4" and installed() < (0, 17):
+        pytest.skip("Megatron's own gate has another shape than what it opens there")
     spec, layout, world_size, optimizer = CASES[case]
     wanted = reference(repr(spec), "optimizer" in optimizer.config, select)
     # the reference is its own process: at world size 1 it is compared as well
