@@ -41,6 +41,7 @@ MEGATRON = {
     "tensor_model_parallel_size": 1,
     "context_parallel_size": 1,
     "hybrid_context_parallel": False,
+    "cp_comm_type": ["p2p"],
     "virtual_pipeline_model_parallel_size": None,
     "calculate_per_token_loss": False,
     "rampup_batch_size": None,
@@ -220,6 +221,11 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
         ((), {"sequence_parallel": True, "tensor_model_parallel_size": 3}, "cut rows into 3 equal parts"),
         ((), {"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ((), {"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        (
+            ("--no-shared-prompts",),
+            {"context_parallel_size": 2, "rl_use_sequence_packing": True, "cp_comm_type": ["all_gather"]},
+            "--cp-comm-type is all_gather; for packed rows",
+        ),
         ((), {"context_parallel_size": 3}, "cut rows into 6 equal parts"),
         ((), VIRTUAL | {"inference_dynamic_batching": True}, "--num-layers-per-virtual-pipeline-stage and"),
         (

@@ -24,6 +24,8 @@ class RowShare:
 
     def __init__(self, bounds: Sequence[int], group: ProcessGroup) -> None:
         self._bounds, self._group = torch.tensor(bounds), group
+        self._order: Tensor | None = None
+        """Where each token of the row stands among those of all ranks: int64 [t], on the device of what is gathered."""
 
     @cached_property
     def positions(self) -> Tensor:
@@ -40,11 +42,10 @@ class RowShare:
     def whole(self, x: Tensor) -> Tensor:
         """[t / cp, ...] of each rank -> [t, ...] in the row's order; the backward adds up what all ranks give."""
         gathered = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self._group)
-        return gathered.index_select(0, self._order.to(x.device))
-
-    @cached_property
-    def _order(self) -> Tensor:
-        return torch.cat([self._positions_of(rank) for rank in range(self._group.size())]).argsort()
+        if self._order is None:
+            ranks = range(self._group.size())
+            self._order = torch.cat([self._positions_of(rank) for rank in ranks]).argsort().to(x.device)
+        return gathered.index_select(0, self._order)
 
     def _positions_of(self, rank: int) -> Tensor:
         total = int(self._bounds[-1])

@@ -42,7 +42,7 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     shared = settle_sharing(args)
     config: RLConfig = config_from_flags(RLConfig, args, data=data_config_from_args(args), shared_prompts=shared)
     _check_lengths(config, max_position_embeddings=args.max_position_embeddings)
-    _check_parts(args)
+    _check_parts(args, config)
     _check_batches(config)
     _check_interleaved(args, config)
     _check_objective(config)
@@ -86,12 +86,17 @@ def parts_of_rows(args: Namespace) -> int:
     return int(parts if args.context_parallel_size == 1 else 2 * args.context_parallel_size * parts)
 
 
-def _check_parts(args: Namespace) -> None:
+def _check_parts(args: Namespace, config: RLConfig) -> None:
     parts = parts_of_rows(args)
     if args.seq_length % parts:
         raise ValueError(
             f"--seq-length is {args.seq_length}; sequence and context parallelism cut rows into {parts} equal parts: "
             f"choose a multiple of {parts}"
+        )
+    splits_packed_rows = args.context_parallel_size > 1 and config.pack_sequences and not config.shared_prompts
+    if splits_packed_rows and not {"p2p", "a2a"}.issuperset(args.cp_comm_type):
+        raise ValueError(
+            f"--cp-comm-type is {' '.join(args.cp_comm_type)}; for packed rows Transformer Engine has p2p and a2a alone"
         )
 
 

@@ -104,6 +104,7 @@ def _what_is_shown(config: LongActConfig) -> str:
 
 def _settings(args: Namespace, config: RLConfig, longact: LongAct | None) -> dict[str, object]:
     parallel = f"TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}"
+    parallel += f", CP {args.context_parallel_size}" if args.context_parallel_size > 1 else ""
     settings: dict[str, object] = {
         "LongAct": "off" if longact is None else longact.config,
         "parallel layout": f"{parallel}, DP {args.data_parallel_size}",
