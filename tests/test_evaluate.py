@@ -527,12 +527,16 @@ def test_a_checkpoint_is_evaluated_and_a_killed_evaluation_goes_on(tmp_path):
 
 
 @pytest.mark.timeout(200)
-def test_longbench_with_chain_of_thought_on_two_data_parallel_ranks(tmp_path):
-    """1024 tokens of reasoning, then the answer; with RoPE the demo's model may be told of more positions."""
+def test_longbench_with_chain_of_thought_on_two_replicas(tmp_path):
+    """1024 tokens of reasoning, then the answer; with RoPE the demo's model may be told of more positions.
+
+    The replicas are ranks that would share rows in training.
+    """
     data = tmp_path / "data.json"
     data.write_text(json.dumps(longbench_items(3)))
     flags = ["--benchmark", "longbench-v2", "--style", "cot", "--data", str(data), "--num-samples", "2"]
     flags += ["--max-position-embeddings", "2048", "--max-length", "65", "--inference-max-requests", "1"]
+    flags += ["--context-parallel-size", "2"]
     done = evaluate(tmp_path / "out", *flags, ranks=2)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
