@@ -10,6 +10,8 @@ import torch
 from tests import ranks
 from tests.ranks import Layout
 
+pytestmark = pytest.mark.timeout(300)  # the first test runs all layouts
+
 RELATIVE = 2e-5
 """fp32; sums over tokens and shards are rounded in another order."""
 
