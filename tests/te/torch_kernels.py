@@ -110,6 +110,7 @@ def rmsnorm_bwd(
 
 def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Q [sq, b, np, hn], K and V [sq, b, ng, hn] -> [sq, b, np * hn]; packed ones have no b."""
+    assert self.cp_group is None  # this one sees its own rank alone
     if kwargs.get("qkv_format") == "thd":
         return _of_sequences(query, key, value, **kwargs)
     sq, b = query.shape[:2]
