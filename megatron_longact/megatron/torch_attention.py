@@ -76,10 +76,16 @@ class Calls:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """Attention of a row: query [sq, np, hn], key and value [sk, ng, hn] -> [sq, np, hn]."""
         sizes = [call.queries.numel() for call in self.calls], [call.keys.numel() for call in self.calls]
-        queries = query.index_select(0, self.queries).split(sizes[0])
-        keys, values = (x.index_select(0, self.keys).split(sizes[1]) for x in (key, value))
+        queries = _select(query, self.queries).split(sizes[0])
+        keys, values = (_select(x, self.keys).split(sizes[1]) for x in (key, value))
         outputs = [_attend(*parts, scale=scale) for parts in zip(self.calls, queries, keys, values, strict=True)]
-        return torch.cat(outputs).index_select(0, self.places)
+        return _select(torch.cat(outputs), self.places)
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], and x itself where that is the same: sequences of one length are."""
+    in_order = len(index) == len(x) and torch.equal(index, torch.arange(len(x)))
+    return x if in_order else x.index_select(0, index)
 
 
 def _attend(call: Call, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
