@@ -1,6 +1,6 @@
 """The outer RL loop: rollouts on all ranks between optimizer steps, and Megatron's own `train_step`.
 
-    rollout step     tasks -> responses -> rewards -> advantages -> old (and reference) log-probs
+    rollout step     tasks -> responses -> rewards -> advantages -> reference log-probs, and old ones if needed
     optimizer steps  several a rollout step: Megatron's `train_step` on micro-batches of it
 
 An iteration is what Megatron means by it: one optimizer step. Rewards and times of a rollout step are
