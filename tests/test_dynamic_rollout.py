@@ -468,6 +468,8 @@ def configs_from(all_flags: list[list[str]]) -> list[Any]:
             configs.append(vars(inference_config_from_args(parse_args(), model)) | {"pg_collection": None})
         except ValueError as error:
             configs.append(str(error))
+    sys.argv = ["program", "--seq-length=96"]
+    configs.append(inference_config_from_args(parse_args(), model, longest=512).max_sequence_length)
     sys.argv = argv
     return configs
 
@@ -491,9 +493,10 @@ def test_megatrons_own_flags_configure_it() -> None:
         "num_cuda_graphs": None,
     }
     graphs = [*flags, "--cuda-graph-impl=local"]
-    [[plain, graphed, refused]] = ranks.run(
+    [[plain, graphed, refused, longest]] = ranks.run(
         configs_from, all_flags=[flags, graphs, [*graphs, "--rl-training-cuda-graphs"]]
     )
     assert {name: plain[name] for name in expected} == expected
     assert {name: graphed[name] for name in expected} == expected | {"num_cuda_graphs": 4}
     assert "--rl-training-cuda-graphs" in refused
+    assert longest == 512

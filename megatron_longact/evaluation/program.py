@@ -94,7 +94,7 @@ class Evaluation:
         tokenizer = get_tokenizer()
         rows = predict(
             self.groups,
-            rollout_engine(self.args, model, pgs),
+            rollout_engine(self.args, model, pgs, longest=self.args.max_position_embeddings),
             done=done,
             chunk=self.args.inference_max_requests * pgs.dp_cp.size(),
             temperature=self.config.temperature,

@@ -62,10 +62,10 @@ ROWS_AT_ONCE = 64
 """Requests whose distribution is written out together: bounds sampling's memory to so many fp64 [V]."""
 
 
-def inference_config_from_args(args: Namespace, model: nn.Module) -> InferenceConfig:
+def inference_config_from_args(args: Namespace, model: nn.Module, *, longest: int | None = None) -> InferenceConfig:
     """The engine's configuration from Megatron's own `--inference-*`, `--rl-kv-cache-*` and CUDA graph flags.
 
-    The longest sequence is `--seq-length`. Raises ValueError for `--rl-training-cuda-graphs`.
+    longest: tokens of a sequence at most; None for `--seq-length`. Raises ValueError for `--rl-training-cuda-graphs`.
     """
     if args.rl_training_cuda_graphs:
         raise ValueError(
@@ -79,7 +79,7 @@ def inference_config_from_args(args: Namespace, model: nn.Module) -> InferenceCo
         enable_cuda_graphs=args.cuda_graph_impl == "local",
         verbose=False,
     )
-    return replace(config, max_sequence_length=args.seq_length)
+    return replace(config, max_sequence_length=longest or args.seq_length)
 
 
 class DynamicRolloutEngine:

@@ -16,7 +16,9 @@ from megatron_longact.generation.static import StaticRolloutEngine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
 
 
-def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection) -> RolloutEngine:
+def rollout_engine(
+    args: Namespace, model: Sequence[nn.Module], pgs: ProcessGroupCollection, *, longest: int | None = None
+) -> RolloutEngine:
     """Megatron's dynamic engine with `--inference-dynamic-batching`, else its static one.
 
     Ranks that share sequences in training, by context parallelism, are replicas here. args: Megatron's; model: its
@@ -27,7 +29,7 @@ def rollout_engine(args: Namespace, model: Sequence[nn.Module], pgs: ProcessGrou
     if args.inference_dynamic_batching:
         return DynamicRolloutEngine(
             unwrapped,
-            config=inference_config_from_args(args, unwrapped),
+            config=inference_config_from_args(args, unwrapped, longest=longest),
             eod=vocabulary.eod,
             stop_ids=vocabulary.stop_ids[1:],
             vocab_size=vocabulary.size,
