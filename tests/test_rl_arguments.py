@@ -233,7 +233,7 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
             VIRTUAL | {"micro_batch_size": 3},
             "wants a multiple of 12: 3 responses a micro-batch x 2 replicas x 2",
         ),
-        ((), VIRTUAL | {"global_batch_size": 2, "rl_use_sequence_packing": True}, "wants at least 4"),
+        ((), VIRTUAL | {"pipeline_model_parallel_size": 3, "rl_use_sequence_packing": True}, "a multiple of 6: 1"),
         ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
         ((), {"fp8_param_gather": True}, "--grpo-kl-beta, --fp8-param-gather and --fp8-recipe delayed"),

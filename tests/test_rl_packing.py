@@ -81,6 +81,8 @@ def test_what_does_not_fit_is_refused() -> None:
         pack([3, 33], capacity=32, max_sequences=4)
     with pytest.raises(ValueError, match="1 sequences cannot be shared by 2 replicas"):
         pack([3], capacity=32, max_sequences=4, multiple_of=2)
+    with pytest.raises(ValueError, match="6 sequences cannot be shared by 4 replicas"):  # each fills a row
+        pack([20] * 6, capacity=32, max_sequences=4, multiple_of=4)
 
 
 def test_a_row_knows_its_sequences() -> None:

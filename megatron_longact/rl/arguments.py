@@ -152,11 +152,10 @@ def _check_interleaved(args: Namespace, config: RLConfig) -> None:
     packed = config.pack_sequences or config.shared_prompts
     rows = 1 if packed else config.micro_batch_size
     unit = rows * args.data_parallel_size * args.pipeline_model_parallel_size
-    fits = config.global_batch_size >= unit if packed else config.global_batch_size % unit == 0
-    if not fits:
+    if config.global_batch_size % unit:  # packed ones too: each response may fill a row
         raise ValueError(
             f"--global-batch-size is {config.global_batch_size}; --num-layers-per-virtual-pipeline-stage wants "
-            f"{'at least' if packed else 'a multiple of'} {unit}: {rows} responses a micro-batch x "
+            f"a multiple of {unit}: {rows} responses a micro-batch x "
             f"{args.data_parallel_size} replicas x {args.pipeline_model_parallel_size} micro-batches at once"
         )
 

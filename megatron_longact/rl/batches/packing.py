@@ -20,12 +20,10 @@ def pack(lengths: Sequence[int], *, capacity: int, max_sequences: int, multiple_
 
     First fit, longest first; then the fullest bins are halved until their number is a multiple of `multiple_of`
     (the replicas that share them). Bins come longest first. Raises ValueError for a length above the capacity and for
-    fewer sequences than `multiple_of`.
+    more bins than sequences, which a number of sequences that is a multiple of `multiple_of` never needs.
     """
     if lengths and max(lengths) > capacity:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit in a row of {capacity}")
-    if len(lengths) < multiple_of:
-        raise ValueError(f"{len(lengths)} sequences cannot be shared by {multiple_of} replicas")
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -41,7 +39,9 @@ def pack(lengths: Sequence[int], *, capacity: int, max_sequences: int, multiple_
         return sum(lengths[index] for index in members)
 
     while len(bins) % multiple_of:
-        fullest = max((b for b in bins if len(b) > 1), key=tokens)
+        fullest = max((b for b in bins if len(b) > 1), key=tokens, default=None)
+        if fullest is None:
+            raise ValueError(f"{len(lengths)} sequences cannot be shared by {multiple_of} replicas")
         bins.remove(fullest)
         bins += [fullest[::2], fullest[1::2]]
     return sorted(bins, key=tokens, reverse=True)
