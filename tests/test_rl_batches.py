@@ -227,3 +227,15 @@ def test_a_checkpoint_of_before_goes_on_or_is_refused(batch: RolloutBatch) -> No
     state.load_state_dict(old)
     with pytest.raises(ValueError, match="of 16 responses, after 3 optimizer steps, and --global-batch-size 8 leaves"):
         state.take_up(layout_of(global_batch_size=8))
+
+
+def test_a_first_step_that_is_repeated_has_all_the_responses_whose_log_probs_it_says(batch: RolloutBatch) -> None:
+    """A run that a wrong result has ended saves before the step has said them."""
+    begun = layout_of(global_batch_size=8)
+    state, _ = after_steps(batch, 0, layout=begun)
+    assert batch.old_log_probs is not None
+    batch.old_log_probs[list(begun.plan(batch)[0].rows)] = torch.nan
+    state.take_up(begun)
+    state.take_up(layout_of(global_batch_size=16))
+    with pytest.raises(ValueError, match="--global-batch-size 4 would train some of them later: give 8"):
+        state.take_up(layout_of(global_batch_size=4))

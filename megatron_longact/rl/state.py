@@ -73,11 +73,19 @@ class LoopState:
         size = layout.config.global_batch_size
         if self.use is None:  # as if begun with these flags
             self.use = replace(layout.new_use(), done=self.updates_done * size)
-        if not layout.plan(self.batch, self.use):
+        first = next(iter(layout.plan(self.batch, self.use)), None)
+        if first is None:
             raise ValueError(
                 f"the checkpoint is of the middle of a rollout batch of {len(self.batch)} responses, after "
                 f"{self.updates_done} optimizer steps, and --global-batch-size {size} leaves no more of it: give the "
                 "number that it was begun with"
+            )
+        unknown = {row for row in range(len(self.batch)) if not self.batch.knows_old_log_probs([row])}
+        if not unknown <= {*first.rows}:
+            raise ValueError(
+                f"the checkpoint is of the middle of an optimizer step on {len(unknown)} responses, whose old "
+                f"log-probs its forward says, and --global-batch-size {size} would train some of them later: "
+                f"give {len(unknown)}"
             )
 
 
