@@ -63,7 +63,7 @@ def test_rows_inside_and_outside_are_told_apart(folders: tuple[Path, Path], tmp_
     changes = by_name(*folders, mask)
     q = changes[f"{Q}.weight"]
     assert (q.rows_changed, q.changed_inside, q.changed_outside, q.rows_in_mask) == (3, 2, 1, 3)
-    assert q.elements_changed == 32 + 2
+    assert (q.elements_changed, q.elements_changed_inside) == (32 + 2, 32 + 1)
     before, after = (load_file(folder / "model.safetensors")[f"{Q}.weight"].double() for folder in folders)
     size = float((after - before).norm())
     assert q.change_norm == pytest.approx(size, rel=1e-12)
@@ -73,6 +73,7 @@ def test_rows_inside_and_outside_are_told_apart(folders: tuple[Path, Path], tmp_
     assert q.share_of_change == pytest.approx(size**2 / (size**2 + norm.change_norm**2), rel=1e-12)
     result = audit(*folders, mask=mask)
     assert (result.changed_inside, result.changed_outside) == (2, 1)
+    assert result.elements_inside_and_outside == (33 / (3 * 32), 1 / (61 * 32))
 
 
 def test_a_bit_is_a_change(folders: tuple[Path, Path]) -> None:

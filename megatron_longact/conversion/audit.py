@@ -28,6 +28,8 @@ class Change:
     rows_in_mask: int | None = None
     changed_inside: int | None = None
     changed_outside: int | None = None
+    elements_changed_inside: int | None = None
+    """Of `elements_changed` those in rows of the mask."""
     elements: int = 0
     elements_changed: int = 0
     change_norm: float = 0.0
@@ -53,6 +55,18 @@ class Audit:
     def changed_inside(self) -> int:
         """Rows inside the mask that changed."""
         return sum(change.changed_inside or 0 for change in self.changes)
+
+    @property
+    def elements_inside_and_outside(self) -> tuple[float, float]:
+        """Share of the elements that changed, in the rows of the masks and in the masked tensors' other rows."""
+        changed, of = [0, 0], [0, 0]
+        for each in self.changes:
+            if each.masked and each.rows and each.rows_in_mask is not None and each.elements_changed_inside is not None:
+                inside = each.elements // each.rows * each.rows_in_mask
+                of = [of[0] + inside, of[1] + each.elements - inside]
+                changed[0] += each.elements_changed_inside
+                changed[1] += each.elements_changed - each.elements_changed_inside
+        return changed[0] / max(of[0], 1), changed[1] / max(of[1], 1)
 
     def json(self) -> str:
         """Everything, for programs."""
@@ -94,9 +108,11 @@ class Audit:
             )
             for c in self.changes
         ]
+        inside, outside = self.elements_inside_and_outside
         return (
             f"{table(header, lines)}\n"
-            f"masked rows changed inside the mask: {self.changed_inside}, outside: {self.changed_outside}"
+            f"masked rows changed inside the mask: {self.changed_inside}, outside: {self.changed_outside}; "
+            f"of their elements {inside:.2%} inside, {outside:.2%} outside"
         )
 
 
@@ -158,21 +174,21 @@ def _compare(old: StoredTensor, new: StoredTensor, mask: Tensor | None) -> Chang
         )
     rows = old.shape[0] if old.shape else 1
     changed, squares, before = [], 0.0, 0.0
-    elements_changed = 0
     for a, b in _blocks(old, new):
         different = (_bits(a) != _bits(b)).view(len(a), -1)
-        changed.append(different.any(1))
-        elements_changed += int(different.sum())
+        changed.append(different.sum(1))
         a64, b64 = a.double(), b.double()
         squares += float((b64 - a64).square().sum())
         before += float(a64.square().sum())
-    moved = torch.cat(changed) if changed else torch.zeros(rows, dtype=torch.bool)
+    by_row = torch.cat(changed) if changed else torch.zeros(rows, dtype=torch.int64)
+    moved = by_row > 0
     change = Change(old.name, rows, int(moved.sum()), elements=max(old.nbytes // old.dtype.itemsize, 0))
-    change.elements_changed = elements_changed
+    change.elements_changed = int(by_row.sum())
     change.change_norm = sqrt(squares)
     change.relative_change = sqrt(squares / before) if before else 0.0
     if mask is not None:
         change.masked, change.rows_in_mask = True, int(mask.sum())
+        change.elements_changed_inside = int(by_row[mask].sum())
         change.changed_inside, change.changed_outside = int((moved & mask).sum()), int((moved & ~mask).sum())
     return change
 
