@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OUT=${OUT:-runs/smollm2-rl}
 ARMS=${ARMS:-dense high low random gradient high-fixed}
 SEEDS=${SEEDS:-1 2}
-JOBS=${JOBS:-1}                            # runs at a time
+JOBS=${JOBS:-1}                            # runs at a time; each takes 8 GB
 export GPUS=${GPUS:-0}                     # of a run; 0: one rank on the CPU
 export MINUTES=${MINUTES:-0}               # 0: no end
 export HF_DIR=${MODEL:-runs/smollm2/SmolLM2-135M-Instruct}
@@ -98,8 +98,7 @@ one() {                                    # arm, seed, flags
     [[ $GPUS == 0 ]] || launch=(--nproc-per-node "$GPUS" -m megatron_longact.run)
     mkdir -p "$dir"
     echo "$dir"
-    # glibc would keep what tensors of many sizes leave behind: 8 GB where 4 are in use
-    MALLOC_MMAP_THRESHOLD_=8388608 CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
+    CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
         torchrun --standalone "${launch[@]}" examples/train_grpo.py \
         --use-checkpoint-args --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF_DIR" \
         --pretrained-checkpoint "$START" --load "$dir/checkpoints" --save "$dir/checkpoints" \
