@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import DEVICE, ON_GPU, held_bytes, peak_bytes, spread
+from measuring import DEVICE, ON_GPU, held_bytes, peak_bytes, spread, transformer_settings
 
 if not ON_GPU:
     from megatron_longact.megatron.cpu import enable_cpu_mode
@@ -120,27 +120,15 @@ def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Mod
         num_query_groups=max(hidden_size // args.kv_channels // 4, 1),
         kv_channels=args.kv_channels,
         ffn_hidden_size=3 * hidden_size,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
         qk_layernorm=True,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        use_cpu_initialization=not ON_GPU,
         masked_softmax_fusion=ON_GPU,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=ON_GPU,
-        persist_layer_norm=ON_GPU,
         fp8=args.fp8,
         fp8_recipe=args.fp8_recipe if args.fp8 else "delayed",
         fp8_param=args.fp8_param_gather,
         recompute_granularity="full" if args.recompute else None,
         recompute_method="uniform" if args.recompute else None,
         recompute_num_layers=1 if args.recompute else None,
+        **transformer_settings(args.dtype, tensor_model_parallel_size=args.tensor_model_parallel_size),
     )
     config.finalize_model_grads_func = finalize_model_grads
     layer_spec = (

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import DEVICE, ON_GPU, peak_bytes
+from measuring import DEVICE, ON_GPU, peak_bytes, transformer_settings
 
 if not ON_GPU:
     from megatron_longact.megatron.cpu import enable_cpu_mode
@@ -92,20 +92,8 @@ def build(args: argparse.Namespace, *, seq_length: int) -> tuple[Any, Any]:
         num_query_groups=args.num_query_groups,
         kv_channels=args.kv_channels,
         ffn_hidden_size=args.ffn_hidden_size,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        use_cpu_initialization=not ON_GPU,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=ON_GPU,
-        persist_layer_norm=ON_GPU,
+        **transformer_settings(args.dtype, tensor_model_parallel_size=args.tensor_model_parallel_size),
     )
     config.finalize_model_grads_func = finalize_model_grads
     spec = get_gpt_layer_with_transformer_engine_spec if ON_GPU else get_gpt_layer_local_spec

@@ -1,10 +1,11 @@
-"""What the benchmarks share: times, and bytes at a peak and held, on a GPU and without one."""
+"""What the benchmarks share: the plain model, times, and bytes at a peak and held, on a GPU and without one."""
 
 import gc
 import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -14,6 +15,25 @@ quiet_libraries()  # before a benchmark imports Megatron
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def transformer_settings(dtype: str, *, tensor_model_parallel_size: int) -> dict[str, Any]:
+    """What the TransformerConfig of every benchmark has: SwiGLU, RMSNorm, no bias, no dropout; `bf16` or `fp32`."""
+    return {
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bf16": dtype == "bf16",
+        "params_dtype": torch.bfloat16 if dtype == "bf16" else torch.float32,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "use_cpu_initialization": not ON_GPU,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": ON_GPU,
+        "persist_layer_norm": ON_GPU,
+    }
 
 
 def seconds(action: Callable[[], object], *, repeats: int) -> float:

@@ -222,6 +222,12 @@ def _accuracy(arm: Mapping[int, Run]) -> str:
     return f"{mean.mean:.1f} ± {mean.high - mean.mean:.1f} ({mean.n})"
 
 
+def _points(mean: Mean) -> str:
+    """Three columns: the mean, its interval, and of how many."""
+    ends = "-" if mean.low is None or mean.high is None else f"{mean.low:+.1f} to {mean.high:+.1f}"
+    return f"{mean.mean:+.1f} | {ends} | {mean.n}"
+
+
 def difference_table(found: Sequence[Difference]) -> str:
     """A line a comparison."""
     lines = [
@@ -231,12 +237,8 @@ def difference_table(found: Sequence[Difference]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for each in found:
-        mean = each.points
-        ends = "-" if mean.low is None or mean.high is None else f"{mean.low:+.1f} to {mean.high:+.1f}"
         needed = ["-" if n is None else f"{n:,}" for n in (each.seeds_needed, each.prompts_needed)]
-        lines.append(
-            f"| {each.objective} | {each.selector} | {mean.mean:+.1f} | {ends} | {mean.n} | {' | '.join(needed)} |"
-        )
+        lines.append(f"| {each.objective} | {each.selector} | {_points(each.points)} | {' | '.join(needed)} |")
     lines.append(
         "\nSeeds needed: with as many held-out prompts a seed as here. Prompts needed: for the prompts' own noise "
         "alone, were training without any."
@@ -253,10 +255,8 @@ def prompt_table(found: Sequence[Paired]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for each in found:
-        mean = each.points
-        ends = "-" if mean.low is None or mean.high is None else f"{mean.low:+.1f} to {mean.high:+.1f}"
         apart = f"{each.answered_apart:.0f} %"
-        lines.append(f"| {each.objective} | {each.selector} | {mean.mean:+.1f} | {ends} | {mean.n} | {apart} |")
+        lines.append(f"| {each.objective} | {each.selector} | {_points(each.points)} | {apart} |")
     return "\n".join(lines)
 
 

@@ -5,8 +5,6 @@ from functools import partial
 import torch
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
 
 class CountingSequences(torch.utils.data.Dataset):
@@ -48,6 +46,9 @@ def forward_step(data_iterator, model):
 
 
 def main():
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
     arguments = parse_and_validate_args()
     pretrain(
         pretrain_cfg_container_from_args(arguments, gpt_config_from_args(arguments)),
