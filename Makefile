@@ -6,10 +6,11 @@
 PYTHON_BIN := .venv/bin/python
 WORKERS ?= 2
 VERSION ?= 0.16.1
+NAME ?= verl
 LIBRARY_TESTS := $(patsubst %,tests/test_%.py,layouts longact moments masked_update optimizer_shards \
   context_parallel refusals integrations import_mask versions config qkv_layout selection reduction tokens)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo observe test test-gpu test-megatron test-te lint style types suite format docs clean
+.PHONY: help setup demo observe test test-gpu test-megatron test-trainer test-te lint style types suite format docs clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +33,10 @@ test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/
 test-megatron: setup ## the library's tests with another megatron-core (VERSION=0.16.1)
 	@bash scripts/setup_megatron.sh $(VERSION)
 	@.venv-megatron-$(VERSION)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_FLAGS) $(LIBRARY_TESTS)
+
+test-trainer: setup ## LongAct inside a trainer that pip can install, without a GPU (NAME=verl)
+	@bash scripts/setup_trainer.sh $(NAME)
+	@.venv-$(NAME)/bin/python -m pytest tests/trainers/test_$(NAME).py $(PYTEST_FLAGS)
 
 test-te: ## Transformer Engine's modules without a GPU, where scripts/setup_te.sh has made .venv-te
 	@if [ -e .venv-te/complete ]; then .venv-te/bin/python -m pytest -m te tests/te; \
@@ -58,5 +63,5 @@ setup: ## make .venv from constraints.txt, if it is not there
 	@bash scripts/setup.sh
 
 clean: ## remove .venv, caches and build folders (runs/ stays)
-	rm -rf .venv .venv-te .venv-megatron-* .cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-* .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert to-hf": ("convert_megatron_to_hf", "a Megatron checkpoint becomes a Hugging Face folder"),
     "export-mask": ("export_mask", "masks and saliency out of a checkpoint, under Hugging Face names"),
     "audit": ("audit_update", "what a training changed, inside and outside the mask"),
+    "compat": ("compat", "does LongAct attach in the trainer that is installed here, and by which setting?"),
     "compare-checkpoints": ("compare_checkpoints", "two Megatron checkpoints, bit by bit"),
 }
 """By name: the module in `megatron_longact.commands`, and a line for the map."""

@@ -22,8 +22,6 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
-import megatron.core
-
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +47,8 @@ def version_of(text: str) -> Version:
 
 def installed() -> Version:
     """The version that an import finds."""
+    import megatron.core  # not above: `longact compat` has to say it where there is none
+
     return version_of(megatron.core.__version__)
 
 

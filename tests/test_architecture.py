@@ -10,7 +10,7 @@ PACKAGE = Path(megatron_longact.__file__).parent
 
 FLOORS = [
     {"config", "flags", "qkv_layout", "tokens", "reduction", "safetensors_files", "versions"},
-    {"selection", "refusals", "masked_update"},
+    {"selection", "refusals", "masked_update", "trainers"},
     {"qkv_layers", "optimizer_shards", "saliency", "state", "metrics", "imported_masks", "arguments"},
     {"longact"},
     {"conversion"},

@@ -1,0 +1,175 @@
+"""Trainers that use megatron-core: where LongAct attaches in them, by which setting, and what fails.
+
+`look` holds one line of the table against what is installed; it reads files and imports no trainer.
+"""
+
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import indent
+
+from megatron_longact.versions import Version, check_version, version_of
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A place in the trainer's source that the hook needs: a file in its package, and what stands in it."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One trainer; a newer version than those read is refused until somebody has read it and moved `newest`."""
+
+    name: str
+    distribution: str
+    """What pip calls it."""
+    package: str
+    """The folder that `seams` are in, as it is imported."""
+    oldest: str
+    newest: str
+    """Versions read, by their first two numbers."""
+    seams: tuple[Seam, ...]
+    setting: str
+    """The exact flags or lines that attach LongAct."""
+    shown: str
+    """What was run, with which versions."""
+    fails: tuple[str, ...]
+    """What is known not to work."""
+    file: str = ""
+    """The file of examples/integrations that the setting names; "" if none is needed."""
+
+
+TRAINERS = {
+    trainer.name: trainer
+    for trainer in (
+        Trainer(
+            name="verl",
+            distribution="verl",
+            package="verl",
+            oldest="0.9",
+            newest="0.9",
+            seams=(
+                Seam("workers/engine/megatron/transformer_impl.py", "def _build_lr_scheduler(self)"),
+                Seam("workers/config/model.py", "import_external_libs(self.external_lib)"),
+            ),
+            setting="actor_rollout_ref.model.external_lib=verl_engine\n"
+            "actor_rollout_ref.actor.optim.use_checkpoint_opt_param_scheduler=True",
+            shown="the hook on real Megatron models",
+            fails=(
+                "without use_checkpoint_opt_param_scheduler=True a resumed run chooses its rows anew",
+                "LoRA on linear_qkv, Megatron-FSDP and Muon are refused, by name",
+                "without use_remove_padding padding counts as tokens",
+            ),
+            file="verl_engine.py",
+        ),
+        Trainer(
+            name="slime",
+            distribution="slime",
+            package="slime",
+            oldest="0.2",
+            newest="0.3",
+            seams=(
+                Seam("utils/arguments.py", "--custom-megatron-before-train-step-hook-path"),
+                Seam("utils/arguments.py", "--custom-megatron-init-path"),
+            ),
+            setting="--custom-config-path longact.yaml\n"
+            "--custom-megatron-init-path slime_hooks.check_settings\n"
+            "--custom-megatron-before-train-step-hook-path slime_hooks.before_train_step",
+            shown="the hooks on real Megatron models, not inside slime",
+            fails=("under context parallelism the zeros that fill a sequence count as tokens",),
+            file="slime_hooks.py",
+        ),
+        Trainer(
+            name="NeMo-RL",
+            distribution="nemo-rl",
+            package="nemo_rl",
+            oldest="0.7",
+            newest="0.7",
+            seams=(Seam("models/policy/lm_policy.py", "worker_extension_cls_fqn"),),
+            setting="Policy(..., worker_extension_cls_fqn='nemo_rl_worker.LongActPolicyWorker')",
+            shown="the class on real Megatron models, not inside NeMo-RL",
+            fails=(
+                "without sequence_packing.enabled padding counts as tokens",
+                "Megatron-FSDP, LoRA on linear_qkv and full-iteration CUDA graphs are refused, by name",
+            ),
+            file="nemo_rl_worker.py",
+        ),
+        Trainer(
+            name="megatron-lm",
+            distribution="megatron-core",
+            package="megatron.training",
+            oldest="0.16",
+            newest="0.19",
+            seams=(Seam("training.py", "get_megatron_optimizer("),),
+            setting="torchrun ... -m megatron_longact.run PROGRAM.py <its own flags> --longact",
+            shown="pretrain_gpt.py and train_rl.py, unedited: docs/megatron_rl.md",
+            fails=("what docs/support.md says is refused",),
+        ),
+    )
+}
+"""By the name that `--trainer` takes."""
+
+
+def look(trainer: Trainer, *, megatron: str | None) -> str:
+    """What to tell of the trainer that is installed here, where LongAct attaches to it.
+
+    megatron: `megatron.core.__version__`, None where there is none. Raises `ValueError` with one line where LongAct
+    does not attach: not installed, a version that nobody has read, a hook that is gone, a Megatron that is too old.
+    """
+    folder = package_folder(trainer.package)
+    if folder is None:
+        raise ValueError(f"{trainer.name} is not installed here: there is no package {trainer.package!r}")
+    if megatron is None:
+        raise ValueError(f"{trainer.name} has no megatron-core here: LongAct works on its Megatron engine alone")
+    found = megatron if trainer.distribution == "megatron-core" else _version(trainer)
+    known = (version_of(trainer.oldest), version_of(trainer.newest))
+    if not known[0] <= version_of(found) <= known[1]:
+        raise ValueError(f"{trainer.name} {found} is not known: the hook was written for {_range(*known)}")
+    untested = check_version(version_of(megatron))
+    for seam in trainer.seams:
+        path = folder / seam.file
+        if not path.is_file() or seam.text not in path.read_text():
+            raise ValueError(f"{trainer.name} {found} has no {seam.text!r} in {seam.file}, where LongAct would attach")
+    return _told(trainer, found, megatron, untested)
+
+
+def _version(trainer: Trainer) -> str:
+    try:
+        return metadata.version(trainer.distribution)
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{trainer.name} is here, but its version is not known: pip install -e its checkout, which says it"
+        ) from None
+
+
+def _range(oldest: Version, newest: Version) -> str:
+    return str(oldest) if oldest == newest else f"{oldest} to {newest}"
+
+
+def _told(trainer: Trainer, found: str, megatron: str, untested: str | None) -> str:
+    where = f"examples/integrations/{trainer.file}, copied or on PYTHONPATH, and\n" if trainer.file else ""
+    core = "" if found == megatron else f" with megatron-core {megatron}"
+    fails = [*([untested] if untested else []), *trainer.fails]
+    return "\n".join(
+        [
+            f"{trainer.name} {found}{core}: LongAct attaches, by",
+            indent(where + trainer.setting, "    "),
+            f"shown: {trainer.shown}",
+            "known not to work:",
+            *(f"    {each}" for each in fails),
+        ]
+    )
+
+
+def package_folder(name: str) -> Path | None:
+    """Where the files of a package are that an import would find; only the packages around it are imported."""
+    parent = name.rpartition(".")[0]
+    if parent and package_folder(parent) is None:
+        return None
+    spec = find_spec(name)
+    locations = spec.submodule_search_locations if spec else None
+    return Path(next(iter(locations))) if locations else None
