@@ -1,6 +1,11 @@
 """A rollout batch, with real models and engines: what dynamic sampling throws out, what is added to rewards."""
 
+import json
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,13 +48,16 @@ RIGHT: dict[str, Callable[[str], bool]] = {"starts low": starts_low, "never": la
 
 
 def collect(right: str, **settings: Any) -> dict[str, Any]:
-    """One rollout step of a tiny model."""
+    """One rollout step of a tiny model, all of its answers written."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_longact.generation.static import StaticRolloutEngine
+    from megatron_longact.reporting.run_log import ROLLOUTS, RunLog
+    from megatron_longact.rl.answers import AnswerLog
     from megatron_longact.rl.batches.micro_batches import BatchLayout
     from megatron_longact.rl.collect import Collector
+    from megatron_longact.rl.config import AnswerFlags
     from megatron_longact.rl.heldout import Judge
     from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
     from tests.models import ModelSpec, build
@@ -69,6 +77,12 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp)
     layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=1)
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
+    folder = Path(tempfile.mkdtemp())
+    log = RunLog(folder, sys.stdout, None, total=9, done=0, evaluated=-1)
+
+    def detokenize(ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
     collector = Collector(
         config,
         engine=StaticRolloutEngine(
@@ -78,17 +92,24 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
             max_batch_size=64,
             dp_group=parallel_state.get_data_parallel_group(),
         ),
-        judge=Judge(Arithmetic(RIGHT[right]), lambda ids: " ".join(map(str, ids))),
+        judge=Judge(Arithmetic(RIGHT[right]), detokenize),
         trainer_log_probs=trainer_log_probs,
         reference=None,
+        answers=AnswerLog(AnswerFlags(rollouts="all"), log, detokenize=detokenize, iteration=lambda: 6),
     )
     try:
-        batch = collector.rollouts(3)
-    except ValueError as error:
-        return {"error": str(error)}
+        batch, error = collector.rollouts(3), ""
+    except ValueError as refused:
+        batch, error = None, str(refused)
+    log.close()
+    answers = [json.loads(line) for line in (folder / ROLLOUTS).read_text().splitlines()]
+    shutil.rmtree(folder)
+    if batch is None:
+        return {"error": error, "answers": answers}
     collector.add_log_probs(batch)
     first, *_ = layout.plan(batch)
-    return {"batch": batch, "first": sorted(first.rows), "all": trainer_log_probs.of_batch(batch)}
+    every = trainer_log_probs.of_batch(batch)
+    return {"batch": batch, "first": sorted(first.rows), "all": every, "answers": answers}
 
 
 def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
@@ -103,7 +124,8 @@ def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
         "groups_without_spread": int((~spread).sum()),
         "groups_thrown_out": 0,
     }
-    result = ranks.run(collect, right="starts low", dynamic_sampling=True, max_sampling_rounds=20)[0]["batch"]
+    [got] = ranks.run(collect, right="starts low", dynamic_sampling=True, max_sampling_rounds=20)
+    result = got["batch"]
     kept = result.rewards.view(PROMPTS, GROUP)
     assert (kept.amax(1) != kept.amin(1)).all()
     assert result.counts["groups_sampled"] > PROMPTS
@@ -113,6 +135,14 @@ def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
     ]
     places = [order.index(prompt) for prompt in result.prompts[::GROUP]]
     assert places == sorted(places)
+    used = [answer for answer in got["answers"] if answer["used"]]  # what was thrown out is written as well
+    assert len(got["answers"]) == result.counts["groups_sampled"] * GROUP
+    assert [(a["prompt"], a["sample"]) for a in used] == [(place, j) for place in places for j in range(GROUP)]
+    assert [a["reward"] for a in used] == result.rewards.tolist()
+    for answer, tokens, length, finished in zip(used, result.responses, result.lengths, result.finished, strict=True):
+        assert answer["response"] == " ".join(map(str, tokens[: length - finished.long()].tolist()))
+        assert (answer["response_tokens"], answer["ended"]) == (length, "eod" if finished else "length")
+    assert {a["iteration"] for a in used} == {7}  # the optimizer step that trains on them first
     # what both kept is the same to the token: a response does not depend on what else was sampled
     for index in spread.nonzero().flatten().tolist():
         rows = slice(index * GROUP, (index + 1) * GROUP)
@@ -122,10 +152,12 @@ def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
 
 
 def test_dynamic_sampling_ends_with_one_line() -> None:
-    said = ranks.run(collect, right="never", dynamic_sampling=True, max_sampling_rounds=3)[0]["error"]
+    [got] = ranks.run(collect, right="never", dynamic_sampling=True, max_sampling_rounds=3)
+    said = got["error"]
     assert "of 9 groups sampled in rollout step 3 only 0 had rewards that differ" in said
     assert "--max-sampling-rounds" in said
     assert "\n" not in said
+    assert [answer["used"] for answer in got["answers"]] == [False] * 9 * GROUP  # there to be looked at
 
 
 def test_long_responses_lose_reward() -> None:

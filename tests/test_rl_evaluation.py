@@ -152,6 +152,8 @@ def test_rows_hold_greedy_accuracy_and_pass_at_k_by_length(tmp_path: Path) -> No
         "accuracy_by_length",
         "reward_by_task",
         "prompts",
+        "truncated_fraction",
+        "empty_fraction",
         "rewards",
     ]
     assert got["scalars"]["heldout/accuracy"] == row["accuracy"]

@@ -13,7 +13,15 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_longact.reporting.run_log import MetricsLog, Progress, output_in_file, replaced
+from megatron_longact.reporting.run_log import (
+    EVALUATIONS,
+    HELDOUT,
+    MetricsLog,
+    Progress,
+    RunLog,
+    output_in_file,
+    replaced,
+)
 
 
 def test_a_terminal_gets_one_line_redrawn() -> None:
@@ -86,6 +94,21 @@ def test_a_resumed_run_writes_its_rows_again(tmp_path: Path) -> None:
     assert [(row["iteration"], row["loss"]) for row in rows(path)] == [(1, 0.0), (2, 0.0), (3, 1.0)]
     assert rows(replaced(path)) == [{"iteration": 3, "loss": 0.0}]  # moved aside, not lost
     assert replaced(path).name == "metrics.replaced.jsonl"
+
+
+def test_an_evaluation_that_is_made_again_is_not_there_twice(tmp_path: Path) -> None:
+    """Also the first one, of a run that was killed before its first checkpoint."""
+    for accuracy in (0.25, 0.5):
+        log = RunLog(tmp_path, io.StringIO(), None, total=9, done=0, evaluated=-1)
+        log.write_evaluation({"iteration": 0, "accuracy": accuracy}, {})
+        log.write_answers(HELDOUT, [{"response": "\ud800 é"}], "", iteration=0)
+        log.close()
+    assert [row["accuracy"] for row in rows(tmp_path / EVALUATIONS)] == [0.5]
+    assert rows(tmp_path / HELDOUT) == [{"iteration": 0, "response": "\ud800 é"}]
+    assert "é" in (tmp_path / HELDOUT).read_text("utf-8")
+    log = RunLog(tmp_path, io.StringIO(), None, total=9, done=0, evaluated=0)
+    log.close()
+    assert len(rows(tmp_path / EVALUATIONS)) == 1
 
 
 CHATTER = """

@@ -138,6 +138,11 @@ def test_tensorboard_has_the_same_names(straight: tuple[Path, str]) -> None:
         expected = {row["iteration"]: row[name] for row in rows if row[name] is not None}
         assert logged == pytest.approx(expected, rel=1e-6), name
     assert {event.step for event in events.Scalars("heldout/accuracy")} == {0, LAST}
+    texts = {event.step: str(event.tensor_proto) for event in events.Tensors("answers/rollouts/text_summary")}
+    answers = rows_of(straight[0], "rollouts.jsonl")
+    assert texts.keys() == {row["iteration"] for row in answers} == {1, 3}  # two optimizer steps a rollout batch
+    assert any(f"answer:\\n\\n    {row['response']}" in texts[1] for row in answers)
+    assert {event.step for event in events.Tensors("answers/heldout/text_summary")} == {0, LAST}
 
 
 def test_learning_rate_goes_by_responses_and_not_by_rows(straight: tuple[Path, str]) -> None:
@@ -160,6 +165,13 @@ def test_it_says_what_came_out(straight: tuple[Path, str]) -> None:
     assert "iteration        4/       4" in (run_dir / "megatron.log").read_text()
     evaluations = rows_of(run_dir, "evaluations.jsonl")
     assert [row["iteration"] for row in evaluations] == [0, LAST]
+    answers = rows_of(run_dir, "heldout.jsonl")
+    assert [(row["iteration"], row["prompt"]) for row in answers] == [(i, n) for i in (0, LAST) for n in range(8)]
+    for evaluation in evaluations:
+        own = [row for row in answers if row["iteration"] == evaluation["iteration"]]
+        assert [row["reward"] for row in own] == evaluation["rewards"]
+        assert [row["correct"] for row in own].count(True) == 8 * evaluation["accuracy"]
+        assert [row["ended"] for row in own].count("length") == 8 * evaluation["truncated_fraction"]
     assert evaluations[0]["accuracy_by_length"].keys() == {"80", "128"}
     for name in ("report.md", "saliency.png", "reward.png"):
         assert (run_dir / name).stat().st_size > 500
@@ -243,7 +255,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(straight: tuple[Path, str], tmp_
         return [{k: v for k, v in row.items() if "time" not in k and "per_s" not in k} for row in rows]
 
     assert timeless(rows_of(tmp_path)) == timeless(rows_of(straight[0]))
-    assert rows_of(tmp_path, "evaluations.jsonl") == rows_of(straight[0], "evaluations.jsonl")
+    for name in ("evaluations.jsonl", "heldout.jsonl", "rollouts.jsonl"):
+        assert rows_of(tmp_path, name) == rows_of(straight[0], name), name
     moved = [
         line
         for run in (tmp_path, straight[0])

@@ -15,6 +15,7 @@ from megatron_longact.evaluation.arguments import EvaluationConfig
 from megatron_longact.flags import FlagField, MegatronFlag, flag_fields
 from megatron_longact.megatron.telemetry import TelemetryFlags
 from megatron_longact.rl import arguments as rl_arguments
+from megatron_longact.rl.answer_pages import ShowFlags
 from megatron_longact.rl.defaults import DEFAULTS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -55,6 +56,8 @@ def program_flags_doc() -> str:
         PROGRAM_HEAD + intro,
         *_tables(rl_arguments.GROUPS),
         f"### Megatron's, as the RL program takes them\n\n{_table(megatron)}",
+        "## Its answers, `longact show`\n\nBeside the run's folder.\n",
+        *_tables({"answers": ShowFlags}),
         "## GPU telemetry, in every program that is launched\n",
         *_tables({"gpu telemetry": TelemetryFlags}),
         "## The evaluation, `longact evaluate`\n\n"

@@ -37,8 +37,7 @@ def predict(
             step=step,
         )
         rollouts = engine.generate([Prompt(tuple(s.tokens), index=numbers[s.id]) for s in samples], sampling)
-        lengths = (rollouts.lengths - rollouts.finished.long()).tolist()
-        return [detokenize(rollouts.tokens[i, :length].tolist()) for i, length in enumerate(lengths)]
+        return [detokenize(rollouts.response(i)) for i in range(len(samples))]
 
     for group in groups:
         if done.issuperset(group.ids):

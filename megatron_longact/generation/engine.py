@@ -47,6 +47,11 @@ class Rollouts:
     log_probs: Tensor
     finished: Tensor
 
+    def response(self, i: int) -> list[int]:
+        """The tokens of a response, without the one that ended it."""
+        tokens: list[int] = self.tokens[i, : int(self.lengths[i]) - int(self.finished[i])].tolist()
+        return tokens
+
 
 class RolloutEngine(Protocol):
     """Makes one response for each prompt; called by all ranks with the same arguments."""

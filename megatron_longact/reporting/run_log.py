@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: metrics.jsonl, TensorBoard, a progress bar, Megatron's output."""
+"""What a run leaves behind and shows: its JSON-lines files, TensorBoard, a progress bar, Megatron's output."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 MEGATRON_LOG, METRICS, EVALUATIONS = "megatron.log", "metrics.jsonl", "evaluations.jsonl"
+ROLLOUTS, HELDOUT = "rollouts.jsonl", "heldout.jsonl"
+"""Answers of the model, to the prompts that it is trained on and to held-out ones."""
+ROWS = (METRICS, EVALUATIONS, ROLLOUTS, HELDOUT)
+"""Files of rows, each with its iteration, of which a resumed run makes the last ones again."""
 
 
 @contextmanager
@@ -110,7 +114,8 @@ class MetricsLog:
         self._file: TextIO | None = None
         if path is not None:
             _keep_rows_until(path, resume_from)
-            self._file = path.open("a", buffering=1)
+            # as JSON writes what is no character: \ud800
+            self._file = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
     def write(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str] = ()) -> None:
         """Append `row`; None, NaN and Inf are null in the file, and None is left out of TensorBoard.
@@ -119,7 +124,7 @@ class MetricsLog:
         """
         if self._file is not None:
             finite = {name: value if _is_json(value) else None for name, value in row.items()}
-            self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+            self._file.write(json.dumps({"iteration": iteration, **finite}, ensure_ascii=False) + "\n")
         if self._writer is not None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in in_tensorboard:
@@ -132,27 +137,48 @@ class MetricsLog:
 
 
 class RunLog:
-    """What a training writes and shows of itself: metrics.jsonl, evaluations.jsonl, TensorBoard, the console.
+    """What a training writes and shows of itself: rows in files, TensorBoard, the console.
 
     folder: of the files; None on processes that neither write files nor show anything. writer: see `MetricsLog`.
-    done: the iteration, out of `total`, at which this process begins.
+    done: the iteration, out of `total`, at which this process begins; evaluated: that of the last evaluation that is
+    not made again, -1 before the first.
     """
 
-    def __init__(self, folder: Path | None, terminal: TextIO, writer: Any | None, *, total: int, done: int) -> None:
-        self._metrics, self._evaluations = (
-            MetricsLog(None if folder is None else folder / name, writer, resume_from=done)
-            for name in (METRICS, EVALUATIONS)
-        )
+    def __init__(
+        self, folder: Path | None, terminal: TextIO, writer: Any | None, *, total: int, done: int, evaluated: int
+    ) -> None:
+        kept = {METRICS: done, EVALUATIONS: evaluated, ROLLOUTS: done, HELDOUT: evaluated}
+        self._writer = writer
+        self._rows = {
+            name: MetricsLog(
+                None if folder is None else folder / name,
+                writer if name in (METRICS, EVALUATIONS) else None,
+                resume_from=kept[name],
+            )
+            for name in ROWS
+        }
         self._progress = None if folder is None else Progress(total, terminal, done=done)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes anything of what is written."""
+        return self._progress is not None or self._writer is not None
 
     def write_step(self, row: Mapping[str, Any], *, iteration: int, in_tensorboard: Container[str]) -> None:
         """A row of metrics.jsonl; in_tensorboard: see `MetricsLog.write`."""
-        self._metrics.write(row, iteration=iteration, in_tensorboard=in_tensorboard)
+        self._rows[METRICS].write(row, iteration=iteration, in_tensorboard=in_tensorboard)
 
     def write_evaluation(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         """A row of evaluations.jsonl, which has its own iteration, and the scalars that TensorBoard shows of it."""
         # Under names of their own: `accuracy` is that of the rollouts.
-        self._evaluations.write({**row, **scalars}, iteration=row["iteration"], in_tensorboard=row.keys())
+        self._rows[EVALUATIONS].write({**row, **scalars}, iteration=row["iteration"], in_tensorboard=row.keys())
+
+    def write_answers(self, name: str, rows: Sequence[Mapping[str, Any]], text: str, *, iteration: int) -> None:
+        """Rows of a file of answers, ROLLOUTS or HELDOUT, and their text in TensorBoard; nothing for no rows."""
+        for row in rows:
+            self._rows[name].write(row, iteration=iteration)
+        if self._writer is not None and rows:
+            self._writer.add_text(f"answers/{name.partition('.')[0]}", text, iteration)
 
     def say(self, text: str) -> None:
         """A line on the console, which stays."""
@@ -166,8 +192,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files and end the console's line."""
-        self._metrics.close()
-        self._evaluations.close()
+        for rows in self._rows.values():
+            rows.close()
         if self._progress is not None:
             self._progress.close()
 
@@ -184,15 +210,22 @@ def replaced(path: Path) -> Path:
 def _keep_rows_until(path: Path, iteration: int) -> None:
     if not path.exists():
         return
-    *lines, cut_off = path.read_text().split("\n")  # behind the last newline: nothing, or a row that a kill cut off
-    later = [line for line in lines if json.loads(line)["iteration"] > iteration]
+    rewritten, later = path.with_suffix(".tmp"), 0
+    with path.open("rb") as lines, rewritten.open("wb") as kept, replaced(path).open("ab") as moved:
+        for line in lines:
+            if not line.endswith(b"\n"):  # a row that a kill cut off
+                later += 1
+            elif json.loads(line)["iteration"] > iteration:
+                later += moved.write(line)
+            else:
+                kept.write(line)
+        emptied = moved.tell() == 0
+    if emptied:
+        replaced(path).unlink()
     if later:
-        with replaced(path).open("a") as file:
-            file.writelines(line + "\n" for line in later)
-    if later or cut_off:
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(line + "\n" for line in lines if line not in later))
         rewritten.replace(path)  # at once: a run killed here loses no row
+    else:
+        rewritten.unlink()
 
 
 def _minutes(seconds: float) -> str:

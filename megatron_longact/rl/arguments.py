@@ -14,14 +14,14 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from megatron_longact.flags import add_groups, config_from_flags
-from megatron_longact.rl.config import RLConfig
+from megatron_longact.rl.config import AnswerFlags, RLConfig
 from megatron_longact.rl.data.arguments import DATA_GROUPS, NEEDLE, data_config_from_args
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
 from megatron_longact.rl.objectives.advantages import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
 from megatron_longact.rl.sharing import settle_sharing
 
-GROUPS = {"rl program": RLConfig, "rl objective": PolicyLossConfig, **DATA_GROUPS}
+GROUPS = {"rl program": RLConfig, "rl objective": PolicyLossConfig, **DATA_GROUPS, "rl answers": AnswerFlags}
 
 
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_longact.generation.engine import Prompt, RolloutEngine
+from megatron_longact.rl.answers import AnswerLog
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.config import RLConfig
+from megatron_longact.rl.data.environment import Task
 from megatron_longact.rl.heldout import Judge, evaluate_heldout
 from megatron_longact.rl.log_probs import TrainerLogProbs
 from megatron_longact.rl.objectives.advantages import group_relative_advantages, overlong_penalty
@@ -35,14 +37,19 @@ class Collector:
         trainer_log_probs: TrainerLogProbs,
         reference: ReferenceWeights | None,
         prose: Callable[[], float] | None = None,
+        answers: AnswerLog | None = None,
     ) -> None:
-        """prose: the perplexity of text that has nothing to do with the tasks, looked at beside the held-out ones."""
+        """prose: the perplexity of text that has nothing to do with the tasks, looked at beside the held-out ones.
+
+        answers: is shown all that the model says.
+        """
         self._config = config
         self._engine = engine
         self._judge = judge
         self._trainer_log_probs = trainer_log_probs
         self._reference = reference
         self._prose = prose
+        self._answers = answers
 
     def rollouts(self, step: int) -> RolloutBatch:
         """Responses, rewards and advantages of a rollout step.
@@ -54,8 +61,11 @@ class Collector:
         kept: list[RolloutBatch] = []
         sampled = thrown_out = without_spread = 0
         for round_ in range(config.sampling_rounds):
-            made, spread = self._sample(step, first=round_ * config.prompts_per_step)
+            tasks, made, spread = self._sample(step, first=round_ * config.prompts_per_step)
             wanted = spread if config.dynamic_sampling else torch.ones_like(spread)
+            if self._answers is not None:
+                used = wanted & (wanted.cumsum(0) + sampled - thrown_out <= config.prompts_per_step)
+                self._answers.rollouts(made, tasks, first=sampled, used=used)
             kept.append(made.select(wanted.repeat_interleave(config.group_size).nonzero().flatten().tolist()))
             sampled += len(spread)
             thrown_out += int((~wanted).sum())
@@ -72,8 +82,8 @@ class Collector:
         }
         return batch
 
-    def _sample(self, step: int, *, first: int) -> tuple[RolloutBatch, Tensor]:
-        """A group of responses to each of the prompts `first`, `first + 1`, ... of a rollout step.
+    def _sample(self, step: int, *, first: int) -> tuple[list[Task], RolloutBatch, Tensor]:
+        """The tasks `first`, `first + 1`, ... of a rollout step, and a group of responses to each.
 
         With them, bool [groups], whether the tasks' own rewards differ in a group; what is taken off for length does
         not count there.
@@ -109,7 +119,7 @@ class Collector:
                 normalize_std=config.normalize_advantages,
             ),
         )
-        return batch, spread
+        return tasks, batch, spread
 
     def add_log_probs(self, batch: RolloutBatch) -> None:
         """Set `old_log_probs`, and what rests on them, and `ref_log_probs` if there is a reference."""
@@ -136,7 +146,14 @@ class Collector:
     def heldout(self, *, iteration: int) -> dict[str, Any]:
         """The row of `evaluate_heldout`, with the `perplexity` of prose if there is any."""
         config = self._config
-        row = evaluate_heldout(self._engine, self._judge, config, iteration=iteration, pass_at=config.data.pass_at)
+        row = evaluate_heldout(
+            self._engine,
+            self._judge,
+            config,
+            iteration=iteration,
+            pass_at=config.data.pass_at,
+            show=None if self._answers is None else self._answers.heldout,
+        )
         return row if self._prose is None else row | {"perplexity": self._prose()}
 
 

@@ -12,13 +12,37 @@ from megatron_longact.rl.objectives.importance_weights import Level
 from megatron_longact.rl.objectives.kl import KLKind
 from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES, PolicyLossConfig
 
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags:
+    """How much of what the model says is kept. Raises `ValueError` for what is no number."""
+
+    rollouts: Annotated[str, Flag("--log-rollouts", metavar="N")] = "8"
+    """Answers of each rollout step that are written to rollouts.jsonl and to TensorBoard, from all over its prompts; of
+    each round with dynamic sampling. A number, all, or 0 for none."""
+    heldout: Annotated[str, Flag("--log-heldout", metavar="N")] = "16"
+    """Answers of each held-out evaluation that are written to heldout.jsonl and to TensorBoard, those to the same
+    prompts each time. A number, all, or 0 for none."""
+    prompt_tokens: Annotated[int, Flag("--log-prompt-tokens")] = 200
+    """Tokens at the end of a prompt that are written beside its answer."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--log-rollouts", self.rollouts), ("--log-heldout", self.heldout)):
+            if value != ALL and not value.isdecimal():
+                raise ValueError(f"{flag} is {value}; give a number of answers, all, or 0 for none")
+        if self.prompt_tokens < 0:
+            raise ValueError(f"--log-prompt-tokens is {self.prompt_tokens}; it must be 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
     """One RL run, from the flags; `rl_config_from_args` checks them."""
 
     run_dir: str
-    """Folder for metrics.jsonl, evaluations.jsonl, the report and Megatron's own output."""
+    """Folder for metrics.jsonl, evaluations.jsonl, answers of the model (`longact show`), the report and Megatron's own
+    output."""
     overwrite: bool = False
     """Start anew: remove what an earlier run left in --run-dir, and the checkpoints in --save."""
     save_first_iteration: bool = False
@@ -98,6 +122,7 @@ class RLConfig:
     """Of the model, of the tasks and of what is drawn."""
     loss: PolicyLossConfig
     data: DataConfig = field(default_factory=DataConfig)
+    answers: AnswerFlags = field(default_factory=AnswerFlags)
 
     @property
     def sampling(self) -> Sampling:

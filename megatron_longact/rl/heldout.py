@@ -75,8 +75,7 @@ class Judge:
         return [answers[i % group.size()][0][i // group.size()] for i in range(len(tasks))]
 
     def _score(self, i: int, task: Task, rollouts: Rollouts) -> Score:
-        length = int(rollouts.lengths[i]) - int(rollouts.finished[i])
-        response = self.detokenize(rollouts.tokens[i, :length].tolist())
+        response = self.detokenize(rollouts.response(i))
         try:
             score = self.environment.score(task, response)
             score = Score(finite_reward(score.reward, name=task.name), bool(score.correct))
@@ -89,13 +88,29 @@ class Judge:
         return score
 
 
+class Show(Protocol):
+    """Is shown the greedy answers of an evaluation."""
+
+    def __call__(
+        self, tasks: Sequence[Task], rollouts: Rollouts, scores: Sequence[Score], *, lengths: Sequence[int]
+    ) -> None:
+        """lengths: the context length that each task counts at."""
+
+
 def evaluate_heldout(
-    engine: RolloutEngine, judge: Judge, config: HeldOutSettings, *, iteration: int, pass_at: PassAtK | None = None
+    engine: RolloutEngine,
+    judge: Judge,
+    config: HeldOutSettings,
+    *,
+    iteration: int,
+    pass_at: PassAtK | None = None,
+    show: Show | None = None,
 ) -> dict[str, Any]:
     """One row: `iteration`, `accuracy` and `reward` over all prompts, `accuracy_by_length`, `prompts`.
 
-    Also `reward_by_task`, and `rewards`: that of each prompt, in an order that is the same at each evaluation, so that
-    runs of one seed can be compared prompt by prompt.
+    Also the shares of answers that are cut off (`truncated_fraction`) and that are empty (`empty_fraction`),
+    `reward_by_task`, and `rewards`: that of each prompt, in an order that is the same at each evaluation, so that runs
+    of one seed can be compared prompt by prompt.
     With samples in `pass_at` also `pass_at_k` ({k: mean over all prompts}) and `pass_at_k_by_length`
     ({length: {k: mean}}), keys as strings. Called by all ranks; the same row on each.
     """
@@ -106,6 +121,8 @@ def evaluate_heldout(
     prompts = [Prompt(task.prompt, index=i) for i, task in enumerate(tasks)]
     rollouts = engine.generate(prompts, replace(config.sampling, greedy=True))
     scores = judge.score(tasks, rollouts)
+    if show is not None:
+        show(tasks, rollouts, scores, lengths=lengths)
     correct = [score.correct for score in scores]
     row = {
         "iteration": iteration,
@@ -114,6 +131,8 @@ def evaluate_heldout(
         "accuracy_by_length": _means_by(lengths, correct),
         "reward_by_task": _means_by([task.name for task in tasks], [score.reward for score in scores]),
         "prompts": len(tasks),
+        "truncated_fraction": 1.0 - _mean(rollouts.finished.tolist()),
+        "empty_fraction": _mean((rollouts.lengths == rollouts.finished).tolist()),
         "rewards": [score.reward for score in scores],
     }
     if pass_at is None or not pass_at.samples:
@@ -126,7 +145,8 @@ def heldout_scalars(row: Mapping[str, Any]) -> dict[str, float]:
     scalars = {f"heldout/accuracy@{length}": value for length, value in row["accuracy_by_length"].items()}
     if "perplexity" in row:
         scalars["heldout/perplexity"] = row["perplexity"]
-    scalars |= {"heldout/accuracy": row["accuracy"], "heldout/reward": row["reward"]}
+    overall = ("accuracy", "reward", "truncated_fraction", "empty_fraction")
+    scalars |= {f"heldout/{name}": row[name] for name in overall}
     scalars |= {f"heldout/pass@{k}": value for k, value in row.get("pass_at_k", {}).items()}
     for length, by_k in row.get("pass_at_k_by_length", {}).items():
         scalars |= {f"heldout/pass@{k}@{length}": value for k, value in by_k.items()}

@@ -26,6 +26,7 @@ from megatron_longact.megatron.checkpointing import check_load, check_schedule
 from megatron_longact.megatron.planned_attention import take_plans
 from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
+from megatron_longact.rl.answers import AnswerLog
 from megatron_longact.rl.arguments import parts_of_rows
 from megatron_longact.rl.audit import RowAudit, RowHistory
 from megatron_longact.rl.batches.micro_batches import BatchLayout
@@ -163,17 +164,19 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         step_multiple=trainer.config.microbatch_group_size_per_vp_stage if len(trainer.model) > 1 else 1,
     )
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)
-    longact = LongAct.of(trainer.optimizer)
+    longact, log = LongAct.of(trainer.optimizer), _log(args, terminal, state)
+    detokenize = get_tokenizer().detokenize
     return RLLoop(
         trainer,
         state=state,
         collector=Collector(
             config,
             engine=rollout_engine(args, trainer.model, pgs),
-            judge=Judge(environment, get_tokenizer().detokenize, torch.distributed.group.WORLD),
+            judge=Judge(environment, detokenize, torch.distributed.group.WORLD),
             trainer_log_probs=trainer_log_probs,
             reference=_reference(config, trainer),
             prose=_prose(config.data.prose, trainer, vocab_size=vocabulary.size),
+            answers=AnswerLog(config.answers, log, detokenize=detokenize, iteration=lambda: trainer.iteration),
         ),
         update=PolicyUpdate(
             trainer,
@@ -183,7 +186,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
             trainer_log_probs=trainer_log_probs,
         ),
         audit=_audit(config, trainer, longact, state.rows),
-        log=_log(args, terminal),
+        log=log,
     )
 
 
@@ -222,6 +225,12 @@ def _trainer(args: Namespace, state: LoopState) -> MegatronTrainer:
     return MegatronTrainer(args, model, optimizer, scheduler, checkpointing_context=context)
 
 
-def _log(args: Namespace, terminal: TextIO) -> RunLog:
-    folder = Path(args.run_dir) if args.rank == 0 else None
-    return RunLog(folder, terminal, get_tensorboard_writer(), total=args.train_iters, done=args.iteration)
+def _log(args: Namespace, terminal: TextIO, state: LoopState) -> RunLog:
+    return RunLog(
+        Path(args.run_dir) if args.rank == 0 else None,
+        terminal,
+        get_tensorboard_writer(),
+        total=args.train_iters,
+        done=args.iteration,
+        evaluated=state.evaluations[-1]["iteration"] if state.evaluations else -1,
+    )

@@ -23,7 +23,7 @@ from typing import TextIO
 from megatron_longact.conversion.torch_dist import TRACKER
 from megatron_longact.megatron.checkpointing import holds_checkpoint, resume_note, right_pair, same_folder
 from megatron_longact.megatron.tool_command import check_folder
-from megatron_longact.reporting.run_log import EVALUATIONS, MEGATRON_LOG, METRICS, output_in_file, replaced
+from megatron_longact.reporting.run_log import MEGATRON_LOG, METRICS, ROWS, output_in_file, replaced
 from megatron_longact.rl.outcome import PICTURES, REPORT
 
 
@@ -156,8 +156,8 @@ def _check_clearable(args: Namespace) -> None:
 
 def _clear(run_dir: Path, save: Path | None, tensorboard: str | None) -> None:
     """Remove what a run leaves behind, and nothing else; `megatron.log` is open, and begun anew by who opened it."""
-    names = [METRICS, EVALUATIONS, REPORT, *PICTURES]
-    for path in [run_dir / name for name in names] + [replaced(run_dir / name) for name in (METRICS, EVALUATIONS)]:
+    names = [*ROWS, REPORT, *PICTURES]
+    for path in [run_dir / name for name in names] + [replaced(run_dir / name) for name in ROWS]:
         path.unlink(missing_ok=True)
     if save is not None:
         (save / TRACKER).unlink(missing_ok=True)  # first: what is removed half-way is no checkpoint

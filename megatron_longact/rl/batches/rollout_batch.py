@@ -69,6 +69,8 @@ class RolloutBatch:
             "accuracy": self.correct.float().mean().item(),
             "response_length_mean": self.lengths.float().mean().item(),
             "truncated_fraction": 1.0 - self.finished.float().mean().item(),
+            "empty_fraction": (self.lengths == self.finished).float().mean().item(),
+            "responses": float(len(self)),
             "prompt_tokens": float(sum(map(len, self.prompts))),
             "response_tokens": float(self.lengths.sum()),
             **self.counts,

@@ -25,7 +25,7 @@ class Task:
     """One prompt with what judges its responses.
 
     name: the kind of task, or the data set; reference: the environment's own business; source: `file:line` of a
-    prompt that comes from a file; metadata: what else stands there.
+    prompt that comes from a file; metadata: what else stands there; answer: the right one, for people to read.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +33,7 @@ class Task:
     reference: Any
     source: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    answer: Any = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ class DatasetEnvironment:
             prompt=example.tokens,
             name=self._dataset.path.stem,
             reference=_Question(example.text, example.reference, example.reward),
+            answer=example.reference,
             source=example.source,
             metadata=example.metadata,
         )
@@ -289,4 +291,4 @@ def _allowed_examples(dataset: Dataset, limit: int | None) -> np.ndarray:
 
 
 def _needle(sample: tasks.NeedleSample) -> Task:
-    return Task(prompt=sample.prompt_ids, name=sample.task, reference=sample.references)
+    return Task(sample.prompt_ids, sample.task, reference=sample.references, answer=sample.references)

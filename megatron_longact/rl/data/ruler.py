@@ -97,7 +97,8 @@ class RulerEnvironment:
         place = index if samples.count is None else len(_SPLITS) * index + _SPLITS.index(split)
         sample = samples[place]
         prompt = self._encoded(sample["input"], sample["answer_prefix"])
-        return Task(prompt=prompt.tokens, name=name, reference=tuple(sample["outputs"]))
+        answers = tuple(sample["outputs"])
+        return Task(prompt.tokens, name, reference=answers, answer=answers)
 
     def _encoded(self, text: str, begun: str) -> EncodedPrompt:
         if not self._encoder.has_template:
