@@ -17,7 +17,8 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
 - it refuses sequence parallelism: `whole_sequences` switches that off while it generates;
 - it knows one chunk of the model a rank: `_Wrapper` goes round the stages once for each of a virtual pipeline;
 - it rotates all cached keys anew for each token: `rotated_keys`;
-- a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once.
+- a prompt that occurs several times is prefilled several times: `_Wrapper` prefills it once;
+- a batch is prefilled in one piece, whose activations no cache of a CPU core holds: `_Wrapper` goes row by row there.
 """
 
 from __future__ import annotations
@@ -237,21 +238,33 @@ class _Wrapper(GPTInferenceWrapper):
         self.chunks = chunks
         self.copies = copies
 
+    @torch.inference_mode()
     def run_one_forward_step(
         self, inference_input: dict[str, Any], recv_buffer_seq_len: int | None = None
     ) -> Tensor | None:
-        if self.copies == 1 or self.inference_context.sequence_len_offset > 0:
+        if self.inference_context.sequence_len_offset > 0:
             return super().run_one_forward_step(inference_input, recv_buffer_seq_len)
-        rows = inference_input["tokens"].shape[0]
-        for name in ("tokens", "position_ids"):
-            inference_input[name] = inference_input[name][:: self.copies]
-        logits = super().run_one_forward_step(inference_input, recv_buffer_seq_len)
-        with torch.inference_mode():
+        logits = self._prefill(inference_input, recv_buffer_seq_len)
+        if self.copies > 1:
             for memory in self.inference_context.key_value_memory_dict.values():
                 for cache in memory:  # [s, b, groups, channels]
-                    unique = cache[:, : rows // self.copies]
+                    unique = cache[:, : cache.shape[1] // self.copies]
                     cache.copy_(unique.repeat_interleave(self.copies, dim=1))
-            return None if logits is None else logits.repeat_interleave(self.copies, dim=0)
+        return None if logits is None else logits.repeat_interleave(self.copies, dim=0)
+
+    def _prefill(self, inference_input: dict[str, Any], recv_buffer_seq_len: int | None) -> Tensor | None:
+        """Logits [b / copies, 1, padded V] of the rows that differ, on the last stage; fills the cache's first ones."""
+        context = self.inference_context
+        tokens, positions = (inference_input[name][:: self.copies] for name in ("tokens", "position_ids"))
+        at_once = 1 if tokens.device.type == "cpu" else len(tokens)
+        parts = []
+        for begin in range(0, len(tokens), at_once):
+            context.batch_size_offset, context.sequence_len_offset = begin, 0
+            rows = slice(begin, begin + at_once)
+            part = {**inference_input, "tokens": tokens[rows], "position_ids": positions[rows]}
+            parts.append(super().run_one_forward_step(part, recv_buffer_seq_len))
+        context.reset_batch_size_offset()
+        return None if parts[0] is None else torch.cat(parts)
 
     def forward_pass_with_pipeline_parallel(
         self, inference_input: dict[str, Any], recv_buffer_seq_len: int | None = None
