@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from megatron_longact import metrics
 from megatron_longact.config import LongActConfig
+from megatron_longact.frozen_rows import frozen_rows_by_hf_name
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_squares, mask_gradients
-from megatron_longact.optimizer_shards import chained, derive_quantized_weights, resolve_shards
+from megatron_longact.optimizer_shards import chained, derive_quantized_weights, freezes_exactly, resolve_shards
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
 from megatron_longact.saliency import SaliencyCapture, few_named
@@ -303,7 +304,8 @@ class LongAct:
         self._overlap.zero_()
         if old is not None and new is not None:
             self._overlap += metrics.overlap(new, old)
-        self.state, self.active = replace(step.pending, updates=step.pending.updates + 1), step.active
+        self.state = step.pending.after_update(step.active, exact=freezes_exactly(self._optimizer, self.config))
+        self.active = step.active
         self._metrics = None
 
     # -- what it knows -----------------------------------------------------------------------------
@@ -323,6 +325,10 @@ class LongAct:
             return {}
         return {n: {"q": pair.q[i], "k": pair.k[i]} for i, n in enumerate(self.model.layer_numbers)}
 
+    def frozen_rows_by_hf_name(self, *, since: int = 0) -> dict[str, Tensor]:
+        """Rows that no update after `since` could move, by Hugging Face's tensors; not collective: `frozen_rows`."""
+        return frozen_rows_by_hf_name(self.state, self.model, since=since)
+
     def metrics(self) -> dict[str, float | None]:
         """Scalars of the last step, named as in `megatron_longact.metrics`; collective.
 
@@ -331,8 +337,10 @@ class LongAct:
         step that Megatron skipped, the share of the gradient is that step's, all else that of the step before.
         """
         if self._metrics is None:
+            squares, model = self.step.squares if self.step else None, self.model
+            squares = metrics.of_all_ranks(squares, model.groups, model.device)
             self._metrics = {
-                **metrics.read(active=self.active, overlap=self._overlap, squares=self._squares_of_all_ranks()),
+                **metrics.read(active=self.active, overlap=self._overlap, squares=squares),
                 metrics.TIME: self._clock.read(),
                 metrics.REFRESHES: self.state.refreshes,
                 metrics.REJECTED_REFRESHES: self.state.rejected,
@@ -342,14 +350,6 @@ class LongAct:
     def time_s(self) -> float:
         """Seconds of this rank's time in LongAct since it was attached; waits for the device."""
         return self._clock.total()
-
-    def _squares_of_all_ranks(self) -> Tensor:
-        squares, groups = torch.zeros(2, device=self.model.device), self.model.groups
-        if self.step is not None:
-            squares += self.step.squares
-        for group in (groups.tp, groups.dp_cp, groups.pp):
-            dist.all_reduce(squares, group=group)
-        return squares
 
     # -- checkpoints -------------------------------------------------------------------------------
 

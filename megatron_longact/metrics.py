@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import profiler
 from torch.profiler import record_function
 
-from megatron_longact.selection import QK
+from megatron_longact.selection import QK, ModelGroups
 
 ACTIVE_FRACTION_Q = "longact/active_fraction_q"
 ACTIVE_FRACTION_K = "longact/active_fraction_k"
@@ -151,6 +152,16 @@ def overlap(new: QK, old: QK) -> Tensor:
     """How many channels two masks have in common, and how many either has, over Q and K together: fp32 [2]."""
     a, b = (torch.cat([part.flatten() for part in masks]) for masks in (new, old))
     return torch.stack([(a & b).sum(), (a | b).sum()]).float()
+
+
+def of_all_ranks(squares: Tensor | None, groups: ModelGroups, device: torch.device) -> Tensor:
+    """The sum over all ranks of squared gradient norms, None where there was no step: fp32 [2]; collective."""
+    total = torch.zeros(2, device=device)
+    if squares is not None:
+        total += squares
+    for group in (groups.tp, groups.dp_cp, groups.pp):
+        dist.all_reduce(total, group=group)
+    return total
 
 
 def read(*, active: QK, overlap: Tensor, squares: Tensor) -> dict[str, float | None]:

@@ -70,6 +70,11 @@ def derive_quantized_weights(optimizer: Any) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
+def freezes_exactly(optimizer: Any, config: LongActConfig) -> bool:
+    """Whether no weight of a frozen row can move: in FP8 or FP4 its image does, with a scale that it shares."""
+    return config.freeze == "strict" and not any(map(_keeps_quantized_weights, chained(optimizer)))
+
+
 def _keeps_quantized_weights(optimizer: Any) -> bool:
     ddp_config = getattr(optimizer, "ddp_config", None)
     return any(getattr(ddp_config, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))

@@ -76,6 +76,12 @@ class QKVModel:
         """The layers of this rank."""
         return [layer for chunk in self.layers_of_chunks for layer in chunk]
 
+    @cached_property
+    def has_bias(self) -> bool:
+        """Whether `linear_qkv` has a bias, whose elements are rows too; also on a rank without layers."""
+        config = get_model_config(self.chunks[0])
+        return bool(config.add_bias_linear or config.add_qkv_bias)
+
     def channels(self, value: bool) -> QK:
         """A mask of all channels of the whole model: [L, np * hn] and [L, ng * hn]."""
         sizes = self.layout.num_q_channels, self.layout.num_k_channels

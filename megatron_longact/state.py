@@ -1,6 +1,6 @@
 """What LongAct remembers between steps and in checkpoints, what is due when, and one optimizer step."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class LongActState:
     masks: QK | None = None
     """bool, same shapes; True: the row is updated."""
 
+    last_moved: QK | None = None
+    """int32, same shapes: the last update that could move the channel's rows, 0 for none; None: `updates` for all."""
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and copies of the tensors on the host."""
         return {
@@ -44,6 +47,7 @@ class LongActState:
             "rejected": self.rejected,
             "saliency": _to_host(self.saliency),
             "masks": _to_host(self.masks),
+            "last_moved": _to_host(self.last_moved),
         }
 
     @classmethod
@@ -55,7 +59,16 @@ class LongActState:
             rejected=state_dict["rejected"],
             saliency=_to_device(state_dict["saliency"], device),
             masks=_to_device(state_dict["masks"], device),
+            last_moved=_to_device(state_dict.get("last_moved"), device),  # older checkpoints do not have it
         )
+
+    def after_update(self, active: QK, *, exact: bool) -> "LongActState":
+        """The state when the optimizer has stepped with these channels; exact: it could move the rows of no others."""
+        updates = self.updates + 1
+        last = self.last_moved or QK(*(torch.full_like(part, self.updates, dtype=torch.int32) for part in active))
+        moved = active if exact else QK(*map(torch.ones_like, active))
+        last = QK(*(old.masked_fill(part, updates) for old, part in zip(last, moved, strict=True)))
+        return replace(self, updates=updates, last_moved=last)
 
 
 @dataclass(eq=False)

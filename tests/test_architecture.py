@@ -12,6 +12,7 @@ FLOORS = [
     {"config", "flags", "qkv_layout", "tokens", "reduction", "safetensors_files", "versions"},
     {"selection", "refusals", "masked_update", "trainers"},
     {"qkv_layers", "optimizer_shards", "saliency", "state", "metrics", "imported_masks", "arguments"},
+    {"frozen_rows"},
     {"longact"},
     {"conversion"},
     {"megatron", "preflight", "planning"},

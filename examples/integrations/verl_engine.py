@@ -1,12 +1,11 @@
-"""LongAct in verl, by `model.external_lib`.
+"""LongAct in verl 0.9, by `model.external_lib`.
 
     PYTHONPATH=examples/integrations:$PYTHONPATH python -m verl.trainer.main_ppo ... \
         actor_rollout_ref.model.external_lib=verl_engine \
-        trainer.use_legacy_worker_impl=disable \
         actor_rollout_ref.actor.optim.use_checkpoint_opt_param_scheduler=True
 
-verl imports this module in every worker, before it builds an engine. The second setting chooses the workers that use
-`MegatronEngine`; without the third verl saves LongAct's state and does not load it.
+verl imports this module in every worker, before it builds an engine. Without the second setting it saves LongAct's
+state and does not load it.
 """
 
 import importlib.util

@@ -14,7 +14,7 @@ from megatron_longact.reduction import STATISTICS
 from megatron_longact.reduction_grid import stretches
 from megatron_longact.selection import num_selected
 
-_FP32, _INT64, _BOOL = 4, 8, 1
+_FP32, _INT64, _INT32, _BOOL = 4, 8, 4, 1
 
 _ISFINITE = 7
 """Bytes an fp32 element that `torch.isfinite` needs: |x|, and three tensors of bool."""
@@ -134,6 +134,7 @@ def held(
         "sums of activations": place.layers * (num_accumulated(attention, parallel, config) + 1) * _FP32,
         "saliency, whole model": channels * _FP32,
         "masks, whole model": channels * _BOOL,
+        "last updates of rows, whole model": channels * _INT32,
         "tokens counted": (place.layers + 2) * _FP32,
         "places of layers": place.layers * _INT64 * (config.select != "random"),
         "squares of gradients, overlap of masks": 4 * _FP32,
