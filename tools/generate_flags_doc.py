@@ -95,8 +95,8 @@ def _row(field: FlagField) -> str:
     if field.goes_both_ways:
         flag, default = f"{flag}, `--no-{field.flag.name.removeprefix('--')}`", ""
     values += " ..." if field.nargs else ""
-    cells = (default, values, field.doc)
-    return f"| {flag} | {' | '.join(cell.replace('|', '\\|') for cell in cells)} |\n"
+    cells = [cell.replace("|", "\\|") for cell in (default, values, field.doc)]
+    return f"| {flag} | {' | '.join(cells)} |\n"
 
 
 PAGES = {DOCS / "flags.md": flags_doc, DOCS / "program-flags.md": program_flags_doc}
