@@ -30,10 +30,10 @@ from megatron_longact.frozen_rows import frozen_rows_by_hf_name
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.masked_update import FrozenRows, StrictFreeze, gradient_squares, mask_gradients
 from megatron_longact.optimizer_shards import chained, derive_quantized_weights, freezes_exactly, resolve_shards
-from megatron_longact.qkv_layers import QKVModel
+from megatron_longact.qkv_layers import QKVModel, left_out
 from megatron_longact.refusals import check_chunks, check_settings, check_tap
 from megatron_longact.saliency import SaliencyCapture, few_named
-from megatron_longact.selection import QK, GlobalSaliency, is_usable, random_saliency, select_masks, target
+from megatron_longact.selection import QK, is_usable, random_saliency, select_masks, target
 from megatron_longact.state import (
     LongActState,
     Step,
@@ -72,13 +72,7 @@ class LongAct:
         self._overlap = torch.zeros(2, device=self.model.device)
         self._clock = metrics.Stopwatch(self.model.device)
         self._imported = self._read_imported_masks()
-        self._saliency = GlobalSaliency(
-            self.model.groups,
-            self.model.layout,
-            config,
-            layer_numbers=self.model.layer_numbers,
-            local_layers=[layer.layer_number for layer in self.model.layers],
-        )
+        self._saliency = self.model.global_saliency(config)
         self._every_row = self.model.frozen_rows(self.model.channels(False))
         self.freezes = self._strict_freezes()
         """One for each inner optimizer of this rank."""
@@ -269,7 +263,7 @@ class LongAct:
         assert self.step is not None
         rows = (self.step.frozen, self._every_row)
         for freeze in self.freezes:
-            self.step.squares += gradient_squares(freeze.shards, rows, self.model.device)
+            self.step.squares += gradient_squares(self.model.counted(freeze.shards), rows, self.model.device)
         mask_gradients(self.step.frozen)
 
     def _before_step(self, freeze: StrictFreeze) -> Any:
@@ -312,12 +306,12 @@ class LongAct:
 
     @property
     def masks(self) -> dict[int, dict[str, Tensor]]:
-        """Rows that are updated, by global layer number: {"q": bool [np * hn], "k": bool [ng * hn]}."""
+        """Rows that are updated, by global layer number: {"q": bool [nq], "k": bool [nk]}."""
         return self._by_layer(self.state.masks)
 
     @property
     def saliency(self) -> dict[int, dict[str, Tensor]]:
-        """Smoothed saliency, by global layer number: {"q": fp32 [np * hn], "k": fp32 [ng * hn]}."""
+        """Smoothed saliency, by global layer number: {"q": fp32 [nq], "k": fp32 [nk]}."""
         return self._by_layer(self.state.saliency)
 
     def _by_layer(self, pair: QK | None) -> dict[int, dict[str, Tensor]]:
@@ -382,10 +376,12 @@ class LongAct:
         self._capture.reset()
 
     def _shape(self) -> dict[str, Any]:
-        return {"layout": asdict(self.model.layout), "layer_numbers": list(self.model.layer_numbers)}
+        return {"layout": self.model.layout.saved(), "layer_numbers": list(self.model.layer_numbers)}
 
     def _say_how_it_starts(self) -> None:
-        updates = self.state.updates
+        updates, without = self.state.updates, self.model.without
+        if without:
+            _log(left_out(without, of=len(without) + len(self.model.layer_numbers)))
         _log(f"LongAct goes on at update {updates}" if updates else f"LongAct starts fresh: {self.config}")
 
     def _warn_once(self, message: str, *, once: str = "") -> None:

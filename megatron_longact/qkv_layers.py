@@ -1,20 +1,27 @@
-"""The self-attention layers of a Megatron model that LongAct works on, and where they stand in the whole model."""
+"""The self-attention layers of a Megatron model that LongAct works on, and where they stand in the whole model.
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+Shape letters: L layers of the whole model, L_r of this rank, n rows of a layer on this rank, all its projections one
+behind the other, nq and nk channels of Q and K.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
 from torch import Tensor, nn
 
+from megatron_longact.attention_layout import AttentionLayout, ShardedLayout
+from megatron_longact.config import LongActConfig
+from megatron_longact.layouts import layout_of
 from megatron_longact.masked_update import FrozenRows, RowIndex, Shard, add_gradient_rows
-from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.refusals import check_linear_qkv
-from megatron_longact.selection import QK, ModelGroups
+from megatron_longact.refusals import check_projection
+from megatron_longact.selection import QK, GlobalSaliency, ModelGroups
 
 _LEFT_OUT = {"mtp", "vision_model", "vision_projection"}  # modules whose attention trains densely
 
@@ -25,22 +32,29 @@ class QKVLayer:
 
     layer_number: int
     attention: nn.Module
+    names: tuple[str, ...] = ("linear_qkv",)
+    """Of the projections that make channels of Q and K."""
 
     @property
-    def linear_qkv(self) -> Any:
-        """The fused projection."""
-        return self.attention.linear_qkv
+    def projections(self) -> list[Any]:
+        """Their modules."""
+        return [getattr(self.attention, name) for name in self.names]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """Its weight: [rows of this shard, h]."""
-        weight: nn.Parameter = self.linear_qkv.weight
-        return weight
+    def weights(self) -> list[nn.Parameter]:
+        """Their weights: [rows on this rank, width] each."""
+        return [projection.weight for projection in self.projections]
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The trained parameters with a row, or an element, a channel: the weight, and the bias if any."""
-        for parameter in (self.weight, getattr(self.linear_qkv, "bias", None)):
+        """The trained parameters with a row, or an element, a channel: the weights, and the biases if any."""
+        for name in self.names:
+            yield from self.parameters_of(name)
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        """Those of one projection."""
+        module = getattr(self.attention, name)
+        for parameter in (module.weight, getattr(module, "bias", None)):
             if parameter is not None and parameter.numel() and parameter.requires_grad:
                 yield parameter
 
@@ -51,25 +65,37 @@ class QKVModel:
 
     chunks: list[nn.Module]
     layers_of_chunks: list[list[QKVLayer]]
-    layout: QKVLayout
+    layout: AttentionLayout
     groups: ModelGroups
     layer_numbers: list[int]
     device: torch.device
+    whole: frozenset[str] = frozenset()
+    """Projections that every tensor-parallel rank holds all of."""
+    sequence_parallel: bool = False
+    without: dict[int, str] = field(default_factory=dict)
+    """What the layers of the whole model are, by number, that have no channel of Q or K."""
 
     @classmethod
     def find(cls, model_chunks: Sequence[nn.Module]) -> "QKVModel":
         """Find them; collective over pipeline ranks.
 
-        Raises `ValueError` for a model without `linear_qkv` on any rank, with several QKV layouts, or with
-        another module than Megatron's plain fused projection in its place.
+        Raises `ValueError` for a model without such projections on any rank, with several layouts of attention, or
+        with other modules than Megatron's plain ones in their place.
         """
         chunks = unwrap_model(list(model_chunks))
-        layout = QKVLayout.from_transformer_config(get_model_config(model_chunks[0]))
-        groups = _groups(model_chunks[0])
-        layers = [_find_layers(chunk, layout, groups.tp.size()) for chunk in chunks]
-        numbers = _all_layer_numbers([layer.layer_number for chunk in layers for layer in chunk], groups)
+        config, groups = get_model_config(model_chunks[0]), _groups(model_chunks[0])
+        found = [list(_attentions(chunk)) for chunk in chunks]
+        first = next((attention for of in found for _, attention in of), None)
+        layout = layout_of(config, first)
+        whole = {name for of in found for at, module in of for name in _check(at, module, layout, groups.tp.size())}
+        names = tuple(projection.name for projection in layout.projections)
+        layers = [[QKVLayer(int(module.layer_number), module, names) for _, module in of] for of in found]
+        with_qk = [layer.layer_number for of in layers for layer in of]
+        others = {number: kind for chunk in chunks for number, kind in _layers(chunk) if number not in with_qk}
+        numbers, without = _all_layers(with_qk, others, groups, layout)
         device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
-        return cls(chunks, layers, layout, groups, numbers, device)
+        parallel = bool(config.sequence_parallel) and groups.tp.size() > 1
+        return cls(chunks, layers, layout, groups, numbers, device, frozenset(whole), parallel, without)
 
     @cached_property
     def layers(self) -> list[QKVLayer]:
@@ -78,66 +104,125 @@ class QKVModel:
 
     @cached_property
     def has_bias(self) -> bool:
-        """Whether `linear_qkv` has a bias, whose elements are rows too; also on a rank without layers."""
+        """Whether the projections have a bias, whose elements are rows too; also on a rank without layers."""
         config = get_model_config(self.chunks[0])
         return bool(config.add_bias_linear or config.add_qkv_bias)
 
+    @cached_property
+    def sharded(self) -> ShardedLayout:
+        """The layout as tensor-parallel ranks hold it."""
+        return ShardedLayout(self.layout, self.groups.tp.size(), self.whole, self.sequence_parallel)
+
+    def global_saliency(self, config: LongActConfig) -> GlobalSaliency:
+        """What turns the sums of this rank's layers into the saliency of the whole model."""
+        local = [layer.layer_number for layer in self.layers]
+        return GlobalSaliency(self.groups, self.sharded, config, layer_numbers=self.layer_numbers, local_layers=local)
+
     def channels(self, value: bool) -> QK:
-        """A mask of all channels of the whole model: [L, np * hn] and [L, ng * hn]."""
+        """A mask of all channels of the whole model: [L, nq] and [L, nk]."""
         sizes = self.layout.num_q_channels, self.layout.num_k_channels
         return QK(*(torch.full((len(self.layer_numbers), size), value) for size in sizes))
 
     def frozen_rows(self, active: QK) -> FrozenRows:
-        """The local rows of each parameter of this rank that are Q or K and not active; V is never frozen."""
-        partition = self.layout.partition(self.groups.tp.rank(), self.groups.tp.size())
-        q, k = torch.cat(active, dim=1).cpu().split([active.q.shape[1], active.k.shape[1]], dim=1)
-        frozen = ~self.layout.fused(q, k, fill=True)[:, partition]  # [L, local rows]
+        """The local rows of each parameter of this rank that are Q or K and not active; no other row is ever frozen."""
+        moves = torch.cat(
+            [*active, torch.ones_like(active.q[:, :1])], dim=1
+        ).cpu()  # the last one is that of no channel
+        frozen = ~moves[:, self.sharded.channels(self.groups.tp.rank())]  # [L, n]
         rows = {}
         for layer in self.layers:
-            index = frozen[self.layer_numbers.index(layer.layer_number)].nonzero().flatten()
-            rows.update({parameter: RowIndex(index, parameter.device) for parameter in layer.parameters})
+            of_layer = frozen[self.layer_numbers.index(layer.layer_number)]
+            for name, columns in self.sharded.columns.items():
+                index = of_layer[columns].nonzero().flatten()
+                rows.update({parameter: RowIndex(index, parameter.device) for parameter in layer.parameters_of(name)})
         return rows
 
+    def of_rows(self, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """A value for each row of each weight, from [rows] of one weight; [L_r, n]."""
+        values = [torch.cat([value(weight) for weight in layer.weights]) for layer in self.layers]
+        return torch.stack(values) if values else torch.empty(0, self.sharded.num_rows, device=self.device)
+
     def weight_norms(self) -> Tensor:
-        """L2 norm of each local row of each layer's weight: fp32 [layers of this rank, local rows]."""
-        norms = [torch.linalg.vector_norm(layer.weight.detach().float(), dim=1) for layer in self.layers]
-        rows = self.layout.rows_per_partition(self.groups.tp.size())
-        return torch.stack(norms) if norms else torch.empty(0, rows, device=self.device)
+        """L2 norm of each local row of each layer's weights: fp32 [L_r, n]."""
+        return self.of_rows(lambda weight: torch.linalg.vector_norm(weight.detach().float(), dim=1))
 
     def gradient_sums(self, shards: Iterable[Shard]) -> Tensor:
         """What this rank's shards have of the weights' gradients, row by row: squares, and how many elements.
 
-        fp32 [2, layers of this rank, local rows]; biases are left out.
+        fp32 [2, L_r, n]; biases are left out.
         """
-        place = {layer.weight: index for index, layer in enumerate(self.layers)}
-        rows = self.layout.rows_per_partition(self.groups.tp.size())
-        sums = torch.zeros(2, len(place), rows, device=self.device)
+        sums = torch.zeros(2, len(self.layers), self.sharded.num_rows, device=self.device)
+        places = {
+            weight: sums[:, index, columns]
+            for index, layer in enumerate(self.layers)
+            for weight, columns in zip(layer.weights, self.sharded.columns.values(), strict=True)
+        }
         for shard in shards:
-            if shard.parameter in place:
-                add_gradient_rows(sums[:, place[shard.parameter]], shard)
+            if shard.parameter in places:
+                add_gradient_rows(places[shard.parameter], shard)
         return sums
 
+    def counted(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Those that a sum over all tensor-parallel ranks has once: without other ranks' copies of whole weights."""
+        copies = {
+            parameter
+            for layer in self.layers
+            if self.groups.tp.rank()
+            for name in self.whole
+            for parameter in layer.parameters_of(name)
+        }
+        return [shard for shard in shards if shard.parameter not in copies]
 
-def _find_layers(model: nn.Module, layout: QKVLayout, tp_size: int) -> list[QKVLayer]:
-    found = []
+
+def left_out(without: dict[int, str], *, of: int) -> str:
+    """What is said of the layers that have no channel of Q or K."""
+    kinds = {kind: [str(number) for number, other in without.items() if other == kind] for kind in without.values()}
+    named = "; ".join(f"{kind} {', '.join(numbers)}" for kind, numbers in kinds.items())
+    return f"LongAct leaves out {len(without)} of {of} layers, which have no query and key projections: {named}"
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attention modules that make channels of Q and K, by name."""
     for name, module in model.named_modules():
         parts = name.split(".")
-        if parts[-1] == "self_attention" and not _LEFT_OUT & set(parts) and hasattr(module, "linear_qkv"):
-            if (own := QKVLayout.from_transformer_config(module.config)) != layout:
-                raise ValueError(f"{name} has {own}, other layers {layout}; LongAct needs one QKV layout")
-            check_linear_qkv(f"{name}.linear_qkv", module.linear_qkv, layout, tp_size)
-            found.append(QKVLayer(int(module.layer_number), module))
-    return found
+        if parts[-1] != "self_attention" or _LEFT_OUT & set(parts) or not hasattr(module, "config"):
+            continue
+        if any(hasattr(module, each.name) for each in layout_of(module.config, module).projections):
+            yield name, module
 
 
-def _all_layer_numbers(local: list[int], groups: ModelGroups) -> list[int]:
-    stages = [local] * groups.pp.size()
+def _check(name: str, attention: Any, layout: AttentionLayout, tp_size: int) -> list[str]:
+    """The projections of a layer that every tensor-parallel rank holds all of."""
+    if (own := layout_of(attention.config, attention)) != layout:
+        raise ValueError(f"{name} has {own}, other layers {layout}; LongAct needs one layout of attention")
+    return [
+        projection.name
+        for projection in layout.projections
+        if check_projection(f"{name}.{projection.name}", getattr(attention, projection.name), projection, tp_size)
+    ]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """The layers of the decoder, by Megatron's number, and what they are."""
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-2:-1] == ["layers"] and not _LEFT_OUT & set(parts) and hasattr(module, "layer_number"):
+            mixer = getattr(module, "self_attention", None)
+            yield int(module.layer_number), type(module if isinstance(mixer, IdentityOp | None) else mixer).__name__
+
+
+def _all_layers(
+    with_qk: list[int], others: dict[int, str], groups: ModelGroups, layout: AttentionLayout
+) -> tuple[list[int], dict[int, str]]:
+    """Numbers of the layers with Q and K on all pipeline ranks, and what the other layers are."""
+    stages = [(with_qk, others)] * groups.pp.size()
     if groups.pp.size() > 1:
-        dist.all_gather_object(stages, local, group=groups.pp)
-    numbers = sorted(number for stage in stages for number in stage)
+        dist.all_gather_object(stages, (with_qk, others), group=groups.pp)
+    numbers = sorted(number for stage, _ in stages for number in stage)
     if not numbers:
-        raise ValueError("no rank holds a self_attention.linear_qkv: LongAct has nothing to select in this model")
-    return numbers
+        names = " or ".join(projection.name for projection in layout.projections)
+        raise ValueError(f"no rank holds a self_attention with {names}: LongAct has nothing to select in this model")
+    return numbers, dict(sorted(pair for _, stage in stages for pair in stage.items()))
 
 
 def _groups(chunk: nn.Module) -> ModelGroups:

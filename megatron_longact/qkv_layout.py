@@ -9,25 +9,27 @@ Source: megatron/core/transformer/attention.py, `SelfAttention.get_query_key_val
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from megatron_longact.attention_layout import NO_CHANNEL, AttentionLayout, Projection, Section, runs
+
 
 @dataclass(frozen=True)
-class QKVLayout:
+class QKVLayout(AttentionLayout):
     """Which row of the fused QKV weight produces which channel of which head.
 
-    Channels are numbered head by head: channel c of Q is head `c // hn`, index `c % hn`; K likewise, by
-    group. Raises `ValueError` on sizes that Megatron would not accept either.
+    Channel c of Q is head `c // hn`, index `c % hn`; of K likewise, by group. Raises `ValueError` on sizes that
+    Megatron would not accept either.
     """
 
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
     attention_output_gate: bool = False
+    norms: ClassVar = ("q_layernorm", "k_layernorm")
 
     def __post_init__(self) -> None:
         sizes = (self.num_attention_heads, self.num_query_groups, self.kv_channels)
@@ -64,33 +66,54 @@ class QKVLayout:
         return self.num_query_groups * self.rows_per_group
 
     @property
-    def num_q_channels(self) -> int:
-        """Channels of Q in all: np * hn."""
-        return self.num_attention_heads * self.kv_channels
+    def q_sections(self) -> tuple[Section, ...]:
+        """All query heads."""
+        return (Section(self.num_attention_heads, self.kv_channels),)
 
     @property
-    def num_k_channels(self) -> int:
-        """Channels of K in all: ng * hn."""
-        return self.num_query_groups * self.kv_channels
+    def k_sections(self) -> tuple[Section, ...]:
+        """All groups."""
+        return (Section(self.num_query_groups, self.kv_channels),)
 
-    @cached_property
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """`linear_qkv` alone."""
+        channels = torch.full((self.num_rows,), NO_CHANNEL)
+        rows = torch.cat([self.q_rows, self.k_rows])
+        channels[rows] = torch.arange(len(rows))
+        return (Projection("linear_qkv", channels),)
+
+    @property
+    def hf_projections(self) -> tuple[Projection, ...]:
+        """`q_proj` and `k_proj`, head by head."""
+        q, k = torch.arange(self.num_q_channels + self.num_k_channels).split([self.num_q_channels, self.num_k_channels])
+        return Projection("q_proj", q), Projection("k_proj", k)
+
+    def norm_channels(self, tp_rank: int, tp_size: int) -> list[Tensor]:
+        """Those of a rank's heads; with ng < tp neighbouring ranks have the same group of K."""
+        q, k = (projection.channels for projection in self.hf_projections)
+        groups = max(self.num_query_groups // tp_size, 1)
+        first = tp_rank * self.num_query_groups // tp_size
+        return [q.chunk(tp_size)[tp_rank], k[first * self.kv_channels :][: groups * self.kv_channels]]
+
+    @property
     def q_rows(self) -> Tensor:
         """Fused row of each Q channel; int64 [np * hn]."""
         return self._rows_of_part(0, self.heads_per_group)
 
-    @cached_property
+    @property
     def gate_rows(self) -> Tensor:
         """Fused row of each channel of the attention output gate; int64 [np * hn], or empty."""
         if not self.attention_output_gate:
             return torch.empty(0, dtype=torch.int64)
         return self._rows_of_part(self.heads_per_group, self.heads_per_group)
 
-    @cached_property
+    @property
     def k_rows(self) -> Tensor:
         """Fused row of each K channel; int64 [ng * hn]."""
         return self._rows_of_part(self.rows_per_group // self.kv_channels - 2, 1)
 
-    @cached_property
+    @property
     def v_rows(self) -> Tensor:
         """Fused row of each V channel; int64 [ng * hn]."""
         return self._rows_of_part(self.rows_per_group // self.kv_channels - 1, 1)
@@ -113,17 +136,7 @@ class QKVLayout:
 
     def local_qk_ranges(self, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
         """The local rows that are Q or K as [start, end) ranges, ascending, none touching the next."""
-        is_qk = torch.zeros(self.num_rows, dtype=torch.bool)
-        is_qk[self.q_rows] = True
-        is_qk[self.k_rows] = True
-        rows = is_qk[self.partition(tp_rank, tp_size)].nonzero().flatten().tolist()
-        ranges: list[tuple[int, int]] = []
-        for row in rows:
-            if ranges and ranges[-1][1] == row:
-                ranges[-1] = (ranges[-1][0], row + 1)
-            else:
-                ranges.append((row, row + 1))
-        return ranges
+        return runs(self.projections[0].shard(tp_rank, tp_size) != NO_CHANNEL)
 
     def fused(self, q: Tensor, k: Tensor, *, fill: bool | float) -> Tensor:
         """Values of channels, Q [..., np*hn] and K [..., ng*hn], as values of fused rows [..., num_rows].

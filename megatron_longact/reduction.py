@@ -71,6 +71,10 @@ class Statistic:
         else:
             into += value
 
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """What ranks that saw other tokens have together: [ranks, ...] -> [...]."""
+        return values.amax(0) if self.maximum else values.sum(0)
+
     def finish(self, sums: Tensor, tokens: Tensor) -> Tensor:
         """The saliency: sums and the number of tokens, shapes that broadcast; NaN if no token counted."""
         if self.maximum:

@@ -6,8 +6,8 @@ from typing import Any
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from megatron_longact.attention_layout import Projection
 from megatron_longact.config import LongActConfig
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.versions import warn_if_untested
 
 Setting = Callable[[str], Any]
@@ -111,9 +111,9 @@ _REFUSED: tuple[tuple[Callable[[Setting], Any], str | Callable[[Setting], str], 
         "it keeps masters and gradients outside Megatron's DDP",
     ),
     (
-        lambda s: s("multi_latent_attention"),
-        "--multi-latent-attention",
-        "its up-projections mix Q and K with V, so that no row is a Q or K channel alone",
+        lambda s: s("experimental_attention_variant") == "dsa",
+        "--experimental-attention-variant dsa",
+        "it multiplies K's up-projection into Q, so that K's channels are never computed",
     ),
     (
         lambda s: s("hybrid_context_parallel"),
@@ -163,24 +163,34 @@ def check_tap(config: LongActConfig, source: Any) -> None:
     """Raise `ValueError` if the tap is not there; source: argument namespace or `TransformerConfig`."""
     if config.tap != "norm" or not config.reads_activations:
         return
+    if getattr(source, "multi_latent_attention", False):
+        raise ValueError(
+            "--longact-tap norm does not work with --multi-latent-attention: its norms are those of the latents; use "
+            "--longact-tap projection"
+        )
     if getattr(source, "fused_single_qkv_rope", False):
         raise ValueError("--longact-tap norm does not work with --fused-single-qkv-rope: Q and K are not split there")
     if not (getattr(source, "qk_layernorm", False) or getattr(source, "qk_l2_norm", False)):
         raise ValueError("--longact-tap norm needs --qk-layernorm; without it use --longact-tap projection")
 
 
-def check_linear_qkv(name: str, module: nn.Module, layout: QKVLayout, tp_size: int) -> None:
-    """Raise `ValueError` if `linear_qkv` is not Megatron's plain fused projection (LoRA wraps it)."""
+def check_projection(name: str, module: nn.Module, projection: Projection, tp_size: int) -> bool:
+    """Whether every tensor-parallel rank holds all of it.
+
+    Raises `ValueError` if it is not Megatron's plain projection (LoRA wraps it).
+    """
     weight = getattr(module, "weight", None)
-    rows = layout.rows_per_partition(tp_size)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or weight.shape[0] != rows:
-        found = (
-            f"a weight of shape {tuple(weight.shape)}" if isinstance(weight, nn.Parameter) else "no weight of its own"
-        )
-        raise ValueError(
-            f"{name} is a {type(module).__name__} with {found}; LongAct needs the plain fused projection with "
-            f"{rows} rows on this rank (LoRA on linear_qkv is not supported)"
-        )
+    rows, every = len(projection.shard(0, tp_size)), len(projection.channels)
+    found = weight.shape[0] if isinstance(weight, nn.Parameter) and weight.dim() == 2 else 0
+    if found == rows or (projection.replicable and found == every):
+        return found != rows
+    described = (
+        f"a weight of shape {tuple(weight.shape)}" if isinstance(weight, nn.Parameter) else "no weight of its own"
+    )
+    raise ValueError(
+        f"{name} is a {type(module).__name__} with {described}; LongAct needs the plain projection with "
+        f"{rows} rows on this rank (LoRA on {projection.name} is not supported)"
+    )
 
 
 def check_chunks(model_chunks: Iterable[nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """Saliency: forward hooks that reduce Q and K activations over tokens into fp32 accumulators.
 
-Shape letters: sq sequence on this rank, b micro-batch, t = sq * b tokens, np/ng query heads/groups, hn
-kv_channels, L layers of this rank, n accumulated channels of this rank.
+Shape letters: sq sequence on this rank, b micro-batch, t = sq * b tokens, L layers of this rank, n accumulated
+channels of this rank.
 """
 
 import inspect
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -53,6 +53,19 @@ class _Forward:
     """How often a hook read each layer, by its place on this rank."""
 
 
+class _Tap(NamedTuple):
+    """An output that is read in every layer."""
+
+    name: str
+    """Of its module in Megatron's attention."""
+    columns: slice
+    """Where its channels stand among the accumulated ones."""
+    blocks: list[Block]
+    """Those of its channels that are Q or K."""
+    parts: int = 1
+    """Each tensor-parallel rank runs it over one of so many parts of the sequence."""
+
+
 class SaliencyCapture:
     """Reads the Q and K channels of every layer in forwards that count; never changes an output.
 
@@ -76,15 +89,17 @@ class SaliencyCapture:
         self._counts, self._clock, self._warn = counts, clock, warn
         self._rules = TokenRules(config.min_context, config.skip_first_tokens)
         self._reads_activations = config.reads_activations
-        self._tap, self._layout = config.tap, model.layout
-        self._tp_size, self._cp = model.groups.tp.size(), model.groups.cp
-        self._blocks = qk_blocks(model.layout.local_qk_ranges(model.groups.tp.rank(), self._tp_size))
+        self._sharded, self._tp_rank, self._cp = model.sharded, model.groups.tp.rank(), model.groups.cp
+        self._taps = self._norm_taps() if config.tap == "norm" else self._projection_taps()
         self._named: Tensor | None = None
         self._rules_applied = False
         self._names_tokens = False
         self._forward: _Forward | None = None
         self.accumulator = Accumulator(
-            len(model.layers), self._num_channels(), statistic=STATISTICS[config.statistic], device=model.device
+            len(model.layers),
+            max(tap.columns.stop for tap in self._taps),
+            statistic=STATISTICS[config.statistic],
+            device=model.device,
         )
         self.named_of_real = torch.zeros(2, device=model.device)
         """fp32: tokens of this pass that `set_tokens` named, and those that are no padding."""
@@ -198,51 +213,58 @@ class SaliencyCapture:
             sq, b = forward.shape
             self.accumulator.count(places, sq * b if forward.weights is None else forward.weights.sum())
 
-    def _num_channels(self) -> int:
-        if self._tap == "projection":
-            return self._layout.rows_per_partition(self._tp_size)
-        return self._local_q_channels() + self._local_k_channels()
+    def _projection_taps(self) -> list[_Tap]:
+        """Channel j of a projection's output comes from local row j, whatever the layout."""
+        sharded, taps = self._sharded, []
+        for projection in sharded.layout.projections:
+            blocks = qk_blocks(sharded.qk_ranges(projection, self._tp_rank))
+            parts = sharded.tp_size if projection.name in sharded.whole and sharded.sequence_parallel else 1
+            taps.append(_Tap(projection.name, sharded.columns[projection.name], blocks, parts))
+        return taps
 
-    def _local_q_channels(self) -> int:
-        return self._layout.num_q_channels // self._tp_size
-
-    def _local_k_channels(self) -> int:
-        return max(self._layout.num_query_groups // self._tp_size, 1) * self._layout.kv_channels
+    def _norm_taps(self) -> list[_Tap]:
+        layout, taps, start = self._sharded.layout, [], 0
+        channels = layout.norm_channels(self._tp_rank, self._sharded.tp_size)
+        for name, (section,), of in zip(layout.norms, (layout.q_sections, layout.k_sections), channels, strict=True):
+            block = Block(0, len(of) // section.width, section.width, section.width)
+            taps.append(_Tap(name, slice(start, start + len(of)), [block]))
+            start += len(of)
+        return taps
 
     def _tap_layer(self, index: int, layer: QKVLayer) -> None:
-        if self._tap == "projection":
-            self._hook(layer.linear_qkv, index, self._blocks)
-            return
-        q, k, hn = self._local_q_channels(), self._local_k_channels(), self._layout.kv_channels
-        for name in ("q_layernorm", "k_layernorm"):
-            if not isinstance(getattr(layer.attention, name, None), nn.Module):
-                raise ValueError(f"--longact-tap norm: layer {layer.layer_number} has no {name}; use projection")
-        self._hook(layer.attention.q_layernorm, index, [Block(0, q // hn, hn, hn)])
-        self._hook(layer.attention.k_layernorm, index, [Block(0, k // hn, hn, hn)], start=q)
+        for tap in self._taps:
+            module = getattr(layer.attention, tap.name, None)
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"--longact-tap norm: layer {layer.layer_number} has no {tap.name}; use projection")
+            self._put(module.register_forward_hook(self._hook(index, tap)))
+            self._hooks_of_layer[index] += 1
 
-    def _hook(self, module: Any, index: int, blocks: Sequence[Block], *, start: int = 0) -> None:
-        """Read an output [sq, b, channels], or [sq, b, heads, hn], whose channels are accumulated from `start` on.
-
-        Of `linear_qkv` channel j comes from local row j, whatever the layout.
-        """
+    def _hook(self, index: int, tap: _Tap) -> Callable[..., None]:
+        """Read an output [sq, b, channels], [sq, b, heads, hn], or, of packed sequences, [t, channels]."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._forward is not None:
                 with self._clock, torch.no_grad():
                     x = output[0] if isinstance(output, tuple) else output
-                    self._fit_tokens(self._forward, x)
+                    x = x[:, None] if x.dim() == 2 else x
+                    weights = self._weights_of(self._forward, x, tap.parts)
                     self._forward.reads[index] += 1
                     channels = x.flatten(2).flatten(0, 1)  # [t, channels]
-                    sums = self.accumulator.sums[index, start : start + channels.shape[1]]
-                    for block in blocks:
-                        self.accumulator.add(block.of(sums), block.of(channels), self._forward.weights)
+                    sums = self.accumulator.sums[index, tap.columns]
+                    for block in tap.blocks:
+                        self.accumulator.add(block.of(sums), block.of(channels), weights)
 
-        self._put(module.register_forward_hook(hook))
-        self._hooks_of_layer[index] += 1
+        return hook
 
-    def _fit_tokens(self, forward: _Forward, x: Tensor) -> None:
+    def _weights_of(self, forward: _Forward, x: Tensor, parts: int) -> Tensor | None:
+        """How often each token of an output counts; parts: of so many equal parts of the sequence it has one."""
+        self._fit_tokens(forward, (x.shape[0] * parts, x.shape[1]))
+        if forward.weights is None or parts == 1:
+            return forward.weights
+        return forward.weights.chunk(parts)[self._tp_rank]
+
+    def _fit_tokens(self, forward: _Forward, shape: tuple[int, int]) -> None:
         """Work out which tokens count, once the first layer has said how many there are; they must be as many."""
-        shape = tuple(x.shape[:2])
         if forward.shape == shape:
             return
         weights = counted_tokens(
@@ -252,7 +274,7 @@ class SaliencyCapture:
             padding_mask=forward.arguments.get("padding_mask"),
             cp_rank=self._cp.rank(),
             cp_size=self._cp.size(),
-            total=x.shape[0] * self._cp.size(),
+            total=shape[0] * self._cp.size(),
         )
         if weights is not None and tuple(weights.shape) != shape:
             raise ValueError(

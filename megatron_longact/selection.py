@@ -1,8 +1,8 @@
 """Selection: sums of all ranks become one global saliency, and the saliency becomes masks.
 
 Every rank ends with the same global tensors, so that masks, metrics and checkpoints need no further
-communication. Shape letters: L layers of the whole model, L_r of this rank, nq = np * hn Q channels, nk =
-ng * hn K channels, n accumulated channels of this rank.
+communication. Shape letters: L layers of the whole model, L_r of this rank, nq Q channels, nk K channels, n rows, or
+with tap norm accumulated channels, of this rank.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_longact.attention_layout import AttentionLayout, Section, ShardedLayout
 from megatron_longact.config import LongActConfig, Scope, Select
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS
 
 
@@ -68,16 +68,22 @@ def _top(scores: Tensor, *, ratio: float, select: Select) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def select_masks(saliency: QK, *, layout: QKVLayout, config: LongActConfig) -> QK:
-    """Masks of the salient channels of the whole model, Q and K ranked apart; bool [L, nq], [L, nk].
+def select_masks(saliency: QK, *, layout: AttentionLayout, config: LongActConfig) -> QK:
+    """Masks of the salient channels of the whole model, each section ranked apart; bool [L, nq], [L, nk].
 
     All True for a projection that is not a target. Of a saliency that is not finite they mean nothing.
     """
+    sections = layout.q_sections, layout.k_sections
+    return target(QK(*(_masks(*part, config) for part in zip(saliency, sections, strict=True))), config)
+
+
+def _masks(scores: Tensor, sections: Sequence[Section], config: LongActConfig) -> Tensor:
+    parts = scores.split([section.channels for section in sections], dim=1)
     masks = (
-        _top(_units(scores, layout.kv_channels, config.scope), ratio=config.ratio, select=config.select).view_as(scores)
-        for scores in saliency
+        _top(_units(part, section.width, config.scope), ratio=config.ratio, select=config.select).view(part.shape)
+        for part, section in zip(parts, sections, strict=True)
     )
-    return target(QK(*masks), config)
+    return torch.cat(list(masks), dim=1)
 
 
 def target(masks: QK, config: LongActConfig) -> QK:
@@ -89,14 +95,14 @@ def target(masks: QK, config: LongActConfig) -> QK:
     )
 
 
-def _units(scores: Tensor, hn: int, scope: Scope) -> Tensor:
-    """Cut [L, n] into the units of a scope: [L, n], [L, heads, hn] or [1, L * n]."""
+def _units(scores: Tensor, width: int, scope: Scope) -> Tensor:
+    """Cut [L, channels] into the units of a scope: [L, channels], [L, heads, width] or [1, L * channels]."""
     if scope == "head":
-        return scores.unflatten(1, (-1, hn))  # [L, heads * hn] -> [L, heads, hn]
+        return scores.unflatten(1, (-1, width))
     return scores.reshape(1, -1) if scope == "model" else scores
 
 
-def random_saliency(num_layers: int, layout: QKVLayout, *, seed: int, refresh: int) -> QK:
+def random_saliency(num_layers: int, layout: AttentionLayout, *, seed: int, refresh: int) -> QK:
     """Scores of the random selector: the same on every rank and layout, new at each refresh."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + refresh)
     return QK(
@@ -120,17 +126,18 @@ class GlobalSaliency:
     def __init__(
         self,
         groups: ModelGroups,
-        layout: QKVLayout,
+        sharded: ShardedLayout,
         config: LongActConfig,
         *,
         layer_numbers: Sequence[int],
         local_layers: Sequence[int],
     ) -> None:
         """layer_numbers: all of the model, ascending; local_layers: those of this rank, in its order."""
-        self._groups, self._layout, self._config = groups, layout, config
+        self._groups, self._sharded, self._config = groups, sharded, config
+        self._norm = config.tap == "norm" and config.reads_activations
         self._num_layers = len(layer_numbers)
         self._places = [list(layer_numbers).index(number) for number in local_layers]
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def from_sums(self, sums: Tensor) -> QK:
         """The saliency, alike on all ranks; NaN or Inf somewhere if no token counted, or a bad one: see `is_usable`.
@@ -142,18 +149,19 @@ class GlobalSaliency:
         sums = sums.clone()
         dist.all_reduce(sums, statistic.reduce_op, group=self._groups.dp_cp)
         gathered = self._gather_tp(sums)  # [tp, L_r, n + 1]
+        for columns in () if self._norm else self._sharded.partial:
+            gathered[0, :, columns] = statistic.over_ranks(gathered[..., columns])
         scores = statistic.finish(gathered[..., :-1], gathered[:1, :, -1:])
-        tap_norm = self._config.tap == "norm"
-        return self._share_pp(self._assemble_heads(scores) if tap_norm else self._assemble_rows(scores))
+        return self._share_pp(self._assemble(scores))
 
     def from_rows(self, rows: Tensor) -> QK:
-        """Saliency from one score a local row of the fused weight: fp32 [L_r, rows of this shard]."""
-        return self._share_pp(self._assemble_rows(self._gather_tp(rows)))
+        """Saliency from one score a local row: fp32 [L_r, n]."""
+        return self._share_pp(self._assemble(self._gather_tp(rows)))
 
     def from_gradients(self, sums: Tensor, *, scale: Tensor) -> QK:
         """Root mean square of each row's gradient, from the squares and elements that this rank owns.
 
-        sums: fp32 [2, L_r, rows of this shard]; scale: of the loss, which the gradients still have. NaN if those of the
+        sums: fp32 [2, L_r, n]; scale: of the loss, which the gradients still have. NaN if those of the
         whole model are zero: nothing can be ranked then.
         """
         sums = sums.clone()
@@ -162,12 +170,12 @@ class GlobalSaliency:
         some = torch.maximum(whole.q.amax(), whole.k.amax()) > 0
         return QK(whole.q / some, whole.k / some)  # 0 / 0 is NaN, x / 1 is x
 
-    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of Q and of K in the fused weight, and places of this rank's layers; int64, copied to a device once."""
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where each channel stands among all ranks' rows, and this rank's layers among all; int64, copied once."""
         if device not in self._on:
+            channels = self._sharded.norm_places() if self._norm else self._sharded.places()
             places = torch.tensor(self._places, dtype=torch.int64)
-            parts = (self._layout.q_rows, self._layout.k_rows, places)
-            self._on[device] = tuple(part.to(device) for part in parts)  # type: ignore[assignment]
+            self._on[device] = channels.to(device), places.to(device)
         return self._on[device]
 
     def _gather_tp(self, local: Tensor) -> Tensor:
@@ -176,28 +184,17 @@ class GlobalSaliency:
         dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=self._groups.tp)
         return gathered
 
-    def _assemble_rows(self, gathered: Tensor) -> QK:
-        """[tp, L_r, rows of a shard] -> Q [L_r, nq], K [L_r, nk]: shards are contiguous chunks of rows."""
-        rows = gathered.transpose(0, 1).flatten(1)  # [L_r, tp * rows of a shard]
-        q_rows, k_rows, _ = self._indices(rows.device)
-        return QK(rows[:, q_rows], rows[:, k_rows])
+    def _assemble(self, gathered: Tensor) -> Tensor:
+        """[tp, L_r, n] -> [L_r, nq + nk]; of what several ranks hold the first rank's is taken."""
+        rows = gathered.transpose(0, 1).flatten(1)  # [L_r, tp * n]
+        return rows[:, self._indices(rows.device)[0]]
 
-    def _assemble_heads(self, gathered: Tensor) -> QK:
-        """[tp, L_r, nq / tp + K channels of a rank] -> Q [L_r, nq], K [L_r, nk].
-
-        With ng < tp, tp / ng neighbouring ranks hold the same K group; the first of them is taken.
-        """
-        tp, split = gathered.shape[0], self._layout.num_q_channels // gathered.shape[0]
-        stride = max(tp // self._layout.num_query_groups, 1)
-        q, k = gathered[..., :split], gathered[::stride, :, split:]
-        return QK(q.transpose(0, 1).flatten(1), k.transpose(0, 1).flatten(1))
-
-    def _share_pp(self, local: QK) -> QK:
-        """Put this stage's layers in their places of the whole model: [L_r, ...] -> [L, ...]."""
-        nq, nk = self._layout.num_q_channels, self._layout.num_k_channels
-        whole = torch.zeros(self._num_layers, nq + nk, dtype=torch.float32, device=local.q.device)
+    def _share_pp(self, local: Tensor) -> QK:
+        """Put this stage's layers in their places of the whole model: [L_r, nq + nk] -> [L, nq], [L, nk]."""
+        sizes = self._sharded.layout.num_q_channels, self._sharded.layout.num_k_channels
+        whole = torch.zeros(self._num_layers, sum(sizes), dtype=torch.float32, device=local.device)
         if self._places:
-            whole[self._indices(whole.device)[2]] = torch.cat(local, dim=1)
+            whole[self._indices(whole.device)[1]] = local
         if self._groups.pp.size() > 1:
             dist.all_reduce(whole, group=self._groups.pp)
-        return QK(*whole.split([nq, nk], dim=1))
+        return QK(*whole.split(sizes, dim=1))

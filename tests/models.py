@@ -18,8 +18,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +42,10 @@ class ModelSpec:
     dtype: str = "fp32"
     config: dict[str, Any] = field(default_factory=dict)
     yarn: bool = False
+    mla: dict[str, Any] | None = None
+    """Multi-latent attention: what goes to MLATransformerConfig; heads have its sizes, not `kv_channels`."""
+    whole_down_projections: bool = False
+    """Every tensor-parallel rank holds all of them, as with Transformer Engine."""
 
 
 _YARN = {
@@ -113,6 +119,9 @@ def transformer_config(spec: ModelSpec) -> TransformerConfig:
         "batch_p2p_comm": not interleaved,
         "deterministic_mode": True,
     }
+    if spec.mla is not None:
+        settings |= {"num_query_groups": spec.heads, "rope_type": "rope", **spec.mla}
+        return MLATransformerConfig(**{**settings, **spec.config})
     config = TransformerConfig(**{**settings, **spec.config})
     for name, value in _YARN.items() if spec.yarn else ():
         setattr(config, name, value)
@@ -153,12 +162,24 @@ def build(spec: ModelSpec, optimizer: OptimizerSpec | None = None) -> Built:
     return Built(chunks, megatron_optimizer, config, spec)
 
 
+def _layer_spec(spec: ModelSpec, config: TransformerConfig) -> Any:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        qk_layernorm=spec.qk_layernorm,
+        normalization="RMSNorm",
+        multi_latent_attention=spec.mla is not None,
+    )
+    if spec.whole_down_projections:
+        multi_latent_attention.Linear = Linear  # Megatron's own; it takes it from there where TE is
+        attention = layer.submodules.self_attention.submodules
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    return layer
+
+
 def _gpt(spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=spec.qk_layernorm, normalization="RMSNorm"
-        ),
+        transformer_layer_spec=_layer_spec(spec, config),
         vocab_size=spec.vocab,
         max_sequence_length=spec.max_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -152,17 +152,18 @@ def frozen_rows_stay(
                 ):
                     counts["frozen"] += a[rows].numel()
                     counts["frozen changed"] += int((a[rows] != b[rows]).sum())
-        layout = longact.model.layout
         for layer, mask in longact.masks.items():
-            active = layout.fused(mask["q"], mask["k"], fill=True)
-            for part in ("weight", "bias"):
-                name = f"decoder.layers.{layer - 1}.self_attention.linear_qkv.{part}"
-                if name in weights:
-                    changed = (weights[name] != after[name]).view(len(active), -1)
-                    counts["model frozen changed"] += int(changed[~active].sum())
-                    counts["active"] += int(active.sum())
-                    if part == "weight":  # one bias in bf16 may well round to what it was
-                        counts["active same"] += int((~changed[active].any(1)).sum())
+            moves = torch.cat([mask["q"], mask["k"], torch.ones(1, dtype=torch.bool)])  # the last one: V, a gate
+            for projection in longact.model.layout.projections:
+                active = moves[projection.channels]
+                for part in ("weight", "bias"):
+                    name = f"decoder.layers.{layer - 1}.self_attention.{projection.name}.{part}"
+                    if name in weights:
+                        changed = (weights[name] != after[name]).view(len(active), -1)
+                        counts["model frozen changed"] += int(changed[~active].sum())
+                        counts["active"] += int(active.sum())
+                        if part == "weight":  # one bias in bf16 may well round to what it was
+                            counts["active same"] += int((~changed[active].any(1)).sum())
     longact.detach()
     return counts
 

@@ -9,8 +9,9 @@ import megatron_longact
 PACKAGE = Path(megatron_longact.__file__).parent
 
 FLOORS = [
-    {"config", "flags", "qkv_layout", "tokens", "reduction", "safetensors_files", "versions"},
-    {"selection", "refusals", "masked_update", "trainers"},
+    {"config", "flags", "attention_layout", "tokens", "reduction", "safetensors_files", "versions"},
+    {"qkv_layout", "mla_layout"},
+    {"layouts", "selection", "refusals", "masked_update", "trainers"},
     {"qkv_layers", "optimizer_shards", "saliency", "state", "metrics", "imported_masks", "arguments"},
     {"frozen_rows"},
     {"longact"},

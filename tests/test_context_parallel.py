@@ -16,6 +16,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from megatron_longact import LongActConfig, QKVLayout
+from megatron_longact.attention_layout import ShardedLayout
 from megatron_longact.megatron.attention_plan import AttentionPlan, Piece
 from megatron_longact.megatron.context_parallel import RowShare
 from megatron_longact.megatron.planned_attention import PlannedSeqParams, take_plans
@@ -66,7 +67,8 @@ def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
     mine = mine.transpose(0, 1)  # [b, s, rows] -> [sq, b, rows]
     sums.add(sums.sums[0, :rows_here], mine.flatten(0, 1), kept.flatten())
     sums.count(slice(0, 1), kept.sum())
-    saliency = GlobalSaliency(groups, QKV, config, layer_numbers=[1], local_layers=[1]).from_sums(sums.sums)
+    sharded = ShardedLayout(QKV, groups.tp.size())
+    saliency = GlobalSaliency(groups, sharded, config, layer_numbers=[1], local_layers=[1]).from_sums(sums.sums)
     assert is_usable(saliency)
     return {"q": saliency.q[0], "k": saliency.k[0]}
 

@@ -89,7 +89,7 @@ def outputs(model: Any, run: Any) -> dict[int, Tensor]:
 
         return hook
 
-    handles = [layer.linear_qkv.register_forward_hook(keep(layer.layer_number)) for layer in model.layers]
+    handles = [layer.projections[0].register_forward_hook(keep(layer.layer_number)) for layer in model.layers]
     try:
         run()
     finally:

@@ -32,7 +32,7 @@ def given_masks(layers: int = 2) -> dict[int, dict[str, torch.Tensor]]:
 
 def mask_file(path: Path, masks: dict[int, dict[str, torch.Tensor]] | None = None) -> Path:
     masks = given_masks() if masks is None else masks
-    save_file({mask_name(n, part): mask for n, parts in masks.items() for part, mask in parts.items()}, path)
+    save_file({mask_name(n, f"{part}_proj"): mask for n, parts in masks.items() for part, mask in parts.items()}, path)
     return path
 
 

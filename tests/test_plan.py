@@ -30,7 +30,7 @@ from megatron_longact.planning.run_shape import Attention, Batch, Parallel
 from megatron_longact.planning.shared_prompts import Group
 from megatron_longact.planning.training_memory import training_memory
 from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.selection import GlobalSaliency, is_usable
+from megatron_longact.selection import is_usable
 from tests import ranks
 from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
 from tests.ranks import Layout
@@ -157,7 +157,7 @@ def measured(spec: ModelSpec, optimizer: OptimizerSpec, config: LongActConfig) -
 
     model = longact.model
     local = [layer.layer_number for layer in model.layers]
-    whole = GlobalSaliency(model.groups, model.layout, config, layer_numbers=model.layer_numbers, local_layers=local)
+    whole = model.global_saliency(config)
     parallel = Parallel(tp=groups["tp"].size())
     channels = cost.num_accumulated(Attention(0, 0, model.layout), parallel, config)
     sums = torch.ones(len(local), channels + 1)

@@ -1,11 +1,14 @@
 """LongAct's masks and saliency out of a Megatron checkpoint, under Hugging Face names.
 
-For layer N, counted from 0, and proj `q_proj` or `k_proj`, a mask file holds
+For layer N, counted from 0, and proj `q_proj` or `k_proj`, or with multi-latent attention `q_b_proj` (without a latent
+of Q `q_proj`), `kv_b_proj` or `kv_a_proj_with_mqa`, a mask file holds
 
     model.layers.N.self_attn.<proj>            bool [rows]: True where LongAct updates the row
     model.layers.N.self_attn.<proj>.saliency   fp32 [rows]: the channel's saliency, where it was measured
 
-`rows` are those of `model.layers.N.self_attn.<proj>.weight`, in its order. The file's metadata says which update the
+`rows` are those of `model.layers.N.self_attn.<proj>.weight`, in its order. Rows of V and of a latent are True, and have
+no saliency: NaN. With multi-latent attention the order is that of checkpoints whose RoPE pairs are neighbours
+(`rope_interleave`, as DeepSeek's have them), which is Megatron's own. The file's metadata says which update the
 masks are of, and LongAct's configuration.
 """
 
@@ -19,7 +22,8 @@ import torch
 from torch import Tensor
 
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
-from megatron_longact.imported_masks import mask_name
+from megatron_longact.imported_masks import rows_by_name
+from megatron_longact.layouts import layout_from_saved
 from megatron_longact.safetensors_files import SafetensorsWriter
 
 
@@ -48,11 +52,14 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    layout = layout_from_saved(state["layout"])
     for place, number in enumerate(state["layer_numbers"]):
-        for part in ("q", "k"):
-            yield mask_name(number, part), state["masks"][part][place].to(torch.bool)
-            if state["saliency"] is not None:
-                yield f"{mask_name(number, part)}.saliency", state["saliency"][part][place].float()
+        masks = (state["masks"][part][place].to(torch.bool) for part in ("q", "k"))
+        yield from rows_by_name(*masks, layout, number, others=True)
+        if state["saliency"] is not None:
+            scores = (state["saliency"][part][place].float() for part in ("q", "k"))
+            for name, values in rows_by_name(*scores, layout, number, others=torch.nan):
+                yield f"{name}.saliency", values
 
 
 def _metadata(state: dict[str, Any]) -> dict[str, str]:

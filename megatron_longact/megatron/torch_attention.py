@@ -166,7 +166,7 @@ def replace_attention() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     original = DotProductAttention.forward
-    _let_contexts_be_parallel(DotProductAttention)
+    _take_what_only_te_takes(DotProductAttention)
 
     @wraps(original)
     def forward(
@@ -238,12 +238,14 @@ def _is_causal(mask: Tensor) -> bool:
     return mask.shape[:-2].numel() == 1 and torch.equal(mask.view(mask.shape[-2:]), causal_mask(*mask.shape[-2:]))
 
 
-def _let_contexts_be_parallel(attention: Any) -> None:
-    """Its constructor refuses context parallelism."""
+def _take_what_only_te_takes(attention: Any) -> None:
+    """Its constructor refuses context parallelism, and knows no widths of K and V (multi-latent attention)."""
     original = attention.__init__
 
     @wraps(original)
-    def init(self: Any, config: Any, *rest: Any, **kw: Any) -> None:
+    def init(
+        self: Any, config: Any, *rest: Any, k_channels: int | None = None, v_channels: int | None = None, **kw: Any
+    ) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         original(self, alone, *rest, **kw)

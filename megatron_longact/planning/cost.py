@@ -138,13 +138,12 @@ def held(
         "tokens counted": (place.layers + 2) * _FP32,
         "places of layers": place.layers * _INT64 * (config.select != "random"),
         "squares of gradients, overlap of masks": 4 * _FP32,
-        "host: rows of the layout": attention.num_channels * _INT64,
+        "rows of the layout": attention.num_channels * _INT64 * (config.select != "random"),
         "host: all Q and K rows": every * _INT64,
     }
     parts = {name: Bytes(n, n) for name, n in exact.items()}
     parts["host: frozen rows"] = Bytes(*(n * _INT64 for n in frozen))
     if on_gpu:
-        parts["rows of the layout"] = Bytes(*2 * [attention.num_channels * _INT64 * (config.select != "random")])
         parts["all Q and K rows"] = Bytes(every * index, every * index)
         parts["frozen rows"] = Bytes(*(n * index for n in frozen))
     return parts
@@ -173,9 +172,9 @@ def reduction_temporaries(
     scores = parallel.tp * layers * n * _FP32
     channels = layers * attention.num_channels * _FP32
     rows = scores if parallel.tp > 1 else 0  # put in the order of the whole weight
-    assembling = (rows if config.tap == "projection" else 0) + channels
+    assembling = rows + channels
     whole = attention.num_layers * attention.num_channels * _FP32
-    placing = 2 * channels + whole
+    placing = channels + whole
     checking = whole + attention.num_layers * attention.layout.num_q_channels * _ISFINITE
     statistic = STATISTICS[config.statistic]
     held = sums + parallel.tp * sums + scores

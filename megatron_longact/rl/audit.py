@@ -19,7 +19,7 @@ from megatron_longact.masked_update import Shard, row_views
 from megatron_longact.optimizer_shards import chained, master_shards
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.rl.bf16_changes import Bf16Changes
-from megatron_longact.selection import QK, GlobalSaliency
+from megatron_longact.selection import QK
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,13 @@ class RowAudit:
         self._bf16 = bf16
         self._longact = longact
         self._model = QKVModel.find(model_chunks)
-        weights = [layer.weight for layer in self._model.layers]
+        weights = [weight for layer in self._model.layers for weight in layer.weights]
         self._shards = [shard for one in chained(optimizer) for shard in master_shards(one, weights)]
         self._start = [_host_copies(shard) for shard in self._shards]
         self.history = history or RowHistory(
             since, active=self._model.channels(longact is None), moved=self._model.channels(False)
         )
-        self._whole = GlobalSaliency(
-            self._model.groups,
-            self._model.layout,
-            LongActConfig(),
-            layer_numbers=self._model.layer_numbers,
-            local_layers=[layer.layer_number for layer in self._model.layers],
-        )
+        self._whole = self._model.global_saliency(LongActConfig())
 
     def after_step(self) -> dict[str, float | None]:
         """Remember which rows the step let through; what `bf16` has to say of it, collective then."""
@@ -94,10 +88,8 @@ class RowAudit:
 
     def look(self) -> None:
         """See which rows differ from the start, for good; collective, so that a checkpoint can say it."""
-        layers, history = self._model.layers, self.history
-        rows = self._model.layout.rows_per_partition(self._model.groups.tp.size())
-        changed = torch.stack(self._changed_rows()).float() if layers else torch.empty(0, rows)
-        now = self._whole.from_rows(changed.to(self._model.device))
+        history = self.history
+        now = self._whole.from_rows(self._changed_rows())
         history.moved = QK(*(old | (new > 0).cpu() for old, new in zip(history.moved, now, strict=True)))
 
     def count(self) -> RowCounts:
@@ -114,19 +106,17 @@ class RowAudit:
             since=self.history.since,
         )
 
-    def _changed_rows(self) -> list[Tensor]:
-        """Of each layer of this rank: bool [local rows], over the slices of all data-parallel ranks."""
-        layers = self._model.layers
-        changed = {layer.weight: torch.zeros(layer.weight.shape[0], dtype=torch.int32) for layer in layers}
+    def _changed_rows(self) -> Tensor:
+        """Which rows of this rank differ, over all data-parallel ranks' slices: fp32 [layers, rows of a layer]."""
+        weights = [weight for layer in self._model.layers for weight in layer.weights]
+        changed = {weight: torch.zeros(len(weight)) for weight in weights}
         for shard, start in zip(self._shards, self._start, strict=True):
             for old, new in zip(start, _host_copies(shard), strict=True):
                 for view, first in row_views(old != new, shard.start, shard.row_width):
-                    changed[shard.parameter][first : first + len(view)] |= view.any(1)
-        if not layers:
-            return []
-        on_device = torch.cat(list(changed.values())).cuda()
-        torch.distributed.all_reduce(on_device, op=torch.distributed.ReduceOp.MAX, group=self._model.groups.dp_cp)
-        return list(on_device.cpu().bool().split([len(rows) for rows in changed.values()]))
+                    changed[shard.parameter][first : first + len(view)][view.any(1)] = 1
+        rows = self._model.of_rows(changed.__getitem__).to(self._model.device)
+        torch.distributed.all_reduce(rows, op=torch.distributed.ReduceOp.MAX, group=self._model.groups.dp_cp)
+        return rows
 
 
 def _host_copies(shard: Shard) -> list[Tensor]:

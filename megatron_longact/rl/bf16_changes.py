@@ -43,15 +43,15 @@ class Bf16Changes:
     def after_step(self) -> dict[str, float | None]:
         """The shares, by name; None for rows of which there are none. Collective, alike on all ranks."""
         model = torch.zeros(3, dtype=torch.float64)  # changed by the step, since the start, elements
-        rows = {
-            layer.weight: torch.zeros(3, layer.weight.shape[0], dtype=torch.float64) for layer in self._model.layers
-        }
+        weights = [weight for layer in self._model.layers for weight in layer.weights]
+        rows = {weight: torch.zeros(3, len(weight), dtype=torch.float64) for weight in weights}
         for place, shard in enumerate(self._shards):
             new = _shown(shard)
             changed = [new != old[place] for old in (self._last, self._start)]
             self._last[place] = new
-            if _is_counted(shard.parameter, self._model.groups.tp):
-                model += torch.tensor([*(int(part.sum()) for part in changed), len(new)], dtype=torch.float64)
+            if not _is_counted(shard.parameter, self._model.groups.tp):
+                continue
+            model += torch.tensor([*(int(part.sum()) for part in changed), len(new)], dtype=torch.float64)
             if shard.parameter in rows:
                 for which, part in enumerate((*changed, torch.ones_like(changed[0]))):
                     for view, first in row_views(part, shard.start, shard.row_width):

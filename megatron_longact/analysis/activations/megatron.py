@@ -32,7 +32,7 @@ from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS
 from megatron_longact.saliency import SaliencyCapture
-from megatron_longact.selection import QK, GlobalSaliency
+from megatron_longact.selection import QK
 
 _MULTIPLE = 16
 """Sequences are padded to a multiple of this: sequence parallelism and FP8 kernels ask for it."""
@@ -114,10 +114,7 @@ class MegatronSource:
         )
 
     def _saliency(self, config: LongActConfig, capture: SaliencyCapture) -> QK:
-        qkv = self._qkv
-        local = [layer.layer_number for layer in qkv.layers]
-        whole = GlobalSaliency(qkv.groups, qkv.layout, config, layer_numbers=qkv.layer_numbers, local_layers=local)
-        saliency = whole.from_sums(capture.accumulator.sums)
+        saliency = self._qkv.global_saliency(config).from_sums(capture.accumulator.sums)
         return QK(saliency.q.cpu(), saliency.k.cpu())
 
 

@@ -1,17 +1,18 @@
 """Replace the activations of chosen Q and K channels, and see what the model loses.
 
-What is replaced is the output of `linear_qkv`, before q/k-layernorm and RoPE: by the channel's mean over prompts that
-were measured before, by zero, or by noise with the channel's own mean and standard deviation. Forward hooks do it,
-so weights stay what they are, and `Disturbance` takes them off again whatever happens.
+What is replaced is the output of `linear_qkv`, or of what makes Q and K in its place, before q/k-layernorm and RoPE: by
+the channel's mean over prompts that were measured before, by zero, or by noise with the channel's own mean and standard
+deviation. Forward hooks do it, so weights stay what they are, and `Disturbance` takes them off again whatever happens.
 
-Shape letters: sq sequence, b batch, t = sq * b tokens, L layers of the whole model, L_r of this rank, r rows of this
-rank's shard of `linear_qkv`, m chosen rows of them, M chosen rows of the whole layer, nq/nk Q/K channels.
+Shape letters: sq sequence, b batch, t = sq * b tokens, L layers of the whole model, L_r of this rank, n rows of a
+layer on this rank, r those of one projection, m chosen ones of them, M chosen channels of the whole layer, nq/nk Q/K
+channels.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import LongActConfig, Scope, Statistic, Targets
 from megatron_longact.qkv_layers import QKVModel
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS
-from megatron_longact.selection import QK, GlobalSaliency, random_saliency, select_masks
+from megatron_longact.selection import QK, random_saliency, select_masks
 
 Channels = Literal["high", "low", "random"]
 Replacement = Literal["mean", "zero", "noise"]
@@ -39,7 +40,7 @@ _SUM_OF_POWER = {1: 2, 2: 1}
 class RowStatistics:
     """What was measured: mean and standard deviation of each local row, and the saliency of the whole model.
 
-    mean, std: fp32 [L_r, r]; saliency: fp32 Q [L, nq], K [L, nk], the same on every rank; tokens: how many were seen.
+    mean, std: fp32 [L_r, n]; saliency: fp32 Q [L, nq], K [L, nk], the same on every rank; tokens: how many were seen.
     """
 
     mean: Tensor
@@ -49,34 +50,36 @@ class RowStatistics:
 
 
 class RowMeasurement:
-    """Sums x, x², |x| and the maximum of |x| of each row of `linear_qkv`'s output, in fp64, while it is entered."""
+    """Sums x, x², |x| and the maximum of |x| of what each row puts out, in fp64, while it is entered."""
 
     def __init__(self, model: QKVModel) -> None:
-        rows = model.layout.rows_per_partition(model.groups.tp.size())
+        _check_whole_sequences(model)
         self._model = model
-        self._sums = torch.zeros(4, len(model.layers), rows, dtype=torch.float64, device=model.device)
+        self._sums = torch.zeros(4, len(model.layers), model.sharded.num_rows, dtype=torch.float64, device=model.device)
         self._tokens = torch.zeros(len(model.layers), dtype=torch.float64, device=model.device)
         self._handles: list[Any] = []
 
     def __enter__(self) -> RowMeasurement:
         for index, layer in enumerate(self._model.layers):
-            self._handles.append(layer.linear_qkv.register_forward_hook(self._hook(index)))
+            for number, name in enumerate(layer.names):
+                hook = self._hook(index, self._model.sharded.columns[name], counts=number == 0)
+                self._handles.append(getattr(layer.attention, name).register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         _remove(self._handles)
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, index: int, columns: slice, *, counts: bool) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = _activations(output).detach().flatten(0, 1)  # [sq, b, r] -> [t, r]
-            sums = self._sums[:, index]
+            sums = self._sums[:, index, columns]
             for part in x.split(_TOKENS_AT_ONCE):
                 wide = part.double()
                 sums[0] += wide.sum(0)
                 sums[1] += wide.square().sum(0)
                 sums[2] += wide.abs().sum(0)
                 sums[3] = torch.maximum(sums[3], wide.abs().amax(0))
-            self._tokens[index] += x.shape[0]
+            self._tokens[index] += x.shape[0] * counts
 
         return add
 
@@ -90,11 +93,11 @@ class RowMeasurement:
             dist.all_reduce(summed, group=self._model.groups.dp_cp)
         dist.all_reduce(sums[3], dist.ReduceOp.MAX, group=self._model.groups.dp_cp)
         if not bool((tokens > 0).all()):
-            raise ValueError("a layer's linear_qkv saw no token of the prompts: its forward hooks do not run here")
+            raise ValueError("a layer's Q and K saw no token of the prompts: their forward hooks do not run here")
         mean, square, _ = sums[:3] / tokens[:, None]
         wanted = STATISTICS[statistic]
         scores = wanted.finish(sums[3 if wanted.maximum else _SUM_OF_POWER[wanted.power]], tokens[:, None])
-        saliency = _global_saliency(self._model).from_rows(scores.float())
+        saliency = self._model.global_saliency(LongActConfig()).from_rows(scores.float())
         if not all(bool(torch.isfinite(part).all()) for part in saliency):
             raise ValueError("activations of Q or K hold NaN or Inf on these prompts; nothing can be chosen from them")
         std = (square - mean.square()).clamp(min=0).sqrt()
@@ -120,9 +123,11 @@ class Disturbance:
         seed: int = 0,
         positions: int = 0,
     ) -> None:
+        _check_whole_sequences(model)
         self._model, self._replacement, self._statistics = model, replacement, statistics
         self._seed, self._num_positions = seed, positions
-        self._chosen = model.layout.fused(channels.q.cpu(), channels.k.cpu(), fill=False)  # [L, rows of the layer]
+        self._chosen = torch.cat([channels.q, channels.k], dim=1).cpu()  # [L, nq + nk]
+        self._channels = model.sharded.channels(model.groups.tp.rank())
         self._handles: list[Any] = []
         self._position_ids: Tensor | None = None
 
@@ -131,9 +136,10 @@ class Disturbance:
             for chunk in self._model.chunks if self._replacement == "noise" else ():
                 self._handles.append(chunk.register_forward_pre_hook(self._positions(chunk), with_kwargs=True))
             for index, layer in enumerate(self._model.layers):
-                hook = self._hook(index, layer.layer_number)
-                if hook is not None:
-                    self._handles.append(layer.linear_qkv.register_forward_hook(hook))
+                for name, columns in self._model.sharded.columns.items():
+                    hook = self._hook(index, layer.layer_number, columns)
+                    if hook is not None:
+                        self._handles.append(getattr(layer.attention, name).register_forward_hook(hook))
         except BaseException:
             _remove(self._handles)
             raise
@@ -144,17 +150,19 @@ class Disturbance:
         self._position_ids = None
 
     def local_rows(self, layer_number: int) -> Tensor:
-        """Rows of this rank's shard that are replaced in a layer: int64 [m], ascending."""
-        tp = self._model.groups.tp
+        """Which of this rank's n rows of a layer are replaced: int64 [m], ascending."""
         chosen = self._chosen[self._model.layer_numbers.index(layer_number)]
-        return chosen[self._model.layout.partition(tp.rank(), tp.size())].nonzero().flatten()
+        of_rows = torch.cat([chosen, torch.zeros(1, dtype=torch.bool)])  # the last one is that of no channel
+        return of_rows[self._channels].nonzero().flatten()
 
-    def _hook(self, index: int, layer_number: int) -> Any:
-        rows = self.local_rows(layer_number).to(self._model.device)
-        if not rows.numel():
+    def _hook(self, index: int, layer_number: int, columns: slice) -> Any:
+        places = self.local_rows(layer_number)
+        places = places[(places >= columns.start) & (places < columns.stop)]
+        if not places.numel():
             return None
-        mean, std = self._statistics.mean[index, rows], self._statistics.std[index, rows]
-        noise = self._noise(layer_number) if self._replacement == "noise" else None
+        on_device, rows = (each.to(self._model.device) for each in (places, places - columns.start))
+        mean, std = self._statistics.mean[index, on_device], self._statistics.std[index, on_device]
+        noise = self._noise(layer_number, self._channels[places]) if self._replacement == "noise" else None
 
         def replace(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             x = _activations(output)
@@ -168,15 +176,16 @@ class Disturbance:
 
         return replace
 
-    def _noise(self, layer_number: int) -> Tensor:
-        """Standard normal numbers of this rank's chosen rows: fp32 [positions, m]."""
-        tp = self._model.groups.tp
-        partition = self._model.layout.partition(tp.rank(), tp.size())
+    def _noise(self, layer_number: int, channels: Tensor) -> Tensor:
+        """Standard normal numbers of some of the chosen channels: fp32 [positions, m]."""
         chosen = self._chosen[self._model.layer_numbers.index(layer_number)]
-        before, own = int(chosen[: partition.start].sum()), int(chosen[partition].sum())
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + layer_number)
         table = torch.randn(self._num_positions, int(chosen.sum()), generator=generator)  # [positions, M]
-        return table[:, before : before + own].to(self._model.device)
+        rows = torch.cat([projection.channels for projection in self._model.layout.projections])  # of the whole layer
+        chosen_rows = torch.cat([chosen, torch.zeros(1, dtype=torch.bool)])[rows]
+        numbers = torch.empty_like(chosen, dtype=torch.int64)
+        numbers[rows[chosen_rows]] = torch.arange(table.shape[1])
+        return table[:, numbers[channels]].to(self._model.device)
 
     def _positions(self, chunk: nn.Module) -> Any:
         signature = inspect.signature(chunk.forward)
@@ -191,7 +200,7 @@ def choose_channels(
     channels: Channels,
     saliency: QK,
     *,
-    layout: QKVLayout,
+    layout: AttentionLayout,
     ratio: float,
     scope: Scope = "layer",
     targets: Targets = "qk",
@@ -207,7 +216,7 @@ def choose_channels(
     return only_targets(select_masks(scores, layout=layout, config=config), targets)
 
 
-def as_many(channels: Channels, masks: QK, saliency: QK, *, layout: QKVLayout, seed: int = 0) -> QK:
+def as_many(channels: Channels, masks: QK, saliency: QK, *, layout: AttentionLayout, seed: int = 0) -> QK:
     """`masks` themselves for "high", else the lowest or random channels, as many in each layer as the masks have."""
     if channels == "high":
         return masks
@@ -241,11 +250,9 @@ def shared(a: QK, b: QK) -> float:
     return both / max(sum(int(x.sum()) for x in a), 1)
 
 
-def _global_saliency(model: QKVModel) -> GlobalSaliency:
-    numbers: Sequence[int] = [layer.layer_number for layer in model.layers]
-    return GlobalSaliency(
-        model.groups, model.layout, LongActConfig(), layer_numbers=model.layer_numbers, local_layers=numbers
-    )
+def _check_whole_sequences(model: QKVModel) -> None:
+    if model.sharded.partial:
+        raise ValueError("with --multi-latent-attention this does not work with --sequence-parallel; leave it out")
 
 
 def _activations(output: Any) -> Tensor:

@@ -227,7 +227,7 @@ def _checkpoint_masks(folder: Path, model: QKVModel) -> QK:
     state = (read_common_state(folder).get("opt_param_scheduler") or {}).get("longact")
     if state is None or state["masks"] is None:
         raise ValueError(f"--mask checkpoint: {folder} holds no LongAct masks; leave --mask out to measure channels")
-    if state["layout"] != asdict(model.layout) or state["layer_numbers"] != list(model.layer_numbers):
+    if state["layout"] != model.layout.saved() or state["layer_numbers"] != list(model.layer_numbers):
         raise ValueError(f"--mask checkpoint: the masks in {folder} are those of a model with other layers or heads")
     return QK(state["masks"]["q"].bool(), state["masks"]["k"].bool())
 
