@@ -87,7 +87,7 @@ class AttentionLayout(ABC):
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint remembers of it; `layouts.layout_from_saved` is the way back."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return asdict(self)  # type: ignore[call-overload]
 
     @property
     def num_q_channels(self) -> int:

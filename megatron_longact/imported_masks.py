@@ -23,10 +23,10 @@ def mask_name(layer_number: int, projection: str) -> str:
 
 
 def rows_by_name(
-    q: Tensor, k: Tensor, layout: AttentionLayout, layer_number: int, *, others: bool | float
+    channels: Sequence[Tensor], layout: AttentionLayout, layer_number: int, *, others: bool | float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Values of one layer's channels, Q [nq] and K [nk], as those of Hugging Face's rows; others: of no channel."""
-    values = torch.cat([q, k, torch.full((1,), others, dtype=q.dtype)])  # the last one is that of no channel
+    """Values of one layer's channels, of Q [nq] and K [nk], as those of Hugging Face's rows; others: of no channel."""
+    values = torch.cat([*channels, torch.full((1,), others, dtype=channels[0].dtype)])  # the last: of no channel
     for projection in layout.hf_projections:
         yield mask_name(layer_number, projection.name), values[projection.channels]
 

@@ -85,17 +85,26 @@ class QKVModel:
         chunks = unwrap_model(list(model_chunks))
         config, groups = get_model_config(model_chunks[0]), _groups(model_chunks[0])
         found = [list(_attentions(chunk)) for chunk in chunks]
-        first = next((attention for of in found for _, attention in of), None)
-        layout = layout_of(config, first)
-        whole = {name for of in found for at, module in of for name in _check(at, module, layout, groups.tp.size())}
+        stage = _Stage(
+            {int(module.layer_number): (name, layout) for of in found for name, module, layout in of},
+            {number: kind for chunk in chunks for number, kind in _layers(chunk)},
+        )
+        numbers, layout, without = _whole_model(stage, groups, layout_of(config))
         names = tuple(projection.name for projection in layout.projections)
-        layers = [[QKVLayer(int(module.layer_number), module, names) for _, module in of] for of in found]
-        with_qk = [layer.layer_number for of in layers for layer in of]
-        others = {number: kind for chunk in chunks for number, kind in _layers(chunk) if number not in with_qk}
-        numbers, without = _all_layers(with_qk, others, groups, layout)
-        device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
-        parallel = bool(config.sequence_parallel) and groups.tp.size() > 1
-        return cls(chunks, layers, layout, groups, numbers, device, frozenset(whole), parallel, without)
+        whole = {name for of in found for at, module, own in of for name in _whole(at, module, own, groups.tp.size())}
+        return cls(
+            chunks=chunks,
+            layers_of_chunks=[
+                [QKVLayer(int(module.layer_number), module, names) for _, module, _ in of] for of in found
+            ],
+            layout=layout,
+            groups=groups,
+            layer_numbers=numbers,
+            device=next(parameter.device for chunk in chunks for parameter in chunk.parameters()),
+            whole=frozenset(whole),
+            sequence_parallel=bool(config.sequence_parallel) and groups.tp.size() > 1,
+            without=without,
+        )
 
     @cached_property
     def layers(self) -> list[QKVLayer]:
@@ -181,25 +190,22 @@ def left_out(without: dict[int, str], *, of: int) -> str:
     return f"LongAct leaves out {len(without)} of {of} layers, which have no query and key projections: {named}"
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attention modules that make channels of Q and K, by name."""
+@dataclass(frozen=True)
+class _Stage:
+    """Layers of a pipeline stage by Megatron's number: with Q and K, where their attention is and its layout; all kinds."""
+
+    with_qk: dict[int, tuple[str, AttentionLayout]]
+    kinds: dict[int, str]
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, Any, AttentionLayout]]:
+    """The attention modules that make channels of Q and K: their names and layouts."""
     for name, module in model.named_modules():
         parts = name.split(".")
-        if parts[-1] != "self_attention" or _LEFT_OUT & set(parts) or not hasattr(module, "config"):
-            continue
-        if any(hasattr(module, each.name) for each in layout_of(module.config, module).projections):
-            yield name, module
-
-
-def _check(name: str, attention: Any, layout: AttentionLayout, tp_size: int) -> list[str]:
-    """The projections of a layer that every tensor-parallel rank holds all of."""
-    if (own := layout_of(attention.config, attention)) != layout:
-        raise ValueError(f"{name} has {own}, other layers {layout}; LongAct needs one layout of attention")
-    return [
-        projection.name
-        for projection in layout.projections
-        if check_projection(f"{name}.{projection.name}", getattr(attention, projection.name), projection, tp_size)
-    ]
+        if parts[-1] == "self_attention" and not _LEFT_OUT & set(parts) and hasattr(module, "config"):
+            layout = layout_of(module.config, module)
+            if any(hasattr(module, projection.name) for projection in layout.projections):
+                yield name, module, layout
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[int, str]]:
@@ -211,18 +217,32 @@ def _layers(model: nn.Module) -> Iterator[tuple[int, str]]:
             yield int(module.layer_number), type(module if isinstance(mixer, IdentityOp | None) else mixer).__name__
 
 
-def _all_layers(
-    with_qk: list[int], others: dict[int, str], groups: ModelGroups, layout: AttentionLayout
-) -> tuple[list[int], dict[int, str]]:
-    """Numbers of the layers with Q and K on all pipeline ranks, and what the other layers are."""
-    stages = [(with_qk, others)] * groups.pp.size()
+def _whole_model(
+    stage: _Stage, groups: ModelGroups, expected: AttentionLayout
+) -> tuple[list[int], AttentionLayout, dict[int, str]]:
+    """Numbers of all layers with Q and K, their layout, and what the other layers are; alike on all ranks."""
+    stages = [stage] * groups.pp.size()
     if groups.pp.size() > 1:
-        dist.all_gather_object(stages, (with_qk, others), group=groups.pp)
-    numbers = sorted(number for stage, _ in stages for number in stage)
-    if not numbers:
-        names = " or ".join(projection.name for projection in layout.projections)
-        raise ValueError(f"no rank holds a self_attention with {names}: LongAct has nothing to select in this model")
-    return numbers, dict(sorted(pair for _, stage in stages for pair in stage.items()))
+        dist.all_gather_object(stages, stage, group=groups.pp)
+    with_qk = {number: found for each in stages for number, found in sorted(each.with_qk.items())}
+    if not with_qk:
+        names = " or ".join(f"self_attention.{projection.name}" for projection in expected.projections)
+        raise ValueError(f"no rank holds a {names}: LongAct has nothing to select in this model")
+    first = next(iter(with_qk.values()))[1]
+    for name, layout in with_qk.values():
+        if layout != first:
+            raise ValueError(f"{name} has {layout}, other layers {first}; LongAct needs one layout of attention")
+    kinds = {number: kind for each in stages for number, kind in each.kinds.items() if number not in with_qk}
+    return sorted(with_qk), first, dict(sorted(kinds.items()))
+
+
+def _whole(name: str, attention: Any, layout: AttentionLayout, tp_size: int) -> list[str]:
+    """The projections of a layer that every tensor-parallel rank holds all of."""
+    return [
+        projection.name
+        for projection in layout.projections
+        if check_projection(f"{name}.{projection.name}", getattr(attention, projection.name), projection, tp_size)
+    ]
 
 
 def _groups(chunk: nn.Module) -> ModelGroups:

@@ -16,11 +16,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
@@ -46,6 +48,10 @@ class ModelSpec:
     """Multi-latent attention: what goes to MLATransformerConfig; heads have its sizes, not `kv_channels`."""
     whole_down_projections: bool = False
     """Every tensor-parallel rank holds all of them, as with Transformer Engine."""
+    blocks: str = ""
+    """A heterogeneous model: what each layer is, in JSON."""
+    pattern: str = ""
+    """A hybrid model: `*` attention, `-` MLP, `|` where a pipeline stage ends."""
 
 
 _YARN = {
@@ -122,6 +128,9 @@ def transformer_config(spec: ModelSpec) -> TransformerConfig:
     if spec.mla is not None:
         settings |= {"num_query_groups": spec.heads, "rope_type": "rope", **spec.mla}
         return MLATransformerConfig(**{**settings, **spec.config})
+    if spec.blocks:
+        settings |= {"heterogeneous_layers_config_encoded_json": spec.blocks}
+        return HeterogeneousTransformerConfig(**{**settings, **spec.config})
     config = TransformerConfig(**{**settings, **spec.config})
     for name, value in _YARN.items() if spec.yarn else ():
         setattr(config, name, value)
@@ -170,31 +179,59 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig) -> Any:
         multi_latent_attention=spec.mla is not None,
     )
     if spec.whole_down_projections:
+        from megatron.core.post_training.modelopt.layers import Linear
+
         multi_latent_attention.Linear = Linear  # Megatron's own; it takes it from there where TE is
         attention = layer.submodules.self_attention.submodules
         attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
     return layer
 
 
-def _gpt(spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=_layer_spec(spec, config),
-        vocab_size=spec.vocab,
-        max_sequence_length=spec.max_length,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="yarn" if spec.yarn else "rope",
-        vp_stage=vp_stage,
-    )
+def _hybrid_stack() -> ModuleSpec:
+    """Attention layers without an MLP, and MLPs as layers, of Megatron's local modules."""
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    local = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm").submodules
+    names = {"attention_layer": ("input_layernorm", "self_attention", "self_attn_bda")}
+    names["mlp_layer"] = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    layers = {
+        name: ModuleSpec(
+            module=TransformerLayer if name == "attention_layer" else MLPLayer,
+            submodules=TransformerLayerSubmodules(**{part: getattr(local, part) for part in parts}),
+        )
+        for name, parts in names.items()
+    }
+    return ModuleSpec(module=HybridStack, params={"post_layer_norm": False}, submodules=HybridStackSubmodules(**layers))
+
+
+def _gpt(spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> nn.Module:
+    settings: dict[str, Any] = {
+        "config": config,
+        "vocab_size": spec.vocab,
+        "max_sequence_length": spec.max_length,
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "share_embeddings_and_output_weights": False,
+        "position_embedding_type": "yarn" if spec.yarn else "rope",
+        "vp_stage": vp_stage,
+    }
+    if spec.pattern:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        pattern = spec.pattern if config.pipeline_model_parallel_size > 1 else spec.pattern.replace("|", "")
+        model = HybridModel(hybrid_stack_spec=_hybrid_stack(), hybrid_layer_pattern=pattern, **settings)
+    else:
+        layers = get_gpt_heterogeneous_layer_spec(config) if spec.blocks else _layer_spec(spec, config)
+        model = GPTModel(transformer_layer_spec=layers, **settings)
     with torch.no_grad():
         for name, parameter, shard in _named_shards(model):
             parameter.copy_(shard.local(_full_value(name, shard.full_shape(parameter.shape))))
     return model
 
 
-def _wrapped(model: GPTModel, spec: ModelSpec, config: TransformerConfig, optimizer: OptimizerSpec) -> Any:
+def _wrapped(model: nn.Module, spec: ModelSpec, config: TransformerConfig, optimizer: OptimizerSpec) -> Any:
     ddp = {
         "use_distributed_optimizer": optimizer.distributed,
         "overlap_grad_reduce": optimizer.overlap,

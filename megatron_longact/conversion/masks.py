@@ -54,11 +54,11 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     layout = layout_from_saved(state["layout"])
     for place, number in enumerate(state["layer_numbers"]):
-        masks = (state["masks"][part][place].to(torch.bool) for part in ("q", "k"))
-        yield from rows_by_name(*masks, layout, number, others=True)
+        masks = [state["masks"][part][place].to(torch.bool) for part in ("q", "k")]
+        yield from rows_by_name(masks, layout, number, others=True)
         if state["saliency"] is not None:
-            scores = (state["saliency"][part][place].float() for part in ("q", "k"))
-            for name, values in rows_by_name(*scores, layout, number, others=torch.nan):
+            scores = [state["saliency"][part][place].float() for part in ("q", "k")]
+            for name, values in rows_by_name(scores, layout, number, others=torch.nan):
                 yield f"{name}.saliency", values
 
 
