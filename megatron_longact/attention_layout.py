@@ -23,6 +23,7 @@ NO_CHANNEL = -1
 class Section:
     """Channels of Q, or of K, that are ranked with each other: heads of one width, or a run that all heads share."""
 
+    name: str
     heads: int
     width: int
     rope: int | None = 0
@@ -60,6 +61,8 @@ class AttentionLayout(ABC):
 
     norms: ClassVar[tuple[str, ...]] = ()
     """Modules of Megatron's attention that put out Q, and K, after their q/k-layernorm; (): there are none."""
+    rope_interleaved: ClassVar[bool] = False
+    """Whether RoPE turns neighbouring channels as a pair, whatever the configuration says."""
 
     @property
     @abstractmethod
@@ -88,6 +91,16 @@ class AttentionLayout(ABC):
     def saved(self) -> dict[str, Any]:
         """What a checkpoint remembers of it; `layouts.layout_from_saved` is the way back."""
         return asdict(self)  # type: ignore[call-overload]
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Of Q's channels, then of K's."""
+        return self.q_sections + self.k_sections
+
+    def by_section(self, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+        """Values of channels, Q [..., nq] and K [..., nk], section by section."""
+        parts = torch.cat([q, k], dim=-1).split([section.channels for section in self.sections], dim=-1)
+        return {section.name: part for section, part in zip(self.sections, parts, strict=True)}
 
     @property
     def num_q_channels(self) -> int:

@@ -9,7 +9,7 @@ Source: megatron/core/transformer/multi_latent_attention.py, `MLASelfAttention.g
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class MLALayout(AttentionLayout):
     q_lora_rank: int | None = None
     fused_down_projection: bool = field(default=False, compare=False)
     """Whether one weight makes both latents (`FusedMLASelfAttention`); checkpoints are alike."""
+    rope_interleaved: ClassVar[bool] = True
 
     @classmethod
     def from_transformer_config(cls, config: Any, *, fused_down_projection: bool = False) -> "MLALayout":
@@ -53,12 +54,14 @@ class MLALayout(AttentionLayout):
     @property
     def q_sections(self) -> tuple[Section, ...]:
         """All of Q: rows of one weight, from one input."""
-        return (Section(self.num_attention_heads, self.qk_head_dim + self.qk_pos_emb_head_dim, self.qk_head_dim),)
+        width = self.qk_head_dim + self.qk_pos_emb_head_dim
+        return (Section("q", self.num_attention_heads, width, self.qk_head_dim),)
 
     @property
     def k_sections(self) -> tuple[Section, ...]:
         """What each head has of its own, and what all share: rows of two weights, from two inputs."""
-        return Section(self.num_attention_heads, self.qk_head_dim, None), Section(1, self.qk_pos_emb_head_dim)
+        own = Section("k", self.num_attention_heads, self.qk_head_dim, None)
+        return own, Section("k-rope", 1, self.qk_pos_emb_head_dim)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

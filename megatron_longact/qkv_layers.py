@@ -192,10 +192,12 @@ def left_out(without: dict[int, str], *, of: int) -> str:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Layers of a pipeline stage by Megatron's number: with Q and K, where their attention is and its layout; all kinds."""
+    """Layers of a pipeline stage, by Megatron's number."""
 
     with_qk: dict[int, tuple[str, AttentionLayout]]
+    """Those with channels of Q and K: the name and layout of their attention."""
     kinds: dict[int, str]
+    """What all of them are."""
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, Any, AttentionLayout]]:

@@ -29,7 +29,7 @@ class QKVLayout(AttentionLayout):
     num_query_groups: int
     kv_channels: int
     attention_output_gate: bool = False
-    norms: ClassVar = ("q_layernorm", "k_layernorm")
+    norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")
 
     def __post_init__(self) -> None:
         sizes = (self.num_attention_heads, self.num_query_groups, self.kv_channels)
@@ -68,12 +68,12 @@ class QKVLayout(AttentionLayout):
     @property
     def q_sections(self) -> tuple[Section, ...]:
         """All query heads."""
-        return (Section(self.num_attention_heads, self.kv_channels),)
+        return (Section("q", self.num_attention_heads, self.kv_channels),)
 
     @property
     def k_sections(self) -> tuple[Section, ...]:
         """All groups."""
-        return (Section(self.num_query_groups, self.kv_channels),)
+        return (Section("k", self.num_query_groups, self.kv_channels),)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

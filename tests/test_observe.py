@@ -24,6 +24,7 @@ from megatron_longact.analysis.activations.checkpoints import run_name
 from megatron_longact.analysis.activations.measurement import Measurement, measure, pooled
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.outliers import RopeFrequencies, rope_profile, spreads
+from megatron_longact.attention_layout import Section
 from megatron_longact.conversion import to_megatron
 from megatron_longact.qkv_layout import QKVLayout
 from tests import launch, ranks
@@ -110,7 +111,8 @@ def test_a_model_is_called_by_its_own_name(tmp_path: Path, folder: str, name: st
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_statistics_of_a_folder_are_those_of_its_weights(models: Path, family: str) -> None:
-    measured = measure(activations_hf.open_folder(models / family), PROMPTS)
+    source = activations_hf.open_folder(models / family)
+    measured = measure(source, PROMPTS)
     with torch.no_grad():
         wanted = plain_statistics(models / family)
     assert measured.tokens == 48 + 7 + 33
@@ -118,7 +120,7 @@ def test_statistics_of_a_folder_are_those_of_its_weights(models: Path, family: s
     assert len(wanted) == (6 if family == "qwen3" else 3)
     for key, layers in wanted.items():
         for number, (q, k) in enumerate(layers):
-            ours = measured.channel_values(*key)[number]  # type: ignore[arg-type]
+            ours = measured.channel_values(*key, source.layout)[number]  # type: ignore[arg-type]
             torch.testing.assert_close(ours["q"], q, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(ours["k"], k, rtol=1e-4, atol=1e-6)
 
@@ -205,7 +207,7 @@ def test_spreads_on_paper() -> None:
     q = torch.tensor([1.0, 2.0, 1.0, 2.0, 3.0, 18.0, 2.0, 1.0])  # two heads of four channels; median 2
     k = torch.ones(4)
     rope = RopeFrequencies(torch.tensor([1.0, 0.01]))
-    first, second = spreads({1: {"q": q, "k": k}}, kv_channels=4, ratio=0.25, rope=rope)
+    first, second = spreads({1: {"q": q, "k": k}}, layout=QKVLayout(2, 1, 4), ratio=0.25, rope=rope)
     assert (first.layer, first.part, first.head, first.channel) == (1, "q", 1, 1)
     assert first.outlier_ratio == 9.0
     assert first.top_share == pytest.approx(21 / 30)
@@ -217,12 +219,16 @@ def test_spreads_on_paper() -> None:
 
 @pytest.mark.parametrize(("interleaved", "wanted"), [(False, [5.0, 7.0]), (True, [7.0, 5.0])])
 def test_channels_of_a_pair_share_a_frequency(interleaved: bool, wanted: list[float]) -> None:
-    layout = QKVLayout(2, 1, 6)  # four of six channels turn
+    section = Section("q", 2, 6)  # four of six channels turn
     scores = torch.ones(12)
     scores[2], scores[7], scores[5] = 5.0, 7.0, 100.0  # head 0 channel 2, head 1 channel 1, one that does not turn
     rope = RopeFrequencies(torch.tensor([1.0, 0.1]), interleaved)
-    assert rope_profile(scores, layout=layout, rope=rope).tolist() == wanted
-    assert rope.wavelength(5) is None
+    assert rope_profile(scores, section=section, rope=rope).tolist() == wanted
+    assert rope.pair(5, section) is None
+    latent = Section("q", 2, 8, rope=2)  # as multi-latent attention has them: two channels that do not turn come first
+    moved = torch.cat([torch.ones(2, 2), scores.view(2, 6)], dim=1).flatten()
+    assert rope_profile(moved, section=latent, rope=rope).tolist() == wanted
+    assert [rope.pair(channel, latent) is None for channel in range(8)] == [True] * 2 + [False] * 4 + [True] * 2
 
 
 def run_tool(*arguments: str | Path) -> int:

@@ -24,7 +24,7 @@ FLAGS = {
     "cuda_graph_impl": ("full_iteration", "--cuda-graph-impl full_iteration"),
     "use_megatron_fsdp": (True, "--use-megatron-fsdp"),
     "use_torch_fsdp2": (True, "--use-torch-fsdp2"),
-    "multi_latent_attention": (True, "--multi-latent-attention"),
+    "experimental_attention_variant": ("dsa", "--experimental-attention-variant dsa"),
     "hybrid_context_parallel": (True, "--hybrid-context-parallel"),
     "overlap_moe_expert_parallel_comm": (True, "--overlap-moe-expert-parallel-comm"),
     "rl_training_cuda_graphs": (True, "--rl-training-cuda-graphs"),
@@ -244,7 +244,8 @@ def layer_wise(built: Built) -> LayerWiseDistributedOptimizer:
 
 
 def refused(case: str) -> dict[str, Any]:
-    built = build(ModelSpec(dtype="bf16" if case.endswith("layer-wise") else "fp32"))
+    mla = {"q_lora_rank": 8, "kv_lora_rank": 8} if case.endswith(("latents", "up-projection")) else None
+    built = build(ModelSpec(dtype="bf16" if case.endswith("layer-wise") else "fp32", mla=mla))
     finalize = built.config.finalize_model_grads_func
     chunks, optimizer, config = built.chunks, built.optimizer, LongActConfig()
     module = chunks[0].module
@@ -259,6 +260,12 @@ def refused(case: str) -> dict[str, Any]:
         chunks = [chunks[0].module]
     elif case == "lora":
         layers[1].self_attention.linear_qkv = Adapted(layers[1].self_attention.linear_qkv)
+    elif case == "lora on an up-projection":
+        layers[0].self_attention.linear_kv_up_proj = Adapted(layers[0].self_attention.linear_kv_up_proj)
+    elif case == "qk_clip with latents":
+        built.config.qk_clip = True
+    elif case == "norms of latents":
+        config = LongActConfig(tap="norm")
     elif case == "no linear_qkv":
         for layer in layers:
             layer.self_attention = nn.Identity()
@@ -296,7 +303,10 @@ def refused(case: str) -> dict[str, Any]:
         ("scaled moments", "with --exp-avg-sq-dtype fp16 or fp8 it must be decay"),
         ("qk_clip", "--qk-clip"),
         ("optimizer_cuda_graph", "--optimizer-cuda-graph"),
-        ("multi_latent_attention", "--multi-latent-attention"),
+        ("experimental_attention_variant", "--experimental-attention-variant dsa"),
+        ("qk_clip with latents", "--qk-clip"),
+        ("norms of latents", "--longact-tap norm does not work with --multi-latent-attention"),
+        ("lora on an up-projection", "LoRA on linear_kv_up_proj is not supported"),
     ],
 )
 def test_attach_refuses_in_one_line_and_leaves_nothing(case: str, message: str) -> None:

@@ -124,7 +124,7 @@ def test_report_holds_numbers_settings_and_the_pictures_that_exist(tmp_path: Pat
 
 def test_saliency_panels_show_values_and_mark_the_chosen_channels() -> None:
     saliency, masks = channel_values()
-    shown = panels(saliency_figure(saliency, masks, heads=HEADS, kv_channels=CHANNELS))
+    shown = panels(saliency_figure(saliency, masks, heads=HEADS))
     assert list(shown) == [f"layer {n} · {part}" for n in (1, 2, 3) for part in "QK"]
     for number in saliency:
         for part, heads in HEADS.items():
@@ -141,7 +141,7 @@ def test_saliency_panels_show_values_and_mark_the_chosen_channels() -> None:
 def test_saliency_panels_share_one_scale_and_name_their_axes() -> None:
     saliency, masks = channel_values()
     saliency[2]["k"][5] = 1000.0
-    figure = saliency_figure(saliency, masks, heads=HEADS, kv_channels=CHANNELS)
+    figure = saliency_figure(saliency, masks, heads=HEADS)
     norms = {id(image.norm) for axes in panels(figure).values() for image in axes.images}
     assert len(norms) == 1
     assert max(image.norm.vmax for axes in figure.axes for image in axes.images) == 1000.0
@@ -151,7 +151,7 @@ def test_saliency_panels_share_one_scale_and_name_their_axes() -> None:
 
 def test_chosen_and_frozen_channels_differ_in_colour_at_both_ends_of_the_scale() -> None:
     saliency, masks = channel_values(1)
-    axes = panels(saliency_figure(saliency, masks, heads=HEADS, kv_channels=CHANNELS))["layer 1 · Q"]
+    axes = panels(saliency_figure(saliency, masks, heads=HEADS))["layer 1 · Q"]
     colours = {image.get_label(): image.get_cmap() for image in axes.images}
     for end in (0.0, 0.5, 1.0):
         red, _, blue, _ = colours["longact-oranges"](end)
@@ -162,7 +162,7 @@ def test_chosen_and_frozen_channels_differ_in_colour_at_both_ends_of_the_scale()
 
 def test_saliency_of_a_deep_model_holds_all_layers_on_one_page() -> None:
     saliency, masks = channel_values(64)
-    figure = saliency_figure(saliency, masks, heads={"q": 4, "k": 2}, kv_channels=CHANNELS)
+    figure = saliency_figure(saliency, masks, heads={"q": 4, "k": 2})
     assert figure.get_figheight() <= 14
     drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert {axes.get_title(loc="left") for axes in drawn if "all" not in axes.get_title(loc="left")} == {
@@ -173,7 +173,7 @@ def test_saliency_of_a_deep_model_holds_all_layers_on_one_page() -> None:
     np.testing.assert_array_equal(values, of[0].amax(1))
     np.testing.assert_array_equal(share, of[1].mean(1))
     wide = {n: {"q": torch.rand(64 * CHANNELS), "k": torch.rand(8 * CHANNELS)} for n in range(8)}
-    figure = saliency_figure(wide, wide, heads={"q": 64, "k": 8}, kv_channels=CHANNELS)
+    figure = saliency_figure(wide, wide, heads={"q": 64, "k": 8})
     assert figure.get_figheight() <= 14
 
 
@@ -181,20 +181,18 @@ def test_a_run_shows_its_layers_from_0(monkeypatch: pytest.MonkeyPatch, tmp_path
     """`LongAct.saliency` counts them from 1, as Megatron does."""
     shown: list[str] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: shown.extend(panels(self)))
-    sizes = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": CHANNELS}
-    plot_saliency(*channel_values(), **sizes, path=tmp_path / "saliency.png")
+    plot_saliency(*channel_values(), heads=HEADS, path=tmp_path / "saliency.png")
     assert shown == [f"layer {n} · {part}" for n in (0, 1, 2) for part in "QK"]
 
 
 def test_saliency_with_unusable_values(tmp_path: Path) -> None:
     saliency, masks = channel_values()
     saliency[1]["q"][:3] = torch.tensor([float("nan"), 0.0, float("inf")])
-    sizes = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": CHANNELS}
-    plot_saliency(saliency, masks, **sizes, path=tmp_path / "saliency.png")
+    plot_saliency(saliency, masks, heads=HEADS, path=tmp_path / "saliency.png")
     assert (tmp_path / "saliency.png").read_bytes().startswith(b"\x89PNG")
     nothing = {1: {part: torch.zeros(heads * CHANNELS) for part, heads in HEADS.items()}}
     with pytest.raises(ValueError, match="no saliency to draw"):
-        plot_saliency(nothing, masks, **sizes, path=tmp_path / "none.png")
+        plot_saliency(nothing, masks, heads=HEADS, path=tmp_path / "none.png")
 
 
 def test_curves_that_are_equal_are_all_seen_and_no_tick_is_above_100_percent() -> None:

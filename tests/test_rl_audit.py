@@ -36,7 +36,7 @@ def audit(
             loaded.load_state_dict(saved.state_dict())
             counter = RowAudit(built.chunks, built.optimizer, longact, since=1, history=loaded.rows)
     changed = {"masters": [m for s in counter._shards for m in s.masters()]}
-    changed["weights"] = [layer.weight for layer in counter._model.layers]
+    changed["weights"] = [weight for layer in counter._model.layers for weight in layer.weights]
     with torch.no_grad():
         for tensor in changed.get(tamper, []):
             tensor.mul_(1.5).add_(1e-3)

@@ -42,8 +42,8 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
         )
     if state["layout"].get("attention_output_gate"):
         raise ValueError(f"{folder} is of a model with --attention-output-gate, whose rows are not mapped")
-    tensors = dict(_tensors(state))
-    _write(save, tensors, _metadata(state))
+    written = dict(tensors(state))
+    _write(save, written, _metadata(state))
     shares = {part: float(state["masks"][part].float().mean()) for part in ("q", "k")}
     return (
         f"{save}: masks after update {state['updates']}, {len(state['layer_numbers'])} layers; updated are "
@@ -51,7 +51,8 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
     )
 
 
-def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What a mask file holds of a `LongAct.state_dict()` with masks."""
     layout = layout_from_saved(state["layout"])
     for place, number in enumerate(state["layer_numbers"]):
         masks = [state["masks"][part][place].to(torch.bool) for part in ("q", "k")]

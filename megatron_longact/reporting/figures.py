@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 ChannelValues = Mapping[int, Mapping[str, Tensor]]
-"""By global layer number, then "q" [np * hn] and "k" [ng * hn], head by head."""
+"""By global layer number, then "q" [np * hn] and "k" [ng * hn], head by head, or whatever sections a layer has."""
 
 WIDTH_IN, DPI = 9.0, 200  # shown about 900 px wide, so 9 pt is 12 px there
 INK, FAINT_INK = "#222222", "#555555"
@@ -45,16 +45,13 @@ def plot_saliency(
     saliency: ChannelValues,
     masks: ChannelValues,
     *,
-    num_attention_heads: int,
-    num_query_groups: int,
-    kv_channels: int,
+    heads: Mapping[str, int],
     path: Path,
     statistic: str = "mean |activation|",
 ) -> None:
     """Write the figure of `saliency_figure` as a PNG; layers, which `LongAct` counts from 1, are shown from 0."""
     saliency, masks = ({number - 1: of[number] for number in of} for of in (saliency, masks))
-    heads = {"q": num_attention_heads, "k": num_query_groups}
-    saliency_figure(saliency, masks, heads=heads, kv_channels=kv_channels, statistic=statistic).savefig(path, dpi=DPI)
+    saliency_figure(saliency, masks, heads=heads, statistic=statistic).savefig(path, dpi=DPI)
 
 
 def saliency_figure(
@@ -62,15 +59,14 @@ def saliency_figure(
     masks: ChannelValues,
     *,
     heads: Mapping[str, int],
-    kv_channels: int,
     statistic: str = "mean |activation|",
 ) -> Figure:
     """Heat maps head × channel, a row of two panels (Q, K) a layer, on one logarithmic scale.
 
     Channels that `masks` holds True are orange, the others blue. Layer numbers are those of Hugging Face's names, from
     0. Of a model with more than `MOST_LAYERS` the first, the middle and the last are drawn so, below all layers with
-    their heads taken together. heads: the number of heads of "q" and of "k". Raises ValueError if nothing in
-    `saliency` is finite and above 0.
+    their heads taken together. heads: the number of heads of "q" and of "k", or of other sections. Raises ValueError
+    if nothing in `saliency` is finite and above 0.
     """
     layers, deep = sorted(saliency), len(saliency) > MOST_LAYERS
     shown = [layers[0], layers[len(layers) // 2], layers[-1]] if deep else layers
@@ -83,7 +79,7 @@ def saliency_figure(
     )
     width = (WIDTH_IN - LEFT - RIGHT - COLUMN_GAP * (len(heads) - 1)) / len(heads)
     cells = {
-        part: {n: [of[n][part].detach().cpu().reshape(count, kv_channels) for of in (saliency, masks)] for n in layers}
+        part: {n: [of[n][part].detach().cpu().reshape(count, -1) for of in (saliency, masks)] for n in layers}
         for part, count in heads.items()
     }
     lefts = [LEFT + column * (width + COLUMN_GAP) for column in range(len(heads))]

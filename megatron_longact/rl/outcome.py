@@ -55,7 +55,7 @@ def write_outcome(
     if find_spec("matplotlib") is None:
         table += "\nno pictures: matplotlib is missing (pip install 'megatron-longact[plots]')"
     else:
-        _draw(run_dir, args, steps, evaluations, longact)
+        _draw(run_dir, steps, evaluations, longact)
     write_report(run_dir / REPORT, summary, settings=_settings(args, config, longact), pictures=PICTURES)
     return table
 
@@ -71,7 +71,6 @@ def _time_share(steps: Sequence[Mapping[str, Any]]) -> float:
 
 def _draw(
     run_dir: Path,
-    args: Namespace,
     steps: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
     longact: LongAct | None,
@@ -80,12 +79,14 @@ def _draw(
 
     plot_reward(steps, evaluations, path=run_dir / REWARD)
     if longact is not None and longact.saliency and longact.masks:
+        layout = longact.model.layout
+        saliency, masks = (
+            {layer: layout.by_section(**of) for layer, of in each.items()} for each in (longact.saliency, longact.masks)
+        )
         plot_saliency(
-            longact.saliency,
-            longact.masks,
-            num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups or args.num_attention_heads,
-            kv_channels=args.kv_channels,
+            saliency,
+            masks,
+            heads={section.name: section.heads for section in layout.sections},
             path=run_dir / SALIENCY,
             statistic=_what_is_shown(longact.config),
         )

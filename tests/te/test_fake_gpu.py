@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_longact import LongActConfig
+from megatron_longact.attention_layout import ShardedLayout
 from megatron_longact.masked_update import RowIndex, Shard, StrictFreeze, mask_gradients
 from megatron_longact.qkv_layers import QKVLayer, QKVModel
 from megatron_longact.qkv_layout import QKVLayout
@@ -55,15 +56,21 @@ def test_rows_are_named_on_the_device_of_what_they_cut(
 # -- launches ------------------------------------------------------------------------------------------
 
 
-class Layout(QKVLayout):
+class Model(QKVModel):
     """Its ranges are read off tensors on the host, which have values."""
 
-    def local_qk_ranges(self, *args: Any) -> Any:
+    @property
+    def sharded(self) -> Any:
+        return Sharded(self.layout, self.groups.tp.size())
+
+
+class Sharded(ShardedLayout):
+    def qk_ranges(self, *args: Any) -> Any:
         with unset_fake_temporarily():
-            return super().local_qk_ranges(*args)
+            return super().qk_ranges(*args)
 
 
-QWEN3_8B = Layout(num_attention_heads=32, num_query_groups=8, kv_channels=128)
+QWEN3_8B = QKVLayout(num_attention_heads=32, num_query_groups=8, kv_channels=128)
 LENGTHS = (8_192, 32_768, 131_072)
 
 
@@ -124,7 +131,7 @@ def _launches(layers: int, tokens: int, tp: int, masked: bool) -> Counter[str]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         rows = QWEN3_8B.rows_per_partition(tp)
         chunk = nn.Sequential(*(Attention(rows) for _ in range(layers)))
-        model = QKVModel(
+        model = Model(
             chunks=[chunk],
             layers_of_chunks=[[QKVLayer(number + 1, attention) for number, attention in enumerate(chunk)]],
             layout=QWEN3_8B,

@@ -13,7 +13,7 @@ from megatron_longact import LongActConfig
 from megatron_longact.masked_update import RowIndex, Shard, StrictFreeze, mask_gradients
 from megatron_longact.qkv_layers import QKVLayer
 from megatron_longact.qkv_layout import QKVLayout
-from megatron_longact.refusals import check_linear_qkv
+from megatron_longact.refusals import check_projection
 from tests import ranks
 
 LAYOUT = QKVLayout(num_attention_heads=2, num_query_groups=1, kv_channels=16)
@@ -41,7 +41,7 @@ def found_masked_and_frozen() -> None:
     attention = nn.Module()
     attention.linear_qkv = nn.Module()
     attention.linear_qkv.weight = nn.Parameter(float8(data.clone(), 0.5))
-    check_linear_qkv("linear_qkv", attention.linear_qkv, LAYOUT, 1)
+    check_projection("linear_qkv", attention.linear_qkv, LAYOUT.projections[0], 1)
     [weight] = QKVLayer(1, attention).parameters
     assert type(weight).__name__ == "Float8Tensor"
 

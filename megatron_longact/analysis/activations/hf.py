@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,34 @@ from torch import Tensor, nn
 
 from megatron_longact.analysis.activations.checkpoints import run_name
 from megatron_longact.analysis.activations.measurement import Measurement
+from megatron_longact.attention_layout import NO_CHANNEL, AttentionLayout, Projection
 from megatron_longact.config import Statistic, Tap
+from megatron_longact.mla_layout import MLALayout
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS, Accumulator
 from megatron_longact.selection import QK
 
 Encode = Callable[[str], list[int]]
 
+_LATENT = "kv_a_proj_with_mqa"
+"""What multi-latent attention has in place of `k_proj`."""
+
 
 @dataclass
 class HFSource:
-    """An `AutoModelForCausalLM` with `q_proj` and `k_proj` in its attention layers; see `ModelSource`."""
+    """An `AutoModelForCausalLM` whose attention has the projections of its layout; see `ModelSource`."""
 
     name: str
     model: Any
     encode: Encode
-    layout: QKVLayout
+    layout: AttentionLayout
     attentions: list[nn.Module]
     layer_numbers: tuple[int, ...]
     taps: tuple[Tap, ...]
     inv_freq: Tensor | None
     positions: int
     embeddings: int | None = None
-    rope_interleaved: bool = field(default=False, init=False)
+    rope_interleaved: bool = False
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
         """As `ModelSource.measure`."""
@@ -60,38 +65,44 @@ class HFSource:
     @contextmanager
     def _hooks(self, sums: dict[tuple[Tap, Statistic], Accumulator]) -> Iterator[None]:
         handles = []
-        taps: dict[Tap, tuple[str, str]] = {"projection": ("q_proj", "k_proj"), "norm": ("q_norm", "k_norm")}
+        projections = self.layout.hf_projections
+        norms = [replace(each, name=each.name.removesuffix("proj") + "norm") for each in projections]
+        taps: dict[Tap, Sequence[Projection]] = {"projection": projections, "norm": norms}
         for tap in self.taps:
             accumulators = [each for (at, _), each in sums.items() if at == tap]
             for layer, attention in enumerate(self.attentions):
-                for part, name in enumerate(taps[tap]):
-                    hook = self._hook(accumulators, layer, is_k=bool(part))
-                    handles.append(getattr(attention, name).register_forward_hook(hook))
+                for number, each in enumerate(taps[tap]):
+                    hook = self._hook(accumulators, layer, each.channels, counts=number == 0)
+                    handles.append(getattr(attention, each.name).register_forward_hook(hook))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, accumulators: list[Accumulator], layer: int, *, is_k: bool) -> Callable[..., None]:
-        heads = self.layout.num_query_groups if is_k else self.layout.num_attention_heads
-        start = self.layout.num_q_channels if is_k else 0
+    def _hook(
+        self, accumulators: list[Accumulator], layer: int, channels: Tensor, *, counts: bool
+    ) -> Callable[..., None]:
+        """channels: those that the rows of an output make, one run of them but for rows that make none."""
+        rows = (channels != NO_CHANNEL).nonzero().flatten()
+        first = int(channels[rows[0]])
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = _tokens_first(output, heads=heads, hn=self.layout.kv_channels)
+            x = _tokens_first(output, channels=len(channels))
+            x = x if len(rows) == len(channels) else x[:, rows.to(x.device)]
             for accumulator in accumulators:
-                accumulator.add(accumulator.sums[layer, start : start + x.shape[1]], x, None)
-                if not is_k:
+                accumulator.add(accumulator.sums[layer, first : first + len(rows)], x, None)
+                if counts:
                     accumulator.count(slice(layer, layer + 1), x.shape[0])
 
         return hook
 
 
-def _tokens_first(x: Tensor, *, heads: int, hn: int) -> Tensor:
-    """[1, t, heads * hn], [1, t, heads, hn] or [1, heads, t, hn] -> [t, heads * hn]."""
-    if x.dim() == 4 and x.shape[2] != heads:
+def _tokens_first(x: Tensor, *, channels: int) -> Tensor:
+    """[1, t, channels], [1, t, heads, hn] or [1, heads, t, hn] -> [t, channels]."""
+    if x.dim() == 4 and x.shape[2] * x.shape[3] != channels:
         x = x.transpose(1, 2)
-    return x.reshape(-1, heads * hn)
+    return x.reshape(-1, channels)
 
 
 def open_folder(
@@ -127,35 +138,51 @@ def open_folder(
         attentions=attentions,
         layer_numbers=tuple(_number(each, i) for i, each in enumerate(attentions)),
         taps=("projection", "norm") if norms else ("projection",),
-        inv_freq=_inv_freq(model, layout.kv_channels),
+        inv_freq=_inv_freq(model, max(section.width for section in layout.sections)),
         positions=_positions(model.config.get_text_config()),
         embeddings=embeddings,
+        rope_interleaved=layout.rope_interleaved and getattr(model.config.get_text_config(), "rope_interleave", True),
     )
 
 
 def _attentions(model: nn.Module, folder: Path) -> list[nn.Module]:
+    kinds = (("q_proj", "k_proj"), (_LATENT, "kv_b_proj"))
     found = [
         module
         for name, module in model.named_modules()
-        if "vision" not in name and all(hasattr(module, part) for part in ("q_proj", "k_proj"))
+        if "vision" not in name and any(all(hasattr(module, part) for part in parts) for parts in kinds)
     ]
     if not found:
         raise ValueError(f"{folder}: {type(model).__name__} has no attention with q_proj and k_proj of its own")
     return found
 
 
-def _layout(attentions: Sequence[nn.Module], config: Any, folder: Path) -> QKVLayout:
+def _layout(attentions: Sequence[nn.Module], config: Any, folder: Path) -> AttentionLayout:
+    layout = _latent_layout(config) if hasattr(attentions[0], _LATENT) else _plain_layout(config)
+    wanted = {each.name: len(each.channels) for each in layout.hf_projections}
+    for attention in attentions:
+        sizes = {name: getattr(getattr(attention, name, None), "out_features", 0) for name in wanted}
+        if sizes != wanted:
+            found, understood = (", ".join(f"{n} of {name}" for name, n in of.items()) for of in (sizes, wanted))
+            raise ValueError(f"{folder}: an attention has these rows: {found}; understood are {understood}: {layout}")
+    return layout
+
+
+def _plain_layout(config: Any) -> QKVLayout:
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    hn = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    for attention in attentions:
-        sizes: list[int] = [getattr(attention, name).out_features for name in ("q_proj", "k_proj")]
-        if sizes != [heads * hn, groups * hn]:
-            raise ValueError(
-                f"{folder}: q_proj and k_proj make {sizes[0]} and {sizes[1]} channels; understood are {heads} and "
-                f"{groups} heads of {hn}"
-            )
-    return QKVLayout(heads, groups, hn)
+    return QKVLayout(heads, groups, int(getattr(config, "head_dim", None) or config.hidden_size // heads))
+
+
+def _latent_layout(config: Any) -> MLALayout:
+    return MLALayout(
+        num_attention_heads=config.num_attention_heads,
+        qk_head_dim=config.qk_nope_head_dim,
+        qk_pos_emb_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        kv_lora_rank=config.kv_lora_rank,
+        q_lora_rank=config.q_lora_rank,
+    )
 
 
 def _positions(config: Any) -> int:

@@ -13,15 +13,15 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
+from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import Statistic, Tap
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS
 from megatron_longact.selection import QK
 
 TAPS: tuple[Tap, ...] = get_args(Tap)
 
 ChannelValues = dict[int, dict[str, Tensor]]
-"""By layer number, from 0 as in Hugging Face's names, then "q" [np * hn] and "k" [ng * hn]."""
+"""By layer number, from 0 as in Hugging Face's names, then by section: "q" [np * hn] and "k" [ng * hn]."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Measurement:
         """Where activations were read."""
         return tuple(tap for tap in TAPS if any(tap == each for each, _ in self.scores))
 
-    def channel_values(self, tap: Tap, statistic: Statistic) -> ChannelValues:
+    def channel_values(self, tap: Tap, statistic: Statistic, layout: AttentionLayout) -> ChannelValues:
         """One statistic layer by layer."""
-        return by_layer(self.scores[tap, statistic], self.layer_numbers)
+        return by_layer(self.scores[tap, statistic], self.layer_numbers, layout)
 
 
-def by_layer(values: QK, layer_numbers: Sequence[int]) -> ChannelValues:
-    """Q [L, nq] and K [L, nk] as {layer: {"q": [nq], "k": [nk]}}."""
-    return {number: {"q": values.q[i], "k": values.k[i]} for i, number in enumerate(layer_numbers)}
+def by_layer(values: QK, layer_numbers: Sequence[int], layout: AttentionLayout) -> ChannelValues:
+    """Q [L, nq] and K [L, nk] as {layer: {"q": [nq], "k": [nk]}}, or by the sections that the layout has."""
+    return {number: layout.by_section(*(part[i] for part in values)) for i, number in enumerate(layer_numbers)}
 
 
 class ModelSource(Protocol):
@@ -61,7 +61,7 @@ class ModelSource(Protocol):
     """
 
     name: str
-    layout: QKVLayout
+    layout: AttentionLayout
     layer_numbers: tuple[int, ...]
     taps: tuple[Tap, ...]
     inv_freq: Tensor | None

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from megatron_longact.analysis.activations.checkpoints import Checkpoint
 from megatron_longact.analysis.activations.measurement import Measurement
+from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import LongActConfig, Tap
 from megatron_longact.generation.vocabulary import check_tokenizer, embeddings_of
 from megatron_longact.megatron.checkpoint_model import load_model, parse_args
 from megatron_longact.qkv_layers import QKVModel
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS
 from megatron_longact.saliency import SaliencyCapture
 from megatron_longact.selection import QK
@@ -48,7 +48,7 @@ class MegatronSource:
     positions: int
     dp_group: Any
     embeddings: int | None = None
-    layout: QKVLayout = field(init=False)
+    layout: AttentionLayout = field(init=False)
     layer_numbers: tuple[int, ...] = field(init=False)
     taps: tuple[Tap, ...] = field(init=False)
     inv_freq: Tensor | None = field(init=False)
@@ -59,9 +59,9 @@ class MegatronSource:
         self._qkv = QKVModel.find(self.chunks)
         self.layout = self._qkv.layout
         self.layer_numbers = tuple(number - 1 for number in self._qkv.layer_numbers)  # Megatron's begin at 1
-        self.taps = ("projection", "norm") if config.qk_layernorm else ("projection",)
-        self.inv_freq = _inv_freq(self.chunks[0])
-        self.rope_interleaved = bool(config.rotary_interleaved)
+        self.taps = ("projection", "norm") if config.qk_layernorm and self.layout.norms else ("projection",)
+        self.inv_freq = _inv_freq(self.chunks[0], self._qkv)
+        self.rope_interleaved = bool(config.rotary_interleaved) or self.layout.rope_interleaved
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
         """As `ModelSource.measure`."""
@@ -165,12 +165,14 @@ def _no_logits(*, hidden_states: Tensor, **unused: Any) -> Tensor:
     return hidden_states.new_zeros(1)
 
 
-def _inv_freq(chunk: nn.Module) -> Tensor | None:
+def _inv_freq(chunk: nn.Module, model: QKVModel) -> Tensor | None:
     """What a token turns, fp32 [pairs]; a scaled RoPE's `inv_freq` need not say it: its row for position 1 does."""
     try:
         rope = get_attr_wrapped_model(chunk, "rotary_pos_emb", allow_none=False)
     except RuntimeError:
-        return None
+        rope = next((getattr(layer.attention, "rotary_pos_emb", None) for layer in model.layers), None)
+        if rope is None:
+            return None
     angles: Tensor | tuple[Tensor, float] = rope.get_emb(2)  # [positions, 1, 1, 2 pairs]; YaRN's with its mscale
     turned = (angles if isinstance(angles, Tensor) else angles[0])[1, 0, 0].detach().float().cpu()
     return turned[::2] if rope.rotary_interleaved else turned[: len(turned) // 2]

@@ -35,6 +35,8 @@ def emulated(source: HFSource, recipe: Recipe, *, linears: Linears = "all") -> I
 
 def _groups(source: HFSource, linears: Linears) -> Iterator[tuple[list[nn.Linear], Tensor | None]]:
     """Linear layers that a GPU has fused, and where each of their rows stands then; None: one behind the other."""
+    if not isinstance(source.layout, QKVLayout):
+        raise ValueError(f"{source.name} has multi-latent attention; FP8 is emulated for q_proj, k_proj and v_proj")
     fused = _fused_places(source.layout)
     taken: set[nn.Module] = set()
     for attention in source.attentions:

@@ -10,8 +10,8 @@ from megatron_longact.analysis.activations.measurement import Measurement, Model
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.outliers import RopeFrequencies, Spread, rope_profile, spreads
+from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import Statistic, Tap
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reporting.run_log import Progress
 
 Length = int | None
@@ -23,7 +23,7 @@ class Observation:
     """A model's measurements by context length, all tasks together."""
 
     name: str
-    layout: QKVLayout
+    layout: AttentionLayout
     rope: RopeFrequencies | None
     by_length: Mapping[Length, Measurement]
     statistic: Statistic
@@ -37,8 +37,8 @@ class Observation:
     def spreads(self, measurement: Measurement, tap: Tap, statistic: Statistic | None = None) -> list[Spread]:
         """Of one measurement, the largest outlier ratio first."""
         return spreads(
-            measurement.channel_values(tap, statistic or self.statistic),
-            kv_channels=self.layout.kv_channels,
+            measurement.channel_values(tap, statistic or self.statistic, self.layout),
+            layout=self.layout,
             ratio=self.ratio,
             rope=self.rope,
         )
@@ -46,9 +46,10 @@ class Observation:
     def rope_profiles(self, tap: Tap) -> dict[int, dict[str, Any]]:
         """`rope_profile` of each layer's Q and K: {layer: {"q": [pairs], "k": [pairs]}}; of a model with RoPE."""
         assert self.rope is not None
+        turned = [section for section in self.layout.sections if section.rope is not None]
         return {
-            layer: {part: rope_profile(scores, layout=self.layout, rope=self.rope) for part, scores in parts.items()}
-            for layer, parts in self.longest.channel_values(tap, self.statistic).items()
+            layer: {each.name: rope_profile(parts[each.name], section=each, rope=self.rope) for each in turned}
+            for layer, parts in self.longest.channel_values(tap, self.statistic, self.layout).items()
         }
 
 

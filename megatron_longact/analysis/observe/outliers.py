@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_longact.analysis.activations.measurement import ChannelValues, rope_pair
+from megatron_longact.attention_layout import AttentionLayout, Section
 from megatron_longact.conversion.plan import table
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.selection import num_selected
 
 OUTLIER, MILD = 5.0, 3.0
@@ -33,10 +33,11 @@ class RopeFrequencies:
         """Tokens in which a pair of channels turns once."""
         return [float(2 * pi / each) for each in self.inv_freq]
 
-    def wavelength(self, channel: int) -> float | None:
-        """That of a channel of a head; None beyond the rotary part."""
-        pair = rope_pair(channel, len(self.inv_freq), interleaved=self.interleaved)
-        return None if pair is None else self.wavelengths[pair]
+    def pair(self, channel: int, section: Section) -> int | None:
+        """The frequency of a channel of a head, as an index into `inv_freq`; None outside the rotary part."""
+        if section.rope is None or channel < section.rope:
+            return None
+        return rope_pair(channel - section.rope, len(self.inv_freq), interleaved=self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,27 @@ class Spread:
     wavelength: float | None
 
 
-def spreads(values: ChannelValues, *, kv_channels: int, ratio: float, rope: RopeFrequencies | None) -> list[Spread]:
+def spreads(
+    values: ChannelValues, *, layout: AttentionLayout, ratio: float, rope: RopeFrequencies | None
+) -> list[Spread]:
     """One for each layer's Q and K, the largest outlier ratio first."""
     found = [
-        _spread(layer, part, scores, kv_channels=kv_channels, ratio=ratio, rope=rope)
+        _spread(layer, section, parts[section.name], ratio=ratio, rope=rope)
         for layer, parts in values.items()
-        for part, scores in parts.items()
+        for section in layout.sections
     ]
     return sorted(found, key=lambda each: (-each.outlier_ratio, each.layer, each.part))
 
 
-def _spread(
-    layer: int, part: str, scores: Tensor, *, kv_channels: int, ratio: float, rope: RopeFrequencies | None
-) -> Spread:
+def _spread(layer: int, section: Section, scores: Tensor, *, ratio: float, rope: RopeFrequencies | None) -> Spread:
     """scores: fp32 [channels]."""
     relative = over_median(scores)
     top = scores.sort(descending=True).values[: num_selected(ratio, len(scores))]
-    head, channel = divmod(int(scores.argmax()), kv_channels)
+    head, channel = divmod(int(scores.argmax()), section.width)
+    pair = None if rope is None else rope.pair(channel, section)
     return Spread(
         layer=layer,
-        part=part,
+        part=section.name,
         outlier_ratio=float(relative.max()),
         top_share=float(top.double().sum() / scores.double().sum()),
         outliers=int((relative >= OUTLIER).sum()),
@@ -87,7 +89,7 @@ def _spread(
         median=float(scores.float().quantile(0.5)),
         head=head,
         channel=channel,
-        wavelength=None if rope is None else rope.wavelength(channel),
+        wavelength=None if rope is None or pair is None else rope.wavelengths[pair],
     )
 
 
@@ -97,12 +99,12 @@ def over_median(scores: Tensor) -> Tensor:
     return scores.float() / scores.float().quantile(0.5).clamp_min(smallest)
 
 
-def rope_profile(scores: Tensor, *, layout: QKVLayout, rope: RopeFrequencies) -> Tensor:
+def rope_profile(scores: Tensor, *, section: Section, rope: RopeFrequencies) -> Tensor:
     """The largest channel at each RoPE frequency over the median of all: [heads * hn] -> fp32 [pairs]."""
-    relative = over_median(scores).view(-1, layout.kv_channels).amax(0)  # [heads, hn] -> [hn]
+    relative = over_median(scores).view(-1, section.width).amax(0)  # [heads, hn] -> [hn]
     profile = torch.zeros(len(rope.inv_freq))
     for channel, value in enumerate(relative):
-        pair = rope_pair(channel, len(profile), interleaved=rope.interleaved)
+        pair = rope.pair(channel, section)
         if pair is not None:
             profile[pair] = torch.maximum(profile[pair], value)
     return profile

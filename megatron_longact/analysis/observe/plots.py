@@ -20,8 +20,8 @@ from megatron_longact.config import LongActConfig, Tap
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN, saliency_figure
 from megatron_longact.selection import select_masks
 
-COLOURS = {"q": "#0072b2", "k": "#d55e00"}
-MARKERS = {"q": "o", "k": "s"}
+COLOURS = {"q": "#0072b2", "k": "#d55e00", "k-rope": "#cc79a7"}
+MARKERS = {"q": "o", "k": "s", "k-rope": "^"}
 TAP_NAMES: dict[Tap, str] = {"projection": "projection", "norm": "after qk-norm"}
 MOST_LAYERS = 8
 """Of a heat map, and of a legend."""
@@ -64,7 +64,7 @@ def overview_figure(observation: Observation) -> Figure:
 
 
 def _draw_sorted(axes: Axes, observation: Observation, part: str) -> None:
-    values = observation.longest.channel_values("projection", observation.statistic)
+    values = observation.longest.channel_values("projection", observation.statistic, observation.layout)
     for colour, layer in zip(_layer_colours(len(values)), values, strict=True):
         sorted_ = over_median(values[layer][part]).sort(descending=True).values.numpy()
         share = (np.arange(len(sorted_)) + 0.5) / len(sorted_)
@@ -119,7 +119,7 @@ def _layer_legend(first: Axes, last: Axes, layers: list[int]) -> None:
 def _draw_by_layer(axes: Axes, observation: Observation) -> None:
     for tap in observation.longest.taps:
         rows = observation.spreads(observation.longest, tap)
-        for part in ("q", "k"):
+        for part in (section.name for section in observation.layout.sections):
             line = sorted((row.layer, row.outlier_ratio) for row in rows if row.part == part)
             _draw_line(axes, line, part, tap)
     axes.set_xticks(_ticks(list(observation.longest.layer_numbers)))
@@ -152,7 +152,7 @@ def _ticks(layers: list[int]) -> list[int]:
 def _draw_by_length(axes: Axes, observation: Observation) -> None:
     places = list(range(len(observation.by_length)))
     for tap in observation.longest.taps:
-        for part in ("q", "k"):
+        for part in (section.name for section in observation.layout.sections):
             largest = [
                 max(row.outlier_ratio for row in observation.spreads(each, tap) if row.part == part)
                 for each in observation.by_length.values()
@@ -174,13 +174,12 @@ def heatmap_figure(observation: Observation, tap: Tap) -> Figure:
     shown = sorted(list(dict.fromkeys(ranked))[:MOST_LAYERS])
     values, chosen = (
         {layer: of[layer] for layer in shown}
-        for of in (by_layer(each, observation.longest.layer_numbers) for each in (scores, masks))
+        for of in (by_layer(each, observation.longest.layer_numbers, observation.layout) for each in (scores, masks))
     )
     figure = saliency_figure(
         values,
         chosen,
-        heads={"q": observation.layout.num_attention_heads, "k": observation.layout.num_query_groups},
-        kv_channels=observation.layout.kv_channels,
+        heads={section.name: section.heads for section in observation.layout.sections},
         statistic=f"{observation.statistic}, {TAP_NAMES[tap]}",
     )
     for axes, label in zip(figure.axes[-2:], (f"top {observation.ratio:.0%}", "the others"), strict=True):
@@ -200,7 +199,7 @@ def rope_figure(observation: Observation) -> Figure:
     largest = max(float(v.max()) for of in profiles.values() for parts in of.values() for v in parts.values())
     norm = Normalize(0, max(largest, OUTLIER))
     for row, tap in enumerate(taps):
-        for axes, part in zip(panels[row], ("q", "k"), strict=True):
+        for axes, part in zip(panels[row], profiles[tap][layers[0]], strict=True):
             cells = np.stack([profiles[tap][layer][part].numpy() for layer in layers])
             axes.imshow(cells, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
             style(axes, f"{part.upper()}, {TAP_NAMES[tap]}")

@@ -93,7 +93,7 @@ def as_json(observation: Observation, options: PromptOptions) -> dict[str, Any]:
         "verdict": verdicts(observation),
         "statistic": observation.statistic,
         "ratio": observation.ratio,
-        "layout": asdict(observation.layout),
+        "layout": observation.layout.saved(),
         "layers_counted_from": 0,
         "prompts": {"tasks": options.tasks, "num_samples": options.num_samples, "seed": options.seed},
         "lengths": lengths,
