@@ -36,14 +36,16 @@ class LongActConfig:
     """Statistic of a channel's activation over tokens, accumulated in fp32."""
 
     tap: Tap = "projection"
-    """Where activations are read: at the output of `linear_qkv`, or after q/k-layernorm; always before RoPE."""
+    """Where activations are read: at the output of `linear_qkv` (with multi-latent attention of what is there in its
+    place), or after q/k-layernorm; always before RoPE."""
 
     scope: Scope = "layer"
     """Where the top-k is taken: in each layer, in each head, or over the whole model. Q and K are ranked
     apart."""
 
     targets: Targets = "qk"
-    """Which projections are masked; the other one trains densely."""
+    """Which projections are masked; the other one trains densely. With multi-latent attention q is linear_q_up_proj, or
+    linear_q_proj, and k the K rows of linear_kv_up_proj with the RoPE rows of linear_kv_down_proj."""
 
     refresh_interval: int = 1
     """Optimizer steps between two selections; 0 selects at the first masked step and keeps that mask."""

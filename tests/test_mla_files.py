@@ -16,6 +16,7 @@ from megatron_longact.analysis.observe import plots
 from megatron_longact.analysis.observe.observation import Observation
 from megatron_longact.analysis.observe.outliers import RopeFrequencies
 from megatron_longact.analysis.observe.report import report
+from megatron_longact.analysis.stability.masks import read_choices
 from megatron_longact.conversion import masks
 from megatron_longact.conversion.audit import audit
 from megatron_longact.imported_masks import read_masks
@@ -99,6 +100,11 @@ def test_masks_go_out_and_come_back_under_the_names_of_checkpoints(deepseek: Pat
     found = audit(deepseek, tmp_path / "after", mask=path)
     assert (found.changed_outside, found.changed_inside) == (1, 1)
     assert sum(change.masked for change in found.changes) == 6
+
+    save_file(tensors, path, metadata=masks.metadata(state))
+    [choice], numbers = read_choices([path])
+    assert torch.equal(choice.masks.k, state["masks"]["k"])
+    assert numbers == (0, 1)
 
     only_q = {name: mask for name, mask in tensors.items() if "kv_" not in name}
     save_file(only_q, path)

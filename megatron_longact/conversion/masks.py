@@ -9,7 +9,7 @@ of Q `q_proj`), `kv_b_proj` or `kv_a_proj_with_mqa`, a mask file holds
 `rows` are those of `model.layers.N.self_attn.<proj>.weight`, in its order. Rows of V and of a latent are True, and have
 no saliency: NaN. With multi-latent attention the order is that of checkpoints whose RoPE pairs are neighbours
 (`rope_interleave`, as DeepSeek's have them), which is Megatron's own. The file's metadata says which update the
-masks are of, and LongAct's configuration.
+masks are of, LongAct's configuration, and the layout of an attention layer.
 """
 
 import json
@@ -43,7 +43,7 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
     if state["layout"].get("attention_output_gate"):
         raise ValueError(f"{folder} is of a model with --attention-output-gate, whose rows are not mapped")
     written = dict(tensors(state))
-    _write(save, written, _metadata(state))
+    _write(save, written, metadata(state))
     shares = {part: float(state["masks"][part].float().mean()) for part in ("q", "k")}
     return (
         f"{save}: masks after update {state['updates']}, {len(state['layer_numbers'])} layers; updated are "
@@ -63,9 +63,11 @@ def tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.saliency", values
 
 
-def _metadata(state: dict[str, Any]) -> dict[str, str]:
+def metadata(state: dict[str, Any]) -> dict[str, str]:
+    """What a mask file says of itself."""
     numbers = {name: str(state[name]) for name in ("updates", "refreshes")}
-    return {"format": "pt", "longact_config": json.dumps(state["config"], sort_keys=True), **numbers}
+    described = {f"longact_{name}": json.dumps(state[name], sort_keys=True) for name in ("config", "layout")}
+    return {"format": "pt", **described, **numbers}
 
 
 def _write(save: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

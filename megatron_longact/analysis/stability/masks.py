@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 from megatron_longact.analysis.activations.checkpoints import run_name
 from megatron_longact.analysis.stability.overlap import Choice
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
+from megatron_longact.imported_masks import read_masks
+from megatron_longact.layouts import layout_from_saved
 from megatron_longact.safetensors_files import read_header
 from megatron_longact.selection import QK
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.self_attn\.")
 _NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qk])_proj")
 
 
@@ -31,7 +35,13 @@ def read_choices(paths: list[Path]) -> tuple[list[Choice], tuple[int, ...]]:
 
 
 def _of_file(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
-    tensors = {match.groups(): t for name, t in read_header(path)[0].items() if (match := _NAME.fullmatch(name))}
+    stored, metadata = read_header(path)
+    if saved := metadata.get("longact_layout"):
+        numbers = sorted({int(match[1]) for name in stored if (match := _LAYER.match(name))})
+        masks = read_masks(path, layout_from_saved(json.loads(saved)), [number + 1 for number in numbers])
+        yield Choice(path.stem, masks), tuple(numbers)
+        return
+    tensors = {match.groups(): t for name, t in stored.items() if (match := _NAME.fullmatch(name))}
     layers = sorted({int(layer) for layer, _ in tensors})
     missing = [f"layer {layer} {part}" for layer in layers for part in "qk" if (str(layer), part) not in tensors]
     if not layers or missing:

@@ -14,9 +14,9 @@ from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.stability.masks import read_choices
 from megatron_longact.analysis.stability.overlap import Choice, Overlap, overlap, verdict
+from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.plan import table
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reporting.run_log import Progress
 from megatron_longact.selection import select_masks
 
@@ -31,7 +31,7 @@ class Survey:
     """Measurements of the models of a command, and how rows are chosen from them."""
 
     config: LongActConfig
-    layout: QKVLayout | None = None
+    layout: AttentionLayout | None = None
     layer_numbers: tuple[int, ...] = ()
     tasks: dict[str, Measurement] = field(default_factory=dict)
     lengths: dict[str, Measurement] = field(default_factory=dict)
