@@ -250,6 +250,8 @@ def _take_what_only_te_takes(attention: Any) -> None:
         alone.context_parallel_size = 1
         original(self, alone, *rest, **kw)
         self.config = config
+        if v_channels is not None:  # what its own forward shapes the output by
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     attention.__init__ = init
 
