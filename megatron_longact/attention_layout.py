@@ -61,6 +61,8 @@ class AttentionLayout(ABC):
 
     norms: ClassVar[tuple[str, ...]] = ()
     """Modules of Megatron's attention that put out Q, and K, after their q/k-layernorm; (): there are none."""
+    has_biases: ClassVar[bool] = True
+    """Whether Megatron gives the projections the biases that the configuration asks for."""
     rope_interleaved: ClassVar[bool] = False
     """Whether RoPE turns neighbouring channels as a pair, whatever the configuration says."""
 
@@ -83,6 +85,11 @@ class AttentionLayout(ABC):
     @abstractmethod
     def hf_projections(self) -> tuple[Projection, ...]:
         """The same rows in Hugging Face's checkpoints."""
+
+    @property
+    def hf_mapped(self) -> bool:
+        """Whether `hf_projections` are those of the model's checkpoints."""
+        return True
 
     def norm_channels(self, tp_rank: int, tp_size: int) -> list[Tensor]:
         """The channels that each of `norms` puts out on a rank: int64 [channels]."""

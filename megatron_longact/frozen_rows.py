@@ -6,7 +6,7 @@ nothing is communicated, at any parallel layout.
 
 from torch import Tensor
 
-from megatron_longact.imported_masks import mask_name
+from megatron_longact.imported_masks import rows_by_name
 from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.selection import QK
 from megatron_longact.state import LongActState
@@ -23,14 +23,14 @@ def frozen_rows_by_hf_name(state: LongActState, model: QKVModel, *, since: int) 
     """
     if not 0 <= since <= state.updates:
         raise ValueError(f"since is {since}; updates 0 to {state.updates} have been")
-    if model.layout.attention_output_gate:
+    if not model.layout.hf_mapped:
         raise ValueError("rows of a model with --attention-output-gate are not mapped to Hugging Face's")
     frozen = _frozen(state, model, since)
     kinds = ("weight", "bias") if model.has_bias else ("weight",)
     return {
-        f"{mask_name(number, part)}.{kind}": rows[place].nonzero().flatten()
+        f"{name}.{kind}": rows.nonzero().flatten()
         for place, number in enumerate(model.layer_numbers)
-        for part, rows in zip(("q", "k"), frozen, strict=True)
+        for name, rows in rows_by_name([part[place] for part in frozen], model.layout, number, others=False)
         for kind in kinds
     }
 

@@ -32,6 +32,7 @@ class MLALayout(AttentionLayout):
     q_lora_rank: int | None = None
     fused_down_projection: bool = field(default=False, compare=False)
     """Whether one weight makes both latents (`FusedMLASelfAttention`); checkpoints are alike."""
+    has_biases: ClassVar[bool] = False
     rope_interleaved: ClassVar[bool] = True
 
     @classmethod

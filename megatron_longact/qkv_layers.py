@@ -115,7 +115,7 @@ class QKVModel:
     def has_bias(self) -> bool:
         """Whether the projections have a bias, whose elements are rows too; also on a rank without layers."""
         config = get_model_config(self.chunks[0])
-        return bool(config.add_bias_linear or config.add_qkv_bias)
+        return self.layout.has_biases and bool(config.add_bias_linear or config.add_qkv_bias)
 
     @cached_property
     def sharded(self) -> ShardedLayout:

@@ -89,6 +89,11 @@ class QKVLayout(AttentionLayout):
         q, k = torch.arange(self.num_q_channels + self.num_k_channels).split([self.num_q_channels, self.num_k_channels])
         return Projection("q_proj", q), Projection("k_proj", k)
 
+    @property
+    def hf_mapped(self) -> bool:
+        """Not with a gate, whose heads Hugging Face puts between those of Q."""
+        return not self.attention_output_gate
+
     def norm_channels(self, tp_rank: int, tp_size: int) -> list[Tensor]:
         """Those of a rank's heads; with ng < tp neighbouring ranks have the same group of K."""
         q, k = (projection.channels for projection in self.hf_projections)

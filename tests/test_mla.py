@@ -19,6 +19,11 @@ from tests.runs import cpu, frozen_rows_stay, naive_optimizer, name_all, train
 SIZES = {"qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 16}
 Q_LATENT = ModelSpec(mla={**SIZES, "q_lora_rank": 12})
 NO_Q_LATENT = ModelSpec(qk_layernorm=False, mla={**SIZES, "q_lora_rank": None})
+HF_NAMES = {
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_up_proj": "kv_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+}
 SPECS = {"q latent": Q_LATENT, "no q latent": NO_Q_LATENT}
 DISTRIBUTED = OptimizerSpec(distributed=True, overlap=True)
 
@@ -200,6 +205,8 @@ def test_a_checkpoint_goes_on_at_another_layout(layout: Layout, spec: ModelSpec)
             for name, moves in reference_mla.row_masks({"q": mask["q"], "k": own, "k_rope": shared}, rows).items():
                 moved = result["moved"][f"decoder.layers.{layer - 1}.self_attention.{name}.weight"]
                 assert torch.equal(moved, moves.bool())
+                named = result["named"][f"model.layers.{layer - 1}.self_attn.{HF_NAMES[name]}.weight"]
+                assert named.tolist() == (~moved).nonzero().flatten().tolist()
 
 
 def resume(spec: ModelSpec, config: LongActConfig, state: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +217,8 @@ def resume(spec: ModelSpec, config: LongActConfig, state: dict[str, Any]) -> dic
         start = full_weights(built)
         assert train_step(built, random_tokens(4, 16), before_forward=name_all(longact))[0]
         moved = {name: (weight != start[name]).any(-1) for name, weight in full_weights(built).items()}
-        return {"masks": cpu(longact.masks), "saliency": cpu(longact.saliency), "moved": moved}
+        named = longact.frozen_rows_by_hf_name(since=state["updates"])
+        return {"masks": cpu(longact.masks), "saliency": cpu(longact.saliency), "moved": moved, "named": named}
 
 
 @pytest.mark.parametrize("spec", [WHOLE, NO_Q_LATENT], ids=["whole down-projections", "no q latent"])

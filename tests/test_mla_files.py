@@ -23,17 +23,16 @@ from megatron_longact.imported_masks import read_masks
 from tests import ranks
 from tests.models import build
 from tests.runs import train
-from tests.test_mla import Q_LATENT, layout_of
+from tests.test_mla import HF_NAMES, Q_LATENT, layout_of
 
-HF_NAMES = {  # Megatron's module, Hugging Face's
+MODULES = {
+    **HF_NAMES,
     "linear_q_down_proj": "q_a_proj",
     "q_layernorm": "q_a_layernorm",
-    "linear_q_up_proj": "q_b_proj",
-    "linear_kv_down_proj": "kv_a_proj_with_mqa",
     "kv_layernorm": "kv_a_layernorm",
-    "linear_kv_up_proj": "kv_b_proj",
     "linear_proj": "o_proj",
 }
+"""Megatron's, and Hugging Face's."""
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +58,7 @@ def megatron_attention() -> dict[str, Any]:
     mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
     with torch.no_grad():
         output = attention(hidden, mask)[0]
-    weights = {
-        f"{theirs}.weight": getattr(attention, ours).weight.detach().clone() for ours, theirs in HF_NAMES.items()
-    }
+    weights = {f"{theirs}.weight": getattr(attention, ours).weight.detach().clone() for ours, theirs in MODULES.items()}
     return {"hidden": hidden, "output": output, "weights": weights}
 
 

@@ -40,7 +40,7 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
         raise ValueError(
             f"{folder} has no mask yet: it was saved after update {state['updates']}, before the first mask"
         )
-    if state["layout"].get("attention_output_gate"):
+    if not layout_from_saved(state["layout"]).hf_mapped:
         raise ValueError(f"{folder} is of a model with --attention-output-gate, whose rows are not mapped")
     written = dict(tensors(state))
     _write(save, written, metadata(state))
