@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_longact.megatron import checkpointing
 from megatron_longact.megatron.checkpointing import check_model_shape, mend_tracker
 from tests.ranks import run_program
 from tests.test_run import PROGRAMS, TRAINING
@@ -178,6 +179,16 @@ def test_a_tracker_that_a_kill_cut_off_is_mended(trained: Path, tmp_path: Path) 
     assert tracker.read_text() == "6"
     mend_tracker(str(tmp_path))
     assert tracker.read_text() == "6"
+
+
+def test_a_model_without_groups_has_as_many_as_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = Namespace(num_attention_heads=4, num_query_groups=4, group_query_attention=False)
+    monkeypatch.setattr(checkpointing, "saved_args", lambda folder, step: saved if folder else None)
+    check_model_shape(Namespace(load="there", num_attention_heads=4, num_query_groups=1, group_query_attention=False))
+    with pytest.raises(ValueError, match="num_query_groups 4 there, 2 here"):
+        check_model_shape(
+            Namespace(load="there", num_attention_heads=4, num_query_groups=2, group_query_attention=True)
+        )
 
 
 def test_another_model_shape_is_refused_in_one_line(trained: Path) -> None:

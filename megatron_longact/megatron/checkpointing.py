@@ -174,7 +174,7 @@ def check_model_shape(args: Namespace) -> None:
         return
     for flag in ("load", "pretrained_checkpoint"):
         saved = saved_args(getattr(args, flag, None), getattr(args, "ckpt_step", None))
-        pairs = {name: (getattr(saved, name, None), getattr(args, name, None)) for name in _SHAPE}
+        pairs = {name: (_size(saved, name), _size(args, name)) for name in _SHAPE}
         differ = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old and new and old != new]
         if differ:
             folder = getattr(args, flag)
@@ -182,6 +182,13 @@ def check_model_shape(args: Namespace) -> None:
                 f"--{flag.replace('_', '-')} {folder} holds a model of another shape: {', '.join(differ)}; give the "
                 "flags that it was made with, or --use-checkpoint-args"
             )
+
+
+def _size(args: Namespace | None, name: str) -> Any:
+    """Of the model; Megatron writes the number of groups into the arguments of a model without groups as it runs."""
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", True):
+        name = "num_attention_heads"
+    return getattr(args, name, None)
 
 
 def saved_args(folder: str | None, ckpt_step: int | None) -> Namespace | None:
