@@ -53,6 +53,10 @@ class LongActConfig:
     ema: float = 0.0
     """Smoothing of the saliency over refreshes: weight of the old value, in [0, 1)."""
 
+    hysteresis: float = 0.0
+    """A row leaves the mask only when its rank lies behind the last selected one by more than this share of the
+    selected rows; 0 keeps no row that others outrank. As many rows are selected either way."""
+
     warmup_steps: int = 0
     """Dense updates before the first mask."""
 
@@ -87,6 +91,7 @@ class LongActConfig:
             self._check_choice(name, hint)
         self._check_range("ratio", "a share in (0, 1]", 0 < self.ratio <= 1)
         self._check_range("ema", "a weight in [0, 1)", 0 <= self.ema < 1)
+        self._check_range("hysteresis", "a share, 0 or more", self.hysteresis >= 0)
         for name in (
             "refresh_interval",
             "warmup_steps",

@@ -37,6 +37,7 @@ def frozen_rows_by_hf_name(state: LongActState, model: QKVModel, *, since: int) 
 
 def _frozen(state: LongActState, model: QKVModel, since: int) -> QK:
     """The same as masks, on the host: bool [L, nq] and [L, nk]."""
-    if state.last_moved is None:  # before the first update, or since a checkpoint that does not know
+    last = state.history.last_moved
+    if last is None:  # before the first update, or since a checkpoint that does not know
         return model.channels(state.updates <= since)
-    return QK(*(part.cpu() <= since for part in state.last_moved))
+    return QK(*(part.cpu() <= since for part in last))

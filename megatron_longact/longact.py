@@ -69,7 +69,6 @@ class LongAct:
         self._optimizer = optimizer
         self._said: set[str] = set()
         self._metrics: dict[str, float | None] | None = None
-        self._overlap = torch.zeros(2, device=self.model.device)
         self._clock = metrics.Stopwatch(self.model.device)
         self._imported = self._read_imported_masks()
         self._saliency = self.model.global_saliency(config)
@@ -220,7 +219,7 @@ class LongAct:
             saliency = QK(*(old * a + (1 - old) * b for a, b in zip(state.saliency, saliency, strict=True)))
         masks = None
         if not in_warmup(state, self.config):
-            masks = select_masks(saliency, layout=self.model.layout, config=self.config)
+            masks = select_masks(saliency, layout=self.model.layout, config=self.config, before=state.masks)
         return replace(state, refreshes=state.refreshes + 1, saliency=saliency, masks=masks)
 
     def _measure(self, state: LongActState) -> QK:
@@ -294,11 +293,8 @@ class LongAct:
 
     def _commit(self, step: Step) -> None:
         """The first inner optimizer stepped, so the others will: what was pending becomes the state."""
-        old, new = self.state.masks, step.pending.masks
-        self._overlap.zero_()
-        if old is not None and new is not None:
-            self._overlap += metrics.overlap(new, old)
-        self.state = step.pending.after_update(step.active, exact=freezes_exactly(self._optimizer, self.config))
+        exact, before = freezes_exactly(self._optimizer, self.config), self.state.masks
+        self.state = step.pending.after_update(step.active, exact=exact, before=before)
         self.active = step.active
         self._metrics = None
 
@@ -334,7 +330,7 @@ class LongAct:
             squares, model = self.step.squares if self.step else None, self.model
             squares = metrics.of_all_ranks(squares, model.groups, model.device)
             self._metrics = {
-                **metrics.read(active=self.active, overlap=self._overlap, squares=squares),
+                **metrics.read(active=self.active, masks=self.state.masks, history=self.state.history, squares=squares),
                 metrics.TIME: self._clock.read(),
                 metrics.REFRESHES: self.state.refreshes,
                 metrics.REJECTED_REFRESHES: self.state.rejected,
@@ -368,9 +364,8 @@ class LongAct:
         if differ:
             _log(f"LongAct goes on with the flags given now: {differ}")
             if selects_otherwise(state_dict["config"], self.config):
-                self.state = replace(self.state, masks=None)  # the next step selects anew
+                self.state = self.state.without_masks()  # the next step selects anew
         self.active = self._active_of(self.state)
-        self._overlap.zero_()
         self._metrics = None
         derive_quantized_weights(self._optimizer)
         self._capture.reset()

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.profiler import record_function
 
+from megatron_longact.mask_history import MaskHistory, overlap
 from megatron_longact.selection import QK, ModelGroups
 
 ACTIVE_FRACTION_Q = "longact/active_fraction_q"
 ACTIVE_FRACTION_K = "longact/active_fraction_k"
 MASK_JACCARD = "longact/mask_jaccard"
+MASK_JACCARD_FIRST = "longact/mask_jaccard_first"
+EVER_ACTIVE_FRACTION = "longact/ever_active_fraction"
 MASKED_GRAD_NORM_SHARE = "longact/masked_grad_norm_share"
 TIME = "longact/time_s"
 REFRESHES = "longact/refreshes"
@@ -148,12 +151,6 @@ class Part:
             self._range = None
 
 
-def overlap(new: QK, old: QK) -> Tensor:
-    """How many channels two masks have in common, and how many either has, over Q and K together: fp32 [2]."""
-    a, b = (torch.cat([part.flatten() for part in masks]) for masks in (new, old))
-    return torch.stack([(a & b).sum(), (a | b).sum()]).float()
-
-
 def of_all_ranks(squares: Tensor | None, groups: ModelGroups, device: torch.device) -> Tensor:
     """The sum over all ranks of squared gradient norms, None where there was no step: fp32 [2]; collective."""
     total = torch.zeros(2, device=device)
@@ -164,17 +161,24 @@ def of_all_ranks(squares: Tensor | None, groups: ModelGroups, device: torch.devi
     return total
 
 
-def read(*, active: QK, overlap: Tensor, squares: Tensor) -> dict[str, float | None]:
+def read(*, active: QK, masks: QK | None, history: MaskHistory, squares: Tensor) -> dict[str, float | None]:
     """Scalars that were made on the device, read at once.
 
-    active: masks of the last step; overlap: of its masks with those before; squares: squared gradient norms of the
-    frozen rows and of all rows of Q and K, over all ranks, fp32 [2]. Zeros where there is nothing to tell: None then.
+    active: rows that the last step could move; masks: those of its state, and their history; squares: squared gradient
+    norms of the frozen rows and of all rows of Q and K, over all ranks, fp32 [2]. None for what there is nothing of.
     """
+    nothing, ever = torch.zeros(2, device=squares.device), history.ever_active
+    before = nothing if history.overlap is None else history.overlap
+    first = nothing if masks is None or history.first is None else overlap(masks, history.first)
+    rows = nothing if ever is None else overlap(ever, QK(*(torch.ones_like(part) for part in ever)))
     fractions = torch.stack([part.float().mean() for part in active])
-    q, k, both, either, masked, total = torch.cat([fractions, overlap, squares]).tolist()
+    q, k, *pairs = torch.cat([fractions, before, first, rows, squares]).tolist()
+    shares = [part / whole if whole > 0 else None for part, whole in zip(pairs[::2], pairs[1::2], strict=True)]
     return {
         ACTIVE_FRACTION_Q: q,
         ACTIVE_FRACTION_K: k,
-        MASK_JACCARD: both / either if either else None,
-        MASKED_GRAD_NORM_SHARE: (masked / total) ** 0.5 if total > 0 else None,
+        MASK_JACCARD: shares[0],
+        MASK_JACCARD_FIRST: shares[1],
+        EVER_ACTIVE_FRACTION: shares[2],
+        MASKED_GRAD_NORM_SHARE: None if shares[3] is None else shares[3] ** 0.5,
     }

@@ -43,8 +43,13 @@ class ModelGroups:
 
 def num_selected(ratio: float, n: int) -> int:
     """`floor(ratio * n + 0.5)` in exact decimal, at least 1."""
+    return max(1, min(n, _share(ratio, n)))
+
+
+def _share(ratio: float, n: int) -> int:
+    """`floor(ratio * n + 0.5)` in exact decimal."""
     share = Decimal(str(ratio)) * n + Decimal("0.5")
-    return max(1, min(n, int(share.to_integral_value(rounding=ROUND_FLOOR))))
+    return int(share.to_integral_value(rounding=ROUND_FLOOR))
 
 
 def select_salient_channels(scores: Tensor, *, ratio: float, select: Select = "high") -> Tensor:
@@ -61,29 +66,43 @@ def select_salient_channels(scores: Tensor, *, ratio: float, select: Select = "h
     return _top(scores, ratio=ratio, select=select)
 
 
-def _top(scores: Tensor, *, ratio: float, select: Select) -> Tensor:
-    """`select_salient_channels` without a look at the scores, which would make the host wait for them."""
+def _top(
+    scores: Tensor, *, ratio: float, select: Select, before: Tensor | None = None, hysteresis: float = 0.0
+) -> Tensor:
+    """`select_salient_channels` without a look at the scores, which would make the host wait for them.
+
+    before: bool like the result; with `hysteresis` its channels stay down to that share of the selected ones behind
+    the last of them, and the highest of the others take the places that are left. Everything is a matter of ranks.
+    """
     order = scores.argsort(dim=-1, descending=select != "low", stable=True)
-    chosen = order[..., : num_selected(ratio, scores.shape[-1])]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+    n = scores.shape[-1]
+    count = num_selected(ratio, n)
+    if before is not None and hysteresis > 0:
+        rank = order.argsort(dim=-1)
+        stays = before & (rank < count + _share(hysteresis, count))
+        order = (rank - n * stays).argsort(dim=-1)  # those that stay first, each part by rank
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
-def select_masks(saliency: QK, *, layout: AttentionLayout, config: LongActConfig) -> QK:
+def select_masks(saliency: QK, *, layout: AttentionLayout, config: LongActConfig, before: QK | None = None) -> QK:
     """Masks of the salient channels of the whole model, each section ranked apart; bool [L, nq], [L, nk].
 
-    All True for a projection that is not a target. Of a saliency that is not finite they mean nothing.
+    before: the masks until now, for `config.hysteresis`. All True for a projection that is not a target. Of a saliency
+    that is not finite they mean nothing.
     """
     sections = layout.q_sections, layout.k_sections
-    return target(QK(*(_masks(*part, config) for part in zip(saliency, sections, strict=True))), config)
+    old = before or QK(*map(torch.zeros_like, saliency))
+    return target(QK(*(_masks(*part, config) for part in zip(saliency, old, sections, strict=True))), config)
 
 
-def _masks(scores: Tensor, sections: Sequence[Section], config: LongActConfig) -> Tensor:
-    parts = scores.split([section.channels for section in sections], dim=1)
-    masks = (
-        _top(_units(part, section.width, config.scope), ratio=config.ratio, select=config.select).view(part.shape)
-        for part, section in zip(parts, sections, strict=True)
-    )
-    return torch.cat(list(masks), dim=1)
+def _masks(scores: Tensor, before: Tensor, sections: Sequence[Section], config: LongActConfig) -> Tensor:
+    sizes = [section.channels for section in sections]
+    masks = []
+    for part, old, section in zip(scores.split(sizes, dim=1), before.bool().split(sizes, dim=1), sections, strict=True):
+        units, held = (_units(each, section.width, config.scope) for each in (part, old))
+        mask = _top(units, ratio=config.ratio, select=config.select, before=held, hysteresis=config.hysteresis)
+        masks.append(mask.view(part.shape))
+    return torch.cat(masks, dim=1)
 
 
 def target(masks: QK, config: LongActConfig) -> QK:

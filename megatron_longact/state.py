@@ -1,12 +1,13 @@
 """What LongAct remembers between steps and in checkpoints, what is due when, and one optimizer step."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_longact.config import LongActConfig, flag
+from megatron_longact.mask_history import MaskHistory, to_device, to_host
 from megatron_longact.masked_update import FrozenRows, StrictFreeze
 from megatron_longact.selection import QK
 
@@ -36,8 +37,8 @@ class LongActState:
     masks: QK | None = None
     """bool, same shapes; True: the row is updated."""
 
-    last_moved: QK | None = None
-    """int32, same shapes: the last update that could move the channel's rows, 0 for none; None: `updates` for all."""
+    history: MaskHistory = field(default_factory=MaskHistory)
+    """Of the masks, up to the last update."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and copies of the tensors on the host."""
@@ -45,30 +46,40 @@ class LongActState:
             "updates": self.updates,
             "refreshes": self.refreshes,
             "rejected": self.rejected,
-            "saliency": _to_host(self.saliency),
-            "masks": _to_host(self.masks),
-            "last_moved": _to_host(self.last_moved),
+            "saliency": to_host(self.saliency),
+            "masks": to_host(self.masks),
+            "history": self.history.state_dict(),
         }
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any], device: torch.device) -> "LongActState":
-        """The state that `state_dict` came from; other keys are ignored."""
+        """The state that `state_dict` came from; other keys are ignored.
+
+        In a checkpoint without a history it begins there, with the masks there as its first.
+        """
+        masks, known = to_device(state_dict["masks"], device), state_dict.get("history")
+        begun = MaskHistory(all_moved=state_dict["updates"], first=masks)
         return cls(
             updates=state_dict["updates"],
             refreshes=state_dict["refreshes"],
             rejected=state_dict["rejected"],
-            saliency=_to_device(state_dict["saliency"], device),
-            masks=_to_device(state_dict["masks"], device),
-            last_moved=_to_device(state_dict.get("last_moved"), device),  # older checkpoints do not have it
+            saliency=to_device(state_dict["saliency"], device),
+            masks=masks,
+            history=MaskHistory.from_state_dict(known, device) if known else begun,
         )
 
-    def after_update(self, active: QK, *, exact: bool) -> "LongActState":
-        """The state when the optimizer has stepped with these channels; exact: it could move the rows of no others."""
+    def after_update(self, active: QK, *, exact: bool, before: QK | None) -> "LongActState":
+        """The state when the optimizer has stepped with these channels; exact: it could move the rows of no others.
+
+        before: the masks of the step before.
+        """
         updates = self.updates + 1
-        last = self.last_moved or QK(*(torch.full_like(part, self.updates, dtype=torch.int32) for part in active))
-        moved = active if exact else QK(*map(torch.ones_like, active))
-        last = QK(*(old.masked_fill(part, updates) for old, part in zip(last, moved, strict=True)))
-        return replace(self, updates=updates, last_moved=last)
+        history = self.history.after_update(updates, active, exact=exact, masks=self.masks, before=before)
+        return replace(self, updates=updates, history=history)
+
+    def without_masks(self) -> "LongActState":
+        """As if none was chosen yet; which rows were ever active is not forgotten."""
+        return replace(self, masks=None, history=replace(self.history, first=None))
 
 
 @dataclass(eq=False)
@@ -124,7 +135,7 @@ def changed_settings(saved: dict[str, Any], config: LongActConfig) -> str:
 
     Raises `ValueError` that names them if `config.on_mismatch` is "error".
     """
-    now = asdict(config)
+    now, saved = asdict(config), {"hysteresis": 0.0, **saved}  # as it was before there was the setting
     names = [name for name in now if name not in _NOT_COMPARED and saved.get(name) != now[name]]
     differ = ", ".join(f"{flag(name)} {saved.get(name)} -> {now[name]}" for name in names)
     if differ and config.on_mismatch == "error":
@@ -151,11 +162,3 @@ def selects_otherwise(saved: dict[str, Any], config: LongActConfig) -> bool:
     """Whether the masks of a checkpoint are not those that this configuration would have chosen."""
     now, names = asdict(config), _SELECTING + (("seed",) if config.select == "random" else ())
     return any(saved.get(name) != now[name] for name in names)
-
-
-def _to_host(pair: QK | None) -> dict[str, Tensor] | None:
-    return None if pair is None else {"q": pair.q.to("cpu", copy=True), "k": pair.k.to("cpu", copy=True)}
-
-
-def _to_device(pair: dict[str, Tensor] | None, device: torch.device) -> QK | None:
-    return None if pair is None else QK(pair["q"].to(device), pair["k"].to(device))

@@ -11,7 +11,7 @@ PACKAGE = Path(megatron_longact.__file__).parent
 FLOORS = [
     {"config", "flags", "attention_layout", "tokens", "reduction", "safetensors_files", "versions"},
     {"qkv_layout", "mla_layout"},
-    {"layouts", "selection", "refusals", "masked_update", "trainers"},
+    {"layouts", "selection", "refusals", "masked_update", "mask_history", "trainers"},
     {"qkv_layers", "optimizer_shards", "saliency", "state", "metrics", "imported_masks", "arguments"},
     {"frozen_rows"},
     {"longact"},
@@ -26,7 +26,12 @@ FLOORS = [
 ]
 """From the ground up. A room may import what lies below it, and itself; on the lower floors also its neighbours."""
 
-NEIGHBOURS = {("reduction", "config"), ("saliency", "qkv_layers"), ("preflight", "megatron")}
+NEIGHBOURS = {
+    ("reduction", "config"),
+    ("mask_history", "selection"),
+    ("saliency", "qkv_layers"),
+    ("preflight", "megatron"),
+}
 
 
 def room_of(module: str) -> str:

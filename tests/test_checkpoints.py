@@ -19,7 +19,7 @@ from tests.test_run import PROGRAMS, TRAINING
 
 pytestmark = pytest.mark.timeout(400)
 
-LONGACT = ["--longact", "--longact-ema", "0.5", "--longact-refresh-interval", "2"]
+LONGACT = ["--longact", "--longact-ema", "0.5", "--longact-refresh-interval", "2", "--longact-hysteresis", "0.2"]
 MODEL = ["--num-layers", "4", "--bf16", "--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
 VOCAB = 65
 """Tokens of the tokenizer; how far the vocabulary is padded depends on the tensor-parallel size."""
@@ -98,6 +98,10 @@ def test_state_is_in_the_checkpoint(trained: Path) -> None:
     assert state["masks"]["q"].shape == (4, 32)
     assert state["masks"]["q"].sum(1).tolist() == [10] * 4
     assert state["saliency"]["k"].dtype == torch.float32
+    early = longact_of(trained, 2)
+    assert torch.equal(state["history"]["first"]["q"], early["masks"]["q"])
+    ever = early["masks"]["q"] | state["masks"]["q"]
+    assert torch.equal(state["history"]["last_active"]["q"], torch.where(state["masks"]["q"], 4, 2 * ever).int())
 
 
 def test_resume_is_bitwise(trained: Path, tmp_path: Path) -> None:

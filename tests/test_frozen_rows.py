@@ -57,7 +57,7 @@ def train(*, freeze: str) -> dict[str, Any]:
     saved = longact.state_dict()
     longact.load_state_dict(saved)
     resumed = [longact.frozen_rows_by_hf_name(since=since) for since in range(UPDATES + 1)]
-    longact.load_state_dict({name: value for name, value in saved.items() if name != "last_moved"})
+    longact.load_state_dict({name: value for name, value in saved.items() if name != "history"})
     older = [longact.frozen_rows_by_hf_name(since=since) for since in (UPDATES - 1, UPDATES)]
     assert train_step(built, random_tokens(8, 16, seed=9), before_forward=name_all(longact))[0]
     older += [longact.frozen_rows_by_hf_name(since=since) for since in (UPDATES - 1, UPDATES)]

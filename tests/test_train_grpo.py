@@ -38,6 +38,8 @@ KEYS = {
     "longact/active_fraction_q",
     "longact/active_fraction_k",
     "longact/mask_jaccard",
+    "longact/mask_jaccard_first",
+    "longact/ever_active_fraction",
     "longact/masked_grad_norm_share",
     "longact/time_share",
     "step_time_s",

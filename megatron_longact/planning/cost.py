@@ -134,6 +134,7 @@ def held(
         "sums of activations": place.layers * (num_accumulated(attention, parallel, config) + 1) * _FP32,
         "saliency, whole model": channels * _FP32,
         "masks, whole model": channels * _BOOL,
+        "first mask, whole model": channels * _BOOL,
         "last updates of rows, whole model": channels * _INT32,
         "tokens counted": (place.layers + 2) * _FP32,
         "places of layers": place.layers * _INT64 * (config.select != "random"),

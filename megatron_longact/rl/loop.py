@@ -220,6 +220,8 @@ class RLLoop:
             }
             nothing = (
                 longact_metrics.MASK_JACCARD,
+                longact_metrics.MASK_JACCARD_FIRST,
+                longact_metrics.EVER_ACTIVE_FRACTION,
                 longact_metrics.MASKED_GRAD_NORM_SHARE,
                 longact_metrics.TIME,
                 longact_metrics.REFRESHES,
