@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from megatron_longact.analysis.activations.measurement import Measurement
 from megatron_longact.analysis.stability.masks import read_choices
+from megatron_longact.analysis.stability.movement import movement, with_hysteresis
+from megatron_longact.analysis.stability.movement import report as movement_report
 from megatron_longact.analysis.stability.overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
+from megatron_longact.analysis.stability.plots import movement_figure
 from megatron_longact.analysis.stability.report import Survey, _of_runs
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.torch_dist import COMMON, TorchDistWriter
+from megatron_longact.mask_history import MaskHistory
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.safetensors_files import SafetensorsWriter
-from megatron_longact.selection import QK, select_salient_channels
+from megatron_longact.selection import QK, select_masks, select_salient_channels
 from tests import launch
 from tests.test_observe import ROOT, load_tool
 from tests.tokenizers import SENTENCEPIECE
@@ -67,6 +72,41 @@ def test_masks_of_other_models_are_refused() -> None:
     one, other = (Choice(name, QK(mask(1, of=n), mask(1))) for name, n in (("one", 10), ("other", 12)))
     with pytest.raises(ValueError, match="one, other are not of one shape"):
         overlap("checkpoints", [one, other], [1])
+
+
+def test_masks_one_after_another_on_paper() -> None:
+    sets = [(0, 1), (0, 2), (0, 1), (0, 3), (0, 3)]
+    choices = [Choice(str(i), QK(mask(*chosen), mask(9))) for i, chosen in enumerate(sets)]
+    moved = movement("seeds", choices)
+    assert moved.with_before == (0.5, 0.5, 0.5, 1.0)  # 0 and the row of K in both, two more in either
+    assert moved.with_first == (0.5, 1.0, 0.5, 0.5)
+    assert moved.ever == (3 / 20, 4 / 20, 4 / 20, 5 / 20, 5 / 20)
+    assert (moved.came_back_at_once, moved.came_back) == (1 / 3, 1 / 3)  # 1 does; 2 and 1 leave for good
+    history = MaskHistory(first=QK(mask(8, 9), mask(9)), last_active=QK(torch.ones(1, 10).int(), mask(9).int()))
+    known = movement("a run", [replace(choice, history=history) for choice in choices])
+    assert known.with_first == (1 / 5, 1 / 5, 1 / 5, 1 / 5)  # that of the run, whose checkpoint is not among these
+    assert known.ever == (11 / 20,) * 5
+    assert movement("a run", choices[3:]).came_back is None
+
+
+def test_what_hysteresis_would_make_of_the_same_scores() -> None:
+    layout, config = QKVLayout(1, 1, 10), LongActConfig(ratio=0.4)
+    base = torch.arange(10.0)[None]
+    swapped = base.clone()
+    swapped[0, [5, 6]] = torch.tensor([6.0, 5.0])  # the last that is selected, and the first that is not
+    scores = [base, swapped, base, swapped]
+    choices = [
+        Choice(str(i), select_masks(QK(each, each), layout=layout, config=config), QK(each, each))
+        for i, each in enumerate(scores)
+    ]
+    off, on = with_hysteresis("seeds", choices, layout=layout, config=config, margins=(0.0, 0.25))
+    assert (off.with_before, off.came_back_at_once, off.carried) == ((0.6,) * 3, 1.0, 1.0)
+    assert (on.with_before, on.came_back_at_once) == ((1.0,) * 3, None)
+    assert on.carried == pytest.approx((1 + 29 / 30) / 2)  # 5 in place of 6, in two of four masks
+    assert [line.split()[:3] for line in movement_report([off, on]).splitlines()[1:]] == [
+        ["seeds", "4", "0"],
+        ["seeds", "4", "0.25"],
+    ]
 
 
 def test_jaccard_of_nothing_is_one() -> None:
@@ -133,7 +173,8 @@ def test_one_mask_is_compared_with_what_the_model_chooses(tmp_path: Path) -> Non
     survey = Survey(LongActConfig(ratio=0.5), layout, (0,), checkpoints={"model 7": measured})
     parts = {"q": mask(4, 5, 6, 3)[0][:8], "k": mask(2, 3)[0][:4]}
     file = write_masks(tmp_path / "one.safetensors", {f"model.layers.0.self_attn.{p}_proj": parts[p] for p in "qk"})
-    [found] = _of_runs([file], survey.own())
+    [found], moved = _of_runs([file], survey.own())
+    assert moved == []
     assert found.names == ("model 7", "one")
     assert found.layers.tolist() == [[3 / 5], [1.0]]  # 4, 5, 6 of 3 to 7; both of K
 
@@ -141,15 +182,24 @@ def test_one_mask_is_compared_with_what_the_model_chooses(tmp_path: Path) -> Non
 def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
     """Checkpoints as Megatron's common state is read: with a mask, and before the first one."""
     masks = {part: torch.stack([mask(1, 2)[0], mask(3, 4)[0]]) for part in ("q", "k")}
-    for iteration, made in ((1, None), (40, masks)):
+    moving = {part: [masks[part].roll(i, 1) for i in range(3)] for part in ("q", "k")}
+    of = {40 + i: {part: moving[part][i] for part in ("q", "k")} for i in range(3)}
+    for iteration, made in ((1, None), *of.items()):
         folder = tmp_path / "run" / "checkpoints" / f"iter_{iteration:07d}"
         folder.mkdir(parents=True)
         state = {"opt_param_scheduler": {"longact": {"masks": made, "layer_numbers": [1, 2]}}}
         writer = TorchDistWriter(folder)
         writer.write_file("__0_0", iter(()), objects={COMMON: state})
         writer.finish()
-    choices, layers = read_choices([tmp_path / "run" / "checkpoints"])
-    assert [choice.name for choice in choices] == ["run 40"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    choices, layers = read_choices([checkpoints])
+    assert [choice.name for choice in choices] == ["run 40", "run 41", "run 42"]
+    _, [moved] = _of_runs([checkpoints], [])
+    assert (moved.axis, moved.with_before, moved.with_first) == ("masks of run", (1 / 3,) * 2, (1 / 3, 0))
+    assert moved.ever == (0.2, 0.3, 0.4)
+    overlaps, rows = movement_figure(moved).axes
+    assert [len(line.get_xdata()) for line in overlaps.lines] == [2, 2]  # the first mask has none before it
+    assert [len(line.get_xdata()) for line in rows.lines] == [3]
     assert layers == (0, 1)
     assert torch.equal(choices[0].masks.k, masks["k"])
 

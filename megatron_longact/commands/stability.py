@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     def action() -> None:
         check_ratio(args.ratio)
         check_new(args.output / "stability.json", overwrite=args.overwrite)
+        for margin in args.hysteresis:
+            LongActConfig(hysteresis=margin)
         config = LongActConfig(ratio=args.ratio, scope=args.scope, statistic=args.statistic, tap=args.tap)
         options = PromptOptions.from_args(args)
         alone = args.masks and not (args.hf_dir or args.load or others)
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> int:
             config,
             masks=list(args.masks),
             num_seeds=args.num_seeds,
+            margins=args.hysteresis,
             output=args.output,
             terminal=sys.stdout,
         )

@@ -18,11 +18,12 @@ from megatron_longact.rl.audit import RowCounts
 from megatron_longact.rl.config import RLConfig
 from megatron_longact.rl.report import HeldOutAccuracy, RunOutcome, render_table, write_report
 
-REPORT, SALIENCY, REWARD = "report.md", "saliency.png", "reward.png"
+REPORT, SALIENCY, REWARD, MASKS = "report.md", "saliency.png", "reward.png", "masks.png"
 
 PICTURES = {
     SALIENCY: "Saliency of each Q and K channel in the last step; orange channels are the ones whose rows trained.",
     REWARD: "Reward of the rollouts, and accuracy on held-out tasks.",
+    MASKS: "How the mask moved: its overlap with the step before and with the first one, and the rows ever in it.",
 }
 
 
@@ -75,9 +76,16 @@ def _draw(
     evaluations: Sequence[Mapping[str, Any]],
     longact: LongAct | None,
 ) -> None:
-    from megatron_longact.reporting.figures import plot_reward, plot_saliency
+    from megatron_longact.reporting.figures import DPI, plot_reward, plot_saliency
+    from megatron_longact.reporting.mask_figure import mask_figure
 
     plot_reward(steps, evaluations, path=run_dir / REWARD)
+    if longact is not None:
+        names = (metrics.MASK_JACCARD, metrics.MASK_JACCARD_FIRST, metrics.EVER_ACTIVE_FRACTION)
+        before, first, ever = ([row.get(name) for row in steps] for name in names)
+        places = [row["iteration"] for row in steps]
+        figure = mask_figure(places, before=before, first=first, ever=ever, along="iteration")
+        figure.savefig(run_dir / MASKS, dpi=DPI)
     if longact is not None and longact.saliency and longact.masks:
         layout = longact.model.layout
         saliency, masks = (

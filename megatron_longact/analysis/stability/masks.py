@@ -14,6 +14,7 @@ from megatron_longact.analysis.stability.overlap import Choice
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.imported_masks import read_masks
 from megatron_longact.layouts import layout_from_saved
+from megatron_longact.mask_history import MaskHistory
 from megatron_longact.safetensors_files import read_header
 from megatron_longact.selection import QK
 
@@ -60,6 +61,9 @@ def _of_folder(path: Path) -> Iterator[tuple[Choice, tuple[int, ...]]]:
             none = False
             masks = QK(*(state["masks"][part].bool() for part in ("q", "k")))
             number = folder.name.removeprefix("iter_").lstrip("0") or "0"
-            yield Choice(f"{run} {number}", masks), tuple(number - 1 for number in state["layer_numbers"])
+            known = state.get("history")
+            history = MaskHistory.from_state_dict(known, torch.device("cpu")) if known else None
+            choice = Choice(f"{run} {number}", masks, run=run, history=history)
+            yield choice, tuple(number - 1 for number in state["layer_numbers"])
     if none:
         raise ValueError(f"--masks {path}: none of its checkpoints holds a mask of LongAct")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_longact.mask_history import MaskHistory
 from megatron_longact.selection import QK
 
 STABLE = 0.8
@@ -29,6 +30,10 @@ class Choice:
     name: str
     masks: QK
     scores: QK | None = None
+    run: str = ""
+    """Which run it is of, if any."""
+    history: MaskHistory | None = None
+    """Of that run's masks up to here, if known."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from megatron_longact.analysis.observe.plots import style
+from megatron_longact.analysis.stability.movement import Movement
 from megatron_longact.analysis.stability.overlap import Overlap
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
+from megatron_longact.reporting.mask_figure import mask_figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -24,10 +26,23 @@ ALONG = {"context lengths": "context length", "checkpoints": "checkpoint", "runs
 """Axes with an order: what it is called."""
 
 
-def write(overlaps: Sequence[Overlap], folder: Path) -> None:
-    """matrices.png and curves.png."""
+def write(overlaps: Sequence[Overlap], moved: Sequence[Movement], folder: Path) -> None:
+    """matrices.png and curves.png; masks.png of the first movement, if there is one."""
     matrices_figure(overlaps).savefig(folder / "matrices.png", dpi=DPI)
     curves_figure(overlaps).savefig(folder / "curves.png", dpi=DPI)
+    if moved:
+        movement_figure(moved[0]).savefig(folder / "masks.png", dpi=DPI)
+
+
+def movement_figure(moved: Movement) -> Figure:
+    """Masks one after another."""
+    return mask_figure(
+        range(len(moved.names)),
+        before=[None, *moved.with_before],
+        first=[None, *moved.with_first],
+        ever=moved.ever,
+        along=f"{moved.axis}: from {moved.names[0]} to {moved.names[-1]}",
+    )
 
 
 def matrices_figure(overlaps: Sequence[Overlap]) -> Figure:

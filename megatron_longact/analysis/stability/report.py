@@ -13,6 +13,8 @@ from megatron_longact.analysis.activations.measurement import Measurement, Model
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.stability.masks import read_choices
+from megatron_longact.analysis.stability.movement import SHORTEST, Movement, movement, with_hysteresis
+from megatron_longact.analysis.stability.movement import report as movement_report
 from megatron_longact.analysis.stability.overlap import Choice, Overlap, overlap, verdict
 from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import LongActConfig
@@ -51,6 +53,17 @@ class Survey:
             found[DEFINITIONS] = self._definitions(list(self.lengths.values())[-1])
         return [overlap(axis, of, self.layer_numbers) for axis, of in found.items() if len(of) > 1]
 
+    def movements(self, margins: Sequence[float]) -> list[Movement]:
+        """What hysteresis makes of prompts that follow each other, and of checkpoints."""
+        assert self.layout is not None
+        found: list[Movement] = []
+        for axis, measured in {"seeds": self.seeds, "checkpoints": self.checkpoints}.items():
+            if len(measured) >= SHORTEST:
+                choices = [self._choose(name, each) for name, each in measured.items()]
+                layout, config = self.layout, self.config
+                found += with_hysteresis(axis, choices, layout=layout, config=config, margins=margins)
+        return found
+
     def own(self) -> list[Choice]:
         """What each model chooses at the longest length."""
         return [self._choose(name, each) for name, each in self.checkpoints.items()]
@@ -80,6 +93,7 @@ def run(
     *,
     masks: list[Path],
     num_seeds: int,
+    margins: Sequence[float],
     output: Path,
     terminal: TextIO,
 ) -> None:
@@ -89,26 +103,33 @@ def run(
     """
     if num_seeds < 1:
         raise ValueError(f"--num-seeds is {num_seeds}; it must be at least 1")
-    overlaps: list[Overlap] = []
-    if models is not None:
-        with models as session:
-            survey = measured(session, options, config, num_seeds=num_seeds)
-            overlaps, terminal, first = survey.overlaps(), session.terminal, session.first
-            if first:
-                overlaps = overlaps + _of_runs(masks, survey.own())
-                finish(overlaps, options, config, output=output, terminal=terminal)
+    if models is None:
+        finish(*_of_runs(masks, []), options, config, output=output, terminal=terminal)
         return
-    finish(_of_runs(masks, []), options, config, output=output, terminal=terminal)
+    with models as session:
+        survey = measured(session, options, config, num_seeds=num_seeds)
+        overlaps, moved = survey.overlaps(), survey.movements(margins)
+        if session.first:
+            of_runs, moved_in_runs = _of_runs(masks, survey.own())
+            overlaps, moved = overlaps + of_runs, moved_in_runs + moved
+            finish(overlaps, moved, options, config, output=output, terminal=session.terminal)
 
 
-def _of_runs(masks: list[Path], own: list[Choice]) -> list[Overlap]:
-    """The masks of runs against each other; own: what is taken to stand beside a single one."""
+def _of_runs(masks: list[Path], own: list[Choice]) -> tuple[list[Overlap], list[Movement]]:
+    """The masks of runs against each other, and as they follow each other in each run.
+
+    own: what is taken to stand beside a single one.
+    """
     if not masks:
-        return []
+        return [], []
     choices, layers = read_choices(masks)
     if len(choices) == 1 and not own:
         raise ValueError(f"--masks holds one mask, {choices[0].name}: give another one, or a model, to compare it with")
-    return [overlap(RUNS, choices if len(choices) > 1 else [*own[:1], *choices], layers)]
+    runs: dict[str, list[Choice]] = {}
+    for choice in choices:
+        runs.setdefault(choice.run, []).append(choice)
+    moved = [movement(f"masks of {run}", of) for run, of in runs.items() if run and len(of) >= SHORTEST]
+    return [overlap(RUNS, choices if len(choices) > 1 else [*own[:1], *choices], layers)], moved
 
 
 def measured(session: Session, options: PromptOptions, config: LongActConfig, *, num_seeds: int) -> Survey:
@@ -166,6 +187,7 @@ def _unused(name: str, used: dict[str, Measurement]) -> str:
 
 def finish(
     overlaps: list[Overlap],
+    moved: list[Movement],
     options: PromptOptions,
     config: LongActConfig,
     *,
@@ -177,12 +199,13 @@ def finish(
         raise ValueError("there is nothing to compare: give several tasks, lengths, seeds, checkpoints or masks")
     words = conclusion(overlaps)
     output.mkdir(parents=True, exist_ok=True)
-    results = as_json(overlaps, options, config, words) if overlaps else {}
+    results = as_json(overlaps, options, config, words) | {"movement": [each.as_json() for each in moved]}
     (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     from megatron_longact.analysis.stability import plots as stability_plots
 
-    stability_plots.write(overlaps, output)
-    print(report(overlaps), words, f"pictures and {RESULTS} are in {output}", sep="\n\n", file=terminal)
+    stability_plots.write(overlaps, moved, output)
+    tables = [report(overlaps), *([movement_report(moved)] if moved else [])]
+    print(*tables, words, f"pictures and {RESULTS} are in {output}", sep="\n\n", file=terminal)
 
 
 def conclusion(overlaps: Sequence[Overlap]) -> str:
