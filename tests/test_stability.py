@@ -21,7 +21,7 @@ from megatron_longact.analysis.stability.movement import movement, with_hysteres
 from megatron_longact.analysis.stability.movement import report as movement_report
 from megatron_longact.analysis.stability.overlap import CARRIES, STABLE, Choice, jaccard, overlap, verdict
 from megatron_longact.analysis.stability.plots import movement_figure
-from megatron_longact.analysis.stability.report import Survey, _of_runs
+from megatron_longact.analysis.stability.report import Survey, _of_runs, drawn
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.torch_dist import COMMON, TorchDistWriter
@@ -107,6 +107,13 @@ def test_what_hysteresis_would_make_of_the_same_scores() -> None:
         ["seeds", "4", "0"],
         ["seeds", "4", "0.25"],
     ]
+
+
+def test_mixed_sets_have_as_many_prompts_each_of_a_task_that_is_drawn() -> None:
+    draws = [drawn(("a", "b", "c"), 2, seed=seed) for seed in range(30)]
+    assert all(sum(each.values()) == 6 and 0 not in each.values() for each in draws)
+    assert draws[0] == drawn(("a", "b", "c"), 2, seed=0)
+    assert len({tuple(each.items()) for each in draws}) > 5
 
 
 def test_jaccard_of_nothing_is_one() -> None:

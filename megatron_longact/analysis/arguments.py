@@ -30,6 +30,8 @@ class StabilityFlags:
     """Masks of runs: checkpoints or mask files."""
     num_seeds: int = 3
     """Sets of prompts, by seed from --sample-seed on."""
+    mixed_seeds: bool = False
+    """Each set draws the task of each prompt, as a training on several tasks does, instead of as many of each."""
     hysteresis: tuple[float, ...] = (0.0, 0.1, 0.25)
     """Of three or more sets of prompts or checkpoints: what --longact-hysteresis would do, one after the other."""
     statistic: Statistic = LongActConfig.statistic

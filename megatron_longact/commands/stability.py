@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
             config,
             masks=list(args.masks),
             num_seeds=args.num_seeds,
+            mixed=args.mixed_seeds,
             margins=args.hysteresis,
             output=args.output,
             terminal=sys.stdout,

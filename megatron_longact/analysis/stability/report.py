@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any, TextIO
 
 from megatron_longact.analysis.activations.measurement import Measurement, ModelSource, measure, pooled
@@ -93,6 +94,7 @@ def run(
     *,
     masks: list[Path],
     num_seeds: int,
+    mixed: bool,
     margins: Sequence[float],
     output: Path,
     terminal: TextIO,
@@ -107,7 +109,7 @@ def run(
         finish(*_of_runs(masks, []), options, config, output=output, terminal=terminal)
         return
     with models as session:
-        survey = measured(session, options, config, num_seeds=num_seeds)
+        survey = measured(session, options, config, num_seeds=num_seeds, mixed=mixed)
         overlaps, moved = survey.overlaps(), survey.movements(margins)
         if session.first:
             of_runs, moved_in_runs = _of_runs(masks, survey.own())
@@ -132,10 +134,13 @@ def _of_runs(masks: list[Path], own: list[Choice]) -> tuple[list[Overlap], list[
     return [overlap(RUNS, choices if len(choices) > 1 else [*own[:1], *choices], layers)], moved
 
 
-def measured(session: Session, options: PromptOptions, config: LongActConfig, *, num_seeds: int) -> Survey:
+def measured(
+    session: Session, options: PromptOptions, config: LongActConfig, *, num_seeds: int, mixed: bool = False
+) -> Survey:
     """The first model on every task, length and seed, the others at the longest length.
 
-    Lengths, seeds and checkpoints are compared over all tasks together; all but lengths at the longest one.
+    mixed: a seed draws the task of each prompt. Lengths, seeds and checkpoints are compared over all tasks together;
+    all but lengths at the longest one.
     """
     survey = Survey(config)
     for source in session.sources:
@@ -147,12 +152,20 @@ def measured(session: Session, options: PromptOptions, config: LongActConfig, *,
             survey.tasks = cells[options.lengths[-1]]
             survey.lengths = {_name(length): pooled(list(of.values())) for length, of in cells.items()}
             whole = survey.lengths[_name(options.lengths[-1])]
-            others = {f"seed {s}": pooled(list(prober.tasks(options.lengths[-1], s).values())) for s in seeds[1:]}
-            survey.seeds = {f"seed {seeds[0]}": whole, **others}
+            sets = {s: prober.mixed(options.lengths[-1], s) for s in seeds} if mixed else {seeds[0]: whole}
+            others = [s for s in seeds if s not in sets]
+            sets |= {s: pooled(list(prober.tasks(options.lengths[-1], s).values())) for s in others}
+            survey.seeds = {f"seed {s}": sets[s] for s in seeds}
         else:
             whole = pooled(list(prober.tasks(options.lengths[-1], options.seed).values()))
         survey.checkpoints[_unused(source.name, survey.checkpoints)] = whole
     return survey
+
+
+def drawn(tasks: Sequence[str], num_samples: int, *, seed: int) -> dict[str, int]:
+    """How often each task comes when each of `num_samples` prompts for every task has one that is drawn."""
+    names = Random(seed).choices(tasks, k=num_samples * len(tasks))
+    return {task: names.count(task) for task in tasks if task in names}
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,13 @@ class _Prober:
     source: ModelSource
     options: PromptOptions
     session: Session
+
+    def mixed(self, length: int | None, seed: int) -> Measurement:
+        """As many prompts as of all tasks together, the task of each drawn."""
+        counts = drawn(self.options.tasks, self.options.num_samples, seed=seed)
+        asked = [replace(self.options, tasks=(task,), num_samples=count) for task, count in counts.items()]
+        of = [_Prober(self.source, options, self.session) for options in asked]
+        return pooled([each for prober in of for each in prober.tasks(length, seed).values()])
 
     def tasks(self, length: int | None, seed: int) -> dict[str, Measurement]:
         """Each task's measurement."""
