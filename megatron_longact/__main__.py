@@ -11,6 +11,7 @@ from megatron_longact.megatron.quiet import quiet_libraries
 
 COMMANDS = {
     "train": ("train", "RL on Megatron's training step, with LongAct (--longact) or dense (ranks)"),
+    "report": ("report", "one HTML page of a run that one can send"),
     "show": ("show", "what does the model say? The answers of an RL run, and why they are wrong"),
     "evaluate": ("evaluate", "ask a checkpoint RULER, LongBench v2, InfiniteBench, or score predictions (ranks)"),
     "observe": ("observe", "does this model have outliers in its queries and keys? (ranks)"),

@@ -295,6 +295,7 @@ class LongAct:
         """The first inner optimizer stepped, so the others will: what was pending becomes the state."""
         exact, before = freezes_exactly(self._optimizer, self.config), self.state.masks
         self.state = step.pending.after_update(step.active, exact=exact, before=before)
+        step.pending = replace(step.pending, history=self.state.history)  # so that one of them is held, not two
         self.active = step.active
         self._metrics = None
 

@@ -20,6 +20,8 @@ class ObserveFlags:
     """Share of channels whose part of the total is told."""
     output: Path = Path("runs/observe")
     """Folder for results."""
+    html: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Everything on one page, too, that can be sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class StabilityFlags:
     """Share of the rows that are selected."""
     output: Path = Path("runs/stability")
     """Folder for results."""
+    html: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Everything on one page, too, that can be sent."""
 
 
 @dataclass(frozen=True, kw_only=True)

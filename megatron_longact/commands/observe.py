@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         with opened(args, others, output=args.output) as session:
             from megatron_longact.analysis.observe import report as observe
 
-            observe.run(session, options, statistic=args.statistic, ratio=args.ratio, output=args.output)
+            observe.run(
+                session, options, statistic=args.statistic, ratio=args.ratio, output=args.output, html=args.html
+            )
 
     return end_in_one_line("observe", action)

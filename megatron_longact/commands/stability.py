@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
             mixed=args.mixed_seeds,
             margins=args.hysteresis,
             output=args.output,
+            html=args.html,
             terminal=sys.stdout,
         )
 

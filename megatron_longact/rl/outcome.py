@@ -16,15 +16,17 @@ from megatron_longact.reduction import STATISTICS
 from megatron_longact.reporting.run_log import METRICS
 from megatron_longact.rl.audit import RowCounts
 from megatron_longact.rl.config import RLConfig
-from megatron_longact.rl.report import HeldOutAccuracy, RunOutcome, render_table, write_report
-
-REPORT, SALIENCY, REWARD, MASKS = "report.md", "saliency.png", "reward.png", "masks.png"
-
-PICTURES = {
-    SALIENCY: "Saliency of each Q and K channel in the last step; orange channels are the ones whose rows trained.",
-    REWARD: "Reward of the rollouts, and accuracy on held-out tasks.",
-    MASKS: "How the mask moved: its overlap with the step before and with the first one, and the rows ever in it.",
-}
+from megatron_longact.rl.report import (
+    MASKS,
+    PICTURES,
+    REPORT,
+    REWARD,
+    SALIENCY,
+    HeldOutAccuracy,
+    RunOutcome,
+    render_table,
+    write_report,
+)
 
 
 def write_outcome(

@@ -43,9 +43,10 @@ from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import RLLoop
 from megatron_longact.rl.objectives.objective import Objective
 from megatron_longact.rl.objectives.token_selection import TokenSelector
-from megatron_longact.rl.outcome import REPORT, write_outcome
+from megatron_longact.rl.outcome import write_outcome
 from megatron_longact.rl.perplexity import perplexity
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
+from megatron_longact.rl.report import REPORT
 from megatron_longact.rl.run_folder import open_run
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals

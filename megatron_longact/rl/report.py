@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+REPORT, SALIENCY, REWARD, MASKS = "report.md", "saliency.png", "reward.png", "masks.png"
+
+PICTURES = {
+    SALIENCY: "Saliency of each Q and K channel in the last step; orange channels are the ones whose rows trained.",
+    REWARD: "Reward of the rollouts, and accuracy on held-out tasks.",
+    MASKS: "How the mask moved: its overlap with the step before and with the first one, and the rows ever in it.",
+}
+
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:

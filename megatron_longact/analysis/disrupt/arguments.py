@@ -25,6 +25,8 @@ class DisruptConfig(PromptFlags, StopFlags):
 
     output: Path = Path("runs/disrupt")
     """Folder for results."""
+    html: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Everything on one page, too, that can be sent."""
     channels: tuple[Channels, ...] = get_args(Channels)
     """Which are replaced, one set after the other."""
     replace: Annotated[tuple[Replacement, ...], Flag(parse=each_once)] = ("mean",)

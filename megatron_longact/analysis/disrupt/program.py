@@ -215,6 +215,8 @@ class Disruption:
             plot(results, path=output / disrupt_report.PICTURE)
             written.append(disrupt_report.PICTURE)
         print(f"{', '.join(written)} in {output}", file=self.terminal, flush=True)
+        if self.config.html is not None:
+            disrupt_report.write_html(results, runs, folder=output, path=self.config.html, show=self.config.show)
 
 
 def _windows(config: DisruptConfig, tokenizer: Any, *, positions: int) -> list[list[int]]:

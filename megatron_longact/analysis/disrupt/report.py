@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longact.analysis.disrupt.tasks import NGRAM, Row, summary
+from megatron_longact.analysis.pages import section
+from megatron_longact.reporting.page import Answer, Page, Section
+from megatron_longact.reporting.page import write as write_page
 
 RESULTS, RESPONSES, SAMPLES, PICTURE = "results.json", "responses.jsonl", "samples.md", "disruption.png"
 _END_OF_PROMPT = 240
@@ -89,6 +92,30 @@ def write(results: Mapping[str, Any], runs: Sequence[Run], *, output: Path, show
     lines = [json.dumps({"run": run.name} | row, ensure_ascii=False) for run in runs for row in run.rows]
     (output / RESPONSES).write_text("\n".join(lines) + "\n", "utf-8")
     (output / SAMPLES).write_text(side_by_side(runs, show=show), "utf-8")
+
+
+def write_html(results: Mapping[str, Any], runs: Sequence[Run], *, folder: Path, path: Path, show: int) -> None:
+    """Table, picture and responses on one page."""
+    shown = section(
+        "What was replaced, and what the model then did",
+        folder,
+        words="",
+        tables={"Accuracy and repetition": table(results["runs"])},
+        pictures={PICTURE: "Accuracy by context length, repetition and perplexity, undisturbed and disturbed."},
+        legend=legend(results),
+    )
+    answers = [_answer(runs, key) for key in _shown(runs[0].rows, show)]
+    page = Page("What is lost without some channels?", [], [shown, Section("Responses side by side", answers)])
+    write_page(page, path)
+
+
+def _answer(runs: Sequence[Run], key: tuple[int, int, str]) -> Answer:
+    own = [(run.name, next(row for row in run.rows if _key(row) == key)) for run in runs]
+    length, index, task = key
+    wanted = f"wanted: {', '.join(map(str, own[0][1]['outputs']))}"
+    end = ("the end of the prompt", own[0][1]["input"][-_END_OF_PROMPT:])
+    said = [(f"{name}, score {row['score']:.0f}", row["pred"]) for name, row in own]
+    return Answer(f"{task}, {length} tokens, prompt {index}", wanted, [end, *said])
 
 
 def side_by_side(runs: Sequence[Run], *, show: int) -> str:

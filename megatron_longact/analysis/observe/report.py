@@ -11,24 +11,53 @@ from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.observation import Length, Observation, observe
 from megatron_longact.analysis.observe.outliers import RopeFrequencies, spread_table, verdict
+from megatron_longact.analysis.pages import section
 from megatron_longact.config import Statistic
 from megatron_longact.reduction import STATISTICS
+from megatron_longact.reporting.page import Page
+from megatron_longact.reporting.page import write as write_page
 
 RESULTS = "observation.json"
 
 
-def run(session: Session, options: PromptOptions, *, statistic: Statistic, ratio: float, output: Path) -> None:
-    """Observe each model of the session; several get a folder of their own each in `output`."""
+PICTURES = {
+    "overview.png": "Every channel's statistic over the layer's median, by layer.",
+    "heatmap-projection.png": "Every channel of every layer, at the output of linear_qkv.",
+    "heatmap-norm.png": "Every channel of every layer, after q/k-layernorm.",
+    "rope.png": "The largest channel by layer and RoPE wavelength.",
+}
+
+
+def run(
+    session: Session,
+    options: PromptOptions,
+    *,
+    statistic: Statistic,
+    ratio: float,
+    output: Path,
+    html: Path | None = None,
+) -> None:
+    """Observe each model of the session; several get a folder of their own each in `output`, and share one page."""
+    sections = []
     for number, source in enumerate(session.sources):
         observation = observe(source, options, session, statistic=statistic, ratio=ratio)
         if session.first:
             folder = output if number == 0 else output / source.name.replace(" ", "-").replace("/", "-")
             write(observation, options, folder)
             print(report(observation), f"pictures and {RESULTS} are in {folder}", sep="\n\n", file=session.terminal)
+            words, tables = "\n".join(verdicts(observation)), dict([_table(observation)])
+            sections.append(section(observation.name, folder, words=words, tables=tables, pictures=PICTURES))
+    if html is not None and sections:
+        write_page(Page("Outliers in queries and keys?", [], sections), html)
 
 
 def report(observation: Observation) -> str:
     """Table and verdict."""
+    return "\n\n".join([*_table(observation), "\n".join(verdicts(observation))])
+
+
+def _table(observation: Observation) -> tuple[str, str]:
+    """Title and table."""
     rows = observation.spreads(observation.longest, "projection")
     norm = observation.spreads(observation.longest, "norm") if "norm" in observation.longest.taps else []
     after = {(row.layer, row.part): row for row in norm}
@@ -37,7 +66,7 @@ def report(observation: Observation) -> str:
     title = (
         f"{observation.statistic} of the projections' outputs at {lengths}, {observation.longest.tokens} tokens in all"
     )
-    return "\n\n".join([title, shown, "\n".join(verdicts(observation))])
+    return title, shown
 
 
 def verdicts(observation: Observation) -> list[str]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_longact.analysis.stability.overlap import Choice, jaccard
+from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.plan import table
-from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.selection import QK, select_masks
 
 SHORTEST = 3
@@ -78,7 +78,7 @@ def _share(part: Tensor, whole: Tensor) -> float | None:
 
 
 def with_hysteresis(
-    axis: str, choices: Sequence[Choice], *, layout: QKVLayout, config: LongActConfig, margins: Sequence[float]
+    axis: str, choices: Sequence[Choice], *, layout: AttentionLayout, config: LongActConfig, margins: Sequence[float]
 ) -> list[Movement]:
     """What `--longact-hysteresis` would make of the same scores, one after another; choices: with scores."""
     found = []

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from megatron_longact.analysis.activations.measurement import Measurement, ModelSource, measure, pooled
 from megatron_longact.analysis.activations.models import Session
 from megatron_longact.analysis.activations.prompts import PromptOptions
+from megatron_longact.analysis.pages import section
 from megatron_longact.analysis.stability.masks import read_choices
 from megatron_longact.analysis.stability.movement import SHORTEST, Movement, movement, with_hysteresis
 from megatron_longact.analysis.stability.movement import report as movement_report
@@ -20,6 +21,8 @@ from megatron_longact.analysis.stability.overlap import Choice, Overlap, overlap
 from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.plan import table
+from megatron_longact.reporting.page import Page
+from megatron_longact.reporting.page import write as write_page
 from megatron_longact.reporting.run_log import Progress
 from megatron_longact.selection import select_masks
 
@@ -27,6 +30,11 @@ RESULTS = "stability.json"
 DEFINITIONS = "statistics and taps"
 """The axis that does not change while a model is trained, so the verdict leaves it out."""
 RUNS = "runs' own masks"
+PICTURES = {
+    "matrices.png": "Overlap of the selected rows, each choice against each other, a panel an axis.",
+    "curves.png": "Overlap by layer, and along axes with an order.",
+    "masks.png": "Overlap of each mask with the one before and with the first, and the rows that were ever in one.",
+}
 
 
 @dataclass
@@ -97,6 +105,7 @@ def run(
     mixed: bool,
     margins: Sequence[float],
     output: Path,
+    html: Path | None,
     terminal: TextIO,
 ) -> None:
     """Survey the models, if any, and the masks, if any; write and say what came out.
@@ -106,7 +115,7 @@ def run(
     if num_seeds < 1:
         raise ValueError(f"--num-seeds is {num_seeds}; it must be at least 1")
     if models is None:
-        finish(*_of_runs(masks, []), options, config, output=output, terminal=terminal)
+        finish(*_of_runs(masks, []), options, config, output=output, html=html, terminal=terminal)
         return
     with models as session:
         survey = measured(session, options, config, num_seeds=num_seeds, mixed=mixed)
@@ -114,7 +123,7 @@ def run(
         if session.first:
             of_runs, moved_in_runs = _of_runs(masks, survey.own())
             overlaps, moved = overlaps + of_runs, moved_in_runs + moved
-            finish(overlaps, moved, options, config, output=output, terminal=session.terminal)
+            finish(overlaps, moved, options, config, output=output, html=html, terminal=session.terminal)
 
 
 def _of_runs(masks: list[Path], own: list[Choice]) -> tuple[list[Overlap], list[Movement]]:
@@ -212,6 +221,7 @@ def finish(
     config: LongActConfig,
     *,
     output: Path,
+    html: Path | None,
     terminal: TextIO,
 ) -> None:
     """Write and print everything."""
@@ -226,6 +236,10 @@ def finish(
     stability_plots.write(overlaps, moved, output)
     tables = [report(overlaps), *([movement_report(moved)] if moved else [])]
     print(*tables, words, f"pictures and {RESULTS} are in {output}", sep="\n\n", file=terminal)
+    if html is not None:
+        captions = dict(zip(("Overlap of the selected rows", "Masks one after another"), tables, strict=False))
+        shown = section("Choices against each other", output, words=words, tables=captions, pictures=PICTURES)
+        write_page(Page("Would a mask chosen once do?", [], [shown]), html)
 
 
 def conclusion(overlaps: Sequence[Overlap]) -> str:

@@ -1,0 +1,301 @@
+"""The page of a run, of several runs side by side, for `longact report`. Pure, but for reading the run's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longact import metrics
+from megatron_longact.reporting.charts import Curve, curve, line_chart, number
+from megatron_longact.reporting.page import Answer, Chart, Page, Part, Picture, Section, Table, Text
+from megatron_longact.rl.report import PICTURES, SALIENCY
+from megatron_longact.rl.run_files import RunFiles
+
+_MOST_ANSWERS = 3
+"""Right ones, and wrong ones."""
+_MOST_CHARACTERS = 1200
+_KEYS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "params_dtype"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "world_size"),
+    *("lr", "lr_decay_style", "weight_decay", "clip_grad", "optimizer", "train_iters", "global_batch_size"),
+    *("micro_batch_size", "seq_length", "grpo_prompts_per_step", "grpo_group_size", "grpo_clamp_eps_lower"),
+    *("grpo_clamp_eps_upper", "grpo_kl_beta", "rl_default_temperature", "context_lengths", "heldout_context_lengths"),
+    *("max_response_length", "train_data", "heldout_data", "seed", "pretrained_checkpoint", "load", "save"),
+)
+
+
+def page_of_run(run: RunFiles) -> Page:
+    """Everything that is known of it."""
+    sections = [
+        Section("Held-out accuracy", _heldout(run)),
+        Section("Reward and time", _training(run)),
+        Section("The mask over time", _masks(run)),
+        Section("Saliency by layer", _saliency(run)),
+        Section("What moved", _moved(run)),
+        Section("What the model says", [*_answers(run, heldout=True), *_answers(run, heldout=False)]),
+        Section("Configuration", _configuration(run)),
+    ]
+    return Page(f"Run {run.folder.resolve().name}", _lead(run), sections, facts=_facts(run))
+
+
+def _lead(run: RunFiles) -> list[str]:
+    done, wanted = run.steps[-1]["iteration"] if run.steps else 0, run.arguments.get("train_iters")
+    if run.report:
+        return [run.verdict]
+    return [f"The run has not ended: iteration {done}{f' of {wanted}' if wanted else ''}."]
+
+
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
+    if not run.steps:
+        return []
+    last, facts = run.steps[-1], [("iterations", str(run.steps[-1]["iteration"]))]
+    if run.evaluations:
+        before, after = (row["accuracy"] for row in (run.evaluations[0], run.evaluations[-1]))
+        facts.append(("held-out accuracy", f"{before:.1%} → {after:.1%}"))
+    tail = [row["reward_mean"] for row in run.steps[-5:]]
+    facts.append(("reward, last steps", f"{sum(tail) / len(tail):.3f}"))
+    share = last.get(metrics.EVER_ACTIVE_FRACTION)
+    if last.get(metrics.REFRESHES) is None:
+        facts.append(("LongAct", "off: every row trains"))
+    elif share is not None:
+        facts.append(("rows ever in the mask", f"{share:.1%}"))
+    seconds = [row["step_time_s"] for row in run.steps if row.get("step_time_s")]
+    return [*facts, ("time of a step", f"{sum(seconds) / len(seconds):.3g} s")] if seconds else facts
+
+
+def _heldout(run: RunFiles) -> list[Part]:
+    rows = run.evaluations
+    if not rows:
+        return [Text("No held-out accuracy was measured.")]
+    first, last = rows[0], rows[-1]
+    lengths = sorted(last["accuracy_by_length"], key=int)
+    lines = [
+        (f"{n} tokens", *(_share(row, n) for row in (first, last)),
+         _points(first["accuracy_by_length"].get(n), last["accuracy_by_length"][n]))
+        for n in lengths
+    ]  # fmt: skip
+    whole = f"all {last['prompts']} prompts"
+    lines.append((whole, *(_share(row, None) for row in (first, last)), _points(first["accuracy"], last["accuracy"])))
+    caption = f"Held-out accuracy, iteration {first['iteration']} and iteration {last['iteration']}"
+    if "accuracy_interval" in last:
+        caption += "; in brackets 95 % intervals over the prompts (Wilson's)"
+    places = [row["iteration"] for row in rows]
+    curves = [
+        Curve(f"{n} tokens", [(at, row["accuracy_by_length"][n]) for at, row in zip(places, rows, strict=True)],
+              [_interval(row, n) for row in rows])
+        for n in lengths
+    ]  # fmt: skip
+    chart = line_chart("Held-out accuracy", curves, along="iteration", percent=True, span=(0, 1))
+    return [Table(caption, ("context length", "before", "after", "points"), lines), *_there(chart)]
+
+
+def _interval(row: dict[str, Any], length: str | None) -> tuple[float, float] | None:
+    found = row.get("accuracy_interval") if length is None else row.get("accuracy_interval_by_length", {}).get(length)
+    return (found[0], found[1]) if found else None
+
+
+def _share(row: dict[str, Any], length: str | None) -> str:
+    value = row["accuracy"] if length is None else row["accuracy_by_length"].get(length)
+    ends = _interval(row, length)
+    if value is None:
+        return "–"
+    return f"{value:.1%}" + (f" ({100 * ends[0]:.0f}–{100 * ends[1]:.0f})" if ends else "")
+
+
+def _points(before: float | None, after: float) -> str:
+    return "–" if before is None else f"{100 * (after - before):+.1f}"
+
+
+def _there(*charts: Chart | None) -> list[Part]:
+    return [chart for chart in charts if chart is not None]
+
+
+def _curves(run: RunFiles, names: dict[str, str]) -> list[Curve]:
+    """One for each column of metrics.jsonl; names: what it is called there, and here."""
+    places = [row["iteration"] for row in run.steps]
+    return [curve(label, places, [row.get(name) for row in run.steps]) for name, label in names.items()]
+
+
+def _training(run: RunFiles) -> list[Part]:
+    def chart(title: str, names: dict[str, str], **look: Any) -> Chart | None:
+        return line_chart(title, _curves(run, names), along="iteration", **look)
+
+    return _there(
+        chart("Reward of the rollouts", {"reward_mean": "mean reward", "accuracy": "accuracy"}),
+        chart("Responses", {"response_length_mean": "mean length, tokens"}),
+        chart("Cut off at the limit", {"truncated_fraction": "share of responses"}, percent=True, span=(0, 1)),
+        chart("Entropy", {"entropy": "of a token, in nats"}),
+        chart(
+            "Seconds",
+            {"step_time_s": "optimizer step", "rollout_time_s": "rollouts", "log_prob_time_s": "log-probs"},
+            span=(0, 0),
+        ),
+        chart("Seconds of LongAct in a step", {metrics.TIME: "LongAct"}, span=(0, 0)),
+        chart("Gradient norm", {"grad_norm": "before clipping"}),
+    )
+
+
+def _masks(run: RunFiles) -> list[Part]:
+    if run.steps and run.steps[-1].get(metrics.REFRESHES) is None:
+        return [Text("LongAct was off in this run: there is no mask, and every row trains.")]
+    names = {metrics.MASK_JACCARD: "with the step before", metrics.MASK_JACCARD_FIRST: "with the first mask"}
+    rows = {
+        metrics.EVER_ACTIVE_FRACTION: "ever in the mask",
+        metrics.ACTIVE_FRACTION_Q: "Q rows in it now",
+        metrics.ACTIVE_FRACTION_K: "K rows in it now",
+    }
+    return _there(
+        line_chart("Overlap of the mask (Jaccard)", _curves(run, names), along="iteration", span=(0, 1)),
+        line_chart("Rows of Q and K", _curves(run, rows), along="iteration", percent=True, span=(0, 0.5)),
+    )
+
+
+def _saliency(run: RunFiles) -> list[Part]:
+    parts: list[Part] = []
+    state = run.state("longact")
+    if state is not None and state["saliency"] is not None:
+        layers = [number - 1 for number in state["layer_numbers"]]
+        parts += _there(*(_by_layer(name, layers, state["saliency"][part]) for part, name in (("q", "Q"), ("k", "K"))))
+        parts.append(Text(f"Of the newest checkpoint, {run.checkpoint[0] if run.checkpoint else ''}; layers from 0."))
+    picture = run.folder / SALIENCY
+    if picture.is_file():
+        parts.append(Picture("Every channel, in the last step", picture.read_bytes(), PICTURES[SALIENCY]))
+    return parts or [Text("No checkpoint of this run holds a saliency.")]
+
+
+def _by_layer(name: str, layers: Sequence[int], saliency: Tensor) -> Chart | None:
+    ordered = saliency.float().sort(dim=1, descending=True).values
+    channels = ordered.shape[1]
+    columns = {"largest channel": 0, "30 % of them are above": int(0.3 * channels), "median channel": channels // 2}
+    curves = [curve(label, layers, ordered[:, column].tolist()) for label, column in columns.items()]
+    log = bool((ordered[:, channels // 2] > 0).all())
+    return line_chart(f"Saliency of {name} channels", curves, along="layer", log=log)
+
+
+def _moved(run: RunFiles) -> list[Part]:
+    parts: list[Part] = []
+    counted = run.table("counted at the end")
+    if counted:
+        parts.append(Table("Counted at the end, in the masters", ("", "count"), counted))
+    parts += _active_by_layer(run)
+    since = {
+        "bf16/changed_model_since_start": "whole model",
+        "bf16/changed_qk_since_start": "W_Q and W_K",
+    }
+    step = {
+        "bf16/changed_qk_active": "in rows of the mask",
+        "bf16/changed_qk_frozen": "in the other rows",
+        "bf16/changed_model": "whole model",
+    }
+    parts += _there(
+        line_chart("Elements with another bf16 value than at the start", _curves(run, since), along="iteration",
+                   percent=True, span=(0, 0)),
+        line_chart("Elements that a step changed in bf16", _curves(run, step), along="iteration", percent=True,
+                   span=(0, 0)),
+    )  # fmt: skip
+    return parts or [Text("Nothing is known yet: a run counts what moved at its end, and at each checkpoint.")]
+
+
+def _active_by_layer(run: RunFiles) -> list[Part]:
+    rows, state = (run.state("rl") or {}).get("rows"), run.state("longact")
+    if rows is None:
+        return []
+    count = len(rows["moved"]["q"])
+    layers = [n - 1 for n in state["layer_numbers"]] if state else range(count)
+    curves = [
+        curve(f"{part.upper()} rows that {what}", list(layers), rows[key][part].double().mean(1).tolist())
+        for key, what in (("moved", "moved"), ("active", "a mask let through"))
+        for part in ("q", "k")
+    ]
+    return _there(line_chart("By layer, up to the newest checkpoint", curves, along="layer", percent=True, span=(0, 1)))
+
+
+def _answers(run: RunFiles, *, heldout: bool) -> list[Part]:
+    rows = run.answers(heldout=heldout)
+    right, wrong = ([row for row in rows if row["correct"] is fine][:_MOST_ANSWERS] for fine in (True, False))
+    kind = "Held-out" if heldout else "Training"
+    return [
+        Answer(
+            f"{kind} prompt {row['prompt']}, {row['task']}: {'right' if row['correct'] else 'wrong'}",
+            f"reward {number(row['reward'])}, {row['prompt_tokens']} tokens of prompt, {row['response_tokens']} of "
+            f"answer, ended by {'itself' if row['ended'] == 'eod' else 'the limit'}; iteration {row['iteration']}",
+            [
+                ("the end of the prompt", row["prompt_end"][-_MOST_CHARACTERS:]),
+                ("answer", row["response"][:_MOST_CHARACTERS] or "(nothing)"),
+                ("wanted", json.dumps(row["reference"], ensure_ascii=False)[:_MOST_CHARACTERS]),
+            ],
+        )
+        for row in chain(right, wrong)
+    ]
+
+
+def _configuration(run: RunFiles) -> list[Part]:
+    settings = run.table("setting") or [(key, run.arguments[key]) for key in _KEYS if key in run.arguments]
+    state = run.state("longact")
+    if state is not None and not run.table("setting"):
+        settings = [("LongAct", json.dumps(state["config"])), *settings]
+    parts: list[Part] = [Table("Settings", ("setting", "value"), settings)] if settings else []
+    if run.versions:
+        parts.append(Table("Made with", ("package", "version"), list(run.versions.items())))
+    if run.arguments:
+        every = sorted(run.arguments.items())
+        parts.append(Table(f"All {len(every)} arguments of the program", ("argument", "value"), every, folded=True))
+    return parts
+
+
+def page_of_runs(folder: Path, runs: Sequence[RunFiles]) -> Page:
+    """Several runs, a line each, and their curves in one chart."""
+    header = (
+        "run",
+        "iterations",
+        "held-out before",
+        "after",
+        "points",
+        "reward, last steps",
+        "mask overlap",
+        "s a step",
+    )
+    names = [str(run.folder.relative_to(folder)) for run in runs]
+    lines = [(name, *_line(run)) for name, run in zip(names, runs, strict=True)]
+    accuracy = [
+        Curve(name, [(row["iteration"], row["accuracy"]) for row in run.evaluations])
+        for name, run in zip(names, runs, strict=True)
+    ]
+    reward = [
+        curve(name, [row["iteration"] for row in run.steps], _smooth([row["reward_mean"] for row in run.steps]))
+        for name, run in zip(names, runs, strict=True)
+    ]
+    charts = _there(
+        line_chart("Held-out accuracy", accuracy, along="iteration", percent=True, span=(0, 1)),
+        line_chart("Mean reward, over five steps", reward, along="iteration"),
+    )
+    sections = [
+        Section("Side by side", [Table("Runs", header, lines), *charts]),
+        Section("One by one", [Text(f"{name}: {' '.join(_lead(run))}") for name, run in zip(names, runs, strict=True)]),
+    ]
+    lead = [f"{len(runs)} runs; `longact report` with one of their folders shows one in full."]
+    return Page(f"Runs in {folder.resolve().name}", lead, sections)
+
+
+def _line(run: RunFiles) -> tuple[str, ...]:
+    facts = dict(_facts(run))
+    before, after = (run.evaluations[i] if run.evaluations else None for i in (0, -1))
+    overlaps = [row[metrics.MASK_JACCARD] for row in run.steps if row.get(metrics.MASK_JACCARD) is not None]
+    return (
+        facts.get("iterations", "0"),
+        *("–" if row is None else _share(row, None) for row in (before, after)),
+        "–" if before is None or after is None else _points(before["accuracy"], after["accuracy"]),
+        facts.get("reward, last steps", "–"),
+        f"{sum(overlaps) / len(overlaps):.3f}" if overlaps else "–",
+        facts.get("time of a step", "–").removesuffix(" s"),
+    )
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    return [float(torch.tensor(values[max(0, i - 4) : i + 1]).mean()) for i in range(len(values))]
