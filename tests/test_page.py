@@ -183,7 +183,7 @@ def test_results_of_the_analysis_tools_are_a_section(tmp_path: Path) -> None:
 PHONE = """<body style="margin:0"><iframe style="width:390px;height:844px;border:0" srcdoc="{page}"></iframe><script>
 document.querySelector("iframe").onload = event => {{
   const {{contentDocument: page, contentWindow: shown}} = event.target;
-  const figures = page.querySelectorAll("svg").length, {scrollWidth: width, clientWidth: room} = page.documentElement;
+  const {{scrollWidth: width, clientWidth: room}} = page.documentElement, figures = page.querySelectorAll("svg").length;
   const loaded = shown.performance.getEntriesByType("resource").map(entry => entry.name);
   const found = {{width, room, window: shown.innerWidth, loaded, title: page.title, figures}};
   document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
