@@ -15,7 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -48,6 +51,8 @@ class ModelSpec:
     """Multi-latent attention: what goes to MLATransformerConfig; heads have its sizes, not `kv_channels`."""
     whole_down_projections: bool = False
     """Every tensor-parallel rank holds all of them, as with Transformer Engine."""
+    transformer_engine: bool = False
+    """Its layers; only where it is installed."""
     blocks: str = ""
     """A heterogeneous model: what each layer is, in JSON."""
     pattern: str = ""
@@ -172,6 +177,12 @@ def build(spec: ModelSpec, optimizer: OptimizerSpec | None = None) -> Built:
 
 
 def _layer_spec(spec: ModelSpec, config: TransformerConfig) -> Any:
+    if spec.transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=spec.qk_layernorm,
+            multi_latent_attention=spec.mla is not None,
+            **({"mla_down_proj_fusion": True} if spec.mla and spec.mla.get("mla_down_proj_fusion") else {}),
+        )
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         qk_layernorm=spec.qk_layernorm,
@@ -227,7 +238,7 @@ def _gpt(spec: ModelSpec, config: TransformerConfig, vp_stage: int | None) -> nn
         model = GPTModel(transformer_layer_spec=layers, **settings)
     with torch.no_grad():
         for name, parameter, shard in _named_shards(model):
-            parameter.copy_(shard.local(_full_value(name, shard.full_shape(parameter.shape))))
+            parameter.copy_(shard.local(full_value(name, shard.full_shape(parameter.shape))))
     return model
 
 
@@ -278,7 +289,8 @@ def _named_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, _Shard]
         yield ".".join(parts), parameter, _Shard(dim, tp_rank, tp_size if sharded else 1)
 
 
-def _full_value(name: str, shape: tuple[int, ...]) -> Tensor:
+def full_value(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What a parameter of the whole model begins with."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if len(shape) == 1:  # norms begin at one, biases at zero; neither exactly, so that a mistake shows
         centre = 0.0 if name.endswith("bias") else 1.0
@@ -375,6 +387,7 @@ __all__ = [
     "ModelSpec",
     "OptimizerSpec",
     "build",
+    "full_value",
     "full_weights",
     "random_tokens",
     "train_step",
