@@ -156,20 +156,46 @@ def megatron_logits(
         unset_global_variables()
 
 
+def parse_args(flags: list[str]) -> Any:
+    """Parse as a program under the launcher does."""
+    from megatron.training import arguments, checkpointing
+
+    from megatron_longact.conversion.megatron_args import completing
+    from megatron_longact.megatron.cpu import missing_cpu_flags
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program", *flags, *missing_cpu_flags(flags)])
+        complete = completing(checkpointing.load_args_from_checkpoint)
+        patch.setattr(checkpointing, "load_args_from_checkpoint", complete)
+        return arguments.parse_and_validate_args()
+
+
+def remembered_tokenizers(*, calls: Sequence[Sequence[str]]) -> list[tuple[Any, ...] | str]:
+    """Of each call's flags with `--use-checkpoint-args`: type, model, and ids of "two"; or why it was refused."""
+    from megatron.training.global_vars import get_tokenizer, unset_global_variables
+
+    found: list[tuple[Any, ...] | str] = []
+    for flags in calls:
+        try:
+            with redirect_stdout(io.StringIO()):
+                args = parse_args(["--use-checkpoint-args", "--micro-batch-size", "1", *flags])
+                ids = get_tokenizer().tokenize("two") if args.tokenizer_type == "HuggingFaceTokenizer" else []
+            found.append((args.tokenizer_type, args.tokenizer_model, ids))
+        except ValueError as refusal:
+            found.append(str(refusal))
+        finally:
+            unset_global_variables()
+    return found
+
+
 def build_from_args(load: Path, flags: list[str], *, fused_norms: bool = False) -> Any:
     """Parse `--load --use-checkpoint-args` as a program does, and build one model chunk."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import argument_utils, arguments, checkpointing
+    from megatron.training import argument_utils
 
-    from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
-    from megatron_longact.megatron.cpu import missing_cpu_flags
+    from megatron_longact.conversion.megatron_args import with_rope_scaling_factor
 
-    argv = ["program", "--load", str(load), *_TRAINING.split(), *flags, *missing_cpu_flags(flags)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        complete = completing(checkpointing.load_args_from_checkpoint)
-        patch.setattr(checkpointing, "load_args_from_checkpoint", complete)
-        args = arguments.parse_and_validate_args()
+    args = parse_args(["--load", str(load), *_TRAINING.split(), *flags])
     config = with_rope_scaling_factor(argument_utils.gpt_config_from_args)(args)
     if fused_norms:
         config.transformer_layer_spec = fused_norm_spec

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from megatron_longact.conversion import plan, staging, to_hf, to_megatron
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import entries_of
+from megatron_longact.conversion.model_files import keep_model_files
 from megatron_longact.conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter, iteration_folder
 from megatron_longact.safetensors_files import read_header
 from tests.conversion import FAMILIES, config_of, make_hf
@@ -49,7 +51,7 @@ def assert_bitwise(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 
 def there_and_back(hf: Path, folder: Path, **kwargs: Any) -> Path:
     to_megatron.convert(hf, folder / "megatron")
-    to_hf.convert(folder / "megatron", folder / "megatron" / "hf", folder / "back", **kwargs)
+    to_hf.convert(folder / "megatron", None, folder / "back", **kwargs)
     return folder / "back"
 
 
@@ -599,6 +601,26 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
 
 
 # -- the way back ----------------------------------------------------------------------------------
+
+
+def test_a_run_takes_config_and_tokenizer_with_it(hf: Path, tmp_path: Path) -> None:
+    """From the checkpoint that it began with to its own, once, and on the way back they are taken from there."""
+    (hf / "tokenizer.json").write_text("{}")
+    start, run = tmp_path / "start", tmp_path / "run"
+    to_megatron.convert(hf, start)
+    shutil.copytree(start, run, ignore=shutil.ignore_patterns("hf"))
+    args = Namespace(load=str(run), pretrained_checkpoint=str(start / "release"), save=str(run))
+    keep_model_files(args)
+    shutil.rmtree(start)
+    keep_model_files(args)
+    to_hf.convert(run, None, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert sorted(path.name for path in run.iterdir()) == sorted(
+        ["hf", "latest_checkpointed_iteration.txt", "model_args.txt", "release"]
+    )
+    shutil.rmtree(run / "hf")
+    with pytest.raises(ValueError, match=f"{run} carries no config.json: give --hf-config"):
+        to_hf.convert(run, None, tmp_path / "more")
 
 
 def refused_back(load: Path, hf_config: Path, save: Path) -> str:

@@ -4,6 +4,7 @@ fp32, randomly initialised; 1e-4 of the largest logit is asked for, 1e-6 is what
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.megatron_args import model_args
 from tests import ranks
-from tests.conversion import FAMILIES, SMALL, config_of, hf_logits, make_hf, megatron_logits
+from tests.conversion import (
+    FAMILIES,
+    SMALL,
+    config_of,
+    hf_logits,
+    make_hf,
+    megatron_logits,
+    remembered_tokenizers,
+)
 from tests.ranks import Layout
+from tests.tokenizers import save_hugging_face_tokenizer
 
 pytestmark = pytest.mark.timeout(200)  # the first one starts the ranks
 
@@ -89,6 +99,37 @@ def test_rope_scaling_is_seen(tmp_path: Path, family: str, unscaled: str) -> Non
     make_hf(unscaled, tmp_path / "plain")
     scaled, plain = (hf_logits(tmp_path / name, TOKENS) for name in ("scaled", "plain"))
     assert (scaled - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_a_checkpoint_remembers_its_tokenizer_wherever_it_lies(tmp_path: Path) -> None:
+    hf, first, moved, bare = (tmp_path / name for name in ("hf", "first", "moved", "bare"))
+    make_hf("qwen3", hf)
+    to_megatron.convert(hf, bare)
+    save_hugging_face_tokenizer(hf)
+    to_megatron.convert(hf, first)
+    shutil.copytree(first, moved)
+    shutil.rmtree(first / "hf")
+    other = save_hugging_face_tokenizer(tmp_path / "other", eos="<|end|>")
+    load = ["--pretrained-checkpoint", str(moved), "--load"]
+    given = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    calls = [
+        [*load, str(tmp_path / "run")],  # a run that has not saved yet
+        [*load, str(moved)],
+        [*load, str(moved), "--tokenizer-model", str(other)],
+        [*load, str(moved), *given],
+        ["--load", str(first)],
+        ["--load", str(first), *given],
+        ["--load", str(bare)],
+        ["--load", str(bare), *given],
+    ]
+    got = ranks.run(remembered_tokenizers, world_size=1, layout=Layout(), calls=calls)[0]
+    kind, ids = "HuggingFaceTokenizer", got[0][2]
+    assert len(ids) > 1
+    assert got[:2] == [(kind, str(moved / "hf"), ids)] * 2
+    assert got[2][:2] == (kind, str(other))
+    assert got[3] == got[5] == got[7] == ("NullTokenizer", None, [])
+    assert got[4].startswith(f"the checkpoint {first} remembers the tokenizer {first / 'hf'}, which is not there: give")
+    assert got[6].startswith(f"the checkpoint {bare} remembers no tokenizer, as the folder")
 
 
 YARNS: list[dict[str, Any]] = [

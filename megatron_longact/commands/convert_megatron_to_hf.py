@@ -1,9 +1,10 @@
 """Megatron → Hugging Face: a torch_dist checkpoint becomes safetensors with index, config.json and tokenizer files.
 
-    longact convert to-hf --load IN --hf-config DIR --save OUT
+    longact convert to-hf --load IN --save OUT
 
-DIR is the folder that the model came from, or IN/hf, where the way to Megatron leaves its config.json and tokenizer.
-IN may be of any layout, and of a training run. Stopped half-way, the same command goes on where it was.
+IN may be of any layout, and of a training run; config.json and the tokenizer are those in IN/hf, where the way to
+Megatron and our launcher put them, or those of the folder that --hf-config names. Stopped half-way, the same command
+goes on where it was.
 """
 
 import argparse
@@ -16,7 +17,7 @@ def main(argv: list[str]) -> int:
     """Convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="a checkpoint folder as Megatron's --load takes it")
-    parser.add_argument("--hf-config", type=Path, required=True, help="folder with config.json and tokenizer files")
+    parser.add_argument("--hf-config", type=Path, help="folder with config.json and tokenizer files (default: IN/hf)")
     parser.add_argument("--save", type=Path, required=True, help="the Hugging Face folder; must not exist")
     parser.add_argument("--ckpt-step", type=int, help="another iteration than the latest")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file (default: 5)")

@@ -9,10 +9,12 @@ The same as `python -m megatron_longact.run [--cpu] [--verbose] -m megatron_long
 from itertools import takewhile
 
 from megatron_longact import run
+from megatron_longact.megatron.tool_command import keep_own_store
 
 
 def main(argv: list[str]) -> int:
     """Train; the exit status of the launcher."""
+    keep_own_store()
     return run.main(launched(argv))
 
 

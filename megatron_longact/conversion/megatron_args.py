@@ -4,10 +4,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from megatron_longact.conversion.hf_config import HFModel
 from megatron_longact.conversion.mapping import padded_vocab_size
+from megatron_longact.conversion.model_files import TOKENIZER_TYPE, check_tokenizer_is_known, settle_tokenizer
 
 _YARN = (
     "rotary_scaling_factor",
@@ -89,8 +91,11 @@ def model_args(model: HFModel) -> dict[str, Any]:
     return values
 
 
-def common_state(model: HFModel) -> dict[str, Any]:
-    """What a checkpoint holds beside its tensors; plain values, which Megatron loads without unpickling code."""
+def common_state(model: HFModel, *, tokenizer: Path | None) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors; plain values, which Megatron loads without unpickling code.
+
+    tokenizer: the folder of the checkpoint that is going to hold one.
+    """
     saved_by = {
         "hf_vocab_size": model.vocab_size,  # an argument of ours: embeddings without Megatron's padding
         "tensor_model_parallel_size": 1,
@@ -103,6 +108,9 @@ def common_state(model: HFModel) -> dict[str, Any]:
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }
+    if tokenizer is not None:
+        saved_by |= {"tokenizer_type": TOKENIZER_TYPE, "tokenizer_model": str(tokenizer)}
+        saved_by |= {"tokenizer_in_checkpoint": True}  # an argument of ours: the path is that of the checkpoint's own
     return {
         "args": Namespace(**model_args(model), **saved_by),
         "checkpoint_version": 3.0,
@@ -143,17 +151,22 @@ def completing(load_args_from_checkpoint: Callable[..., Any]) -> Callable[..., A
     """Megatron's `load_args_from_checkpoint`, which then also sets what it leaves out.
 
     For `--use-checkpoint-args`: without these a Qwen3 checkpoint would load into a model without q/k-layernorm, and
-    nobody would say so. Whatever the checkpoint says holds, as with the arguments that Megatron sets itself.
+    nobody would say so. Whatever the checkpoint says holds, as with the arguments that Megatron sets itself; but of two
+    tokenizers the one that is given.
     """
 
     @wraps(load_args_from_checkpoint)
-    def load(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-        result = load_args_from_checkpoint(args, *rest, **kwargs)
+    def load(args: Namespace, load_arg: str = "load", *rest: Any, **kwargs: Any) -> Any:
+        before = args.tokenizer_type, args.tokenizer_model
+        result = load_args_from_checkpoint(args, load_arg, *rest, **kwargs)
         if isinstance(result, tuple):
             for name in _NOT_TAKEN_BY_MEGATRON:
                 value = getattr(result[1], name, None)
                 if value is not None:
                     setattr(args, name, value)
+            settle_tokenizer(args, getattr(args, load_arg), result[1], before=before)
+        if load_arg == "load":  # the last one that is asked
+            check_tokenizer_is_known(args)
         return result
 
     return load

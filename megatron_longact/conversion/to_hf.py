@@ -13,6 +13,7 @@ from megatron_longact.conversion.fused import hf_parts
 from megatron_longact.conversion.hf_config import HFModel, read_hf_config
 from megatron_longact.conversion.hf_folder import INDEX, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of
+from megatron_longact.conversion.model_files import model_files_of
 from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import TorchDistReader, iteration_folder
 from megatron_longact.safetensors_files import SafetensorsWriter
@@ -94,7 +95,7 @@ def _places(entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def convert(
     load: Path,
-    hf_config: Path,
+    hf_config: Path | None,
     save: Path,
     *,
     ckpt_step: int | None = None,
@@ -102,10 +103,14 @@ def convert(
 ) -> str:
     """Convert the Megatron checkpoint in `load` into the Hugging Face folder `save`; what was done, in a line.
 
-    hf_config: a folder with config.json, and what else belongs to the model: tokenizer, generation settings.
-    Raises `ValueError` with one line, before anything is written where the input is at fault.
+    hf_config: a folder with config.json, and what else belongs to the model: tokenizer, generation settings; None: the
+    one that the checkpoint carries. Raises `ValueError` with one line, before anything is written where the input is at
+    fault.
     """
     folder = iteration_folder(load, ckpt_step)
+    hf_config = hf_config or model_files_of(load)
+    if hf_config is None:
+        raise ValueError(f"{load} carries no config.json: give --hf-config and the folder that the model came from")
     conversion = Conversion.check(folder, hf_config)
     files = [hf_config / "config.json", *sorted(file for file in folder.iterdir() if file.is_file())]
     config_text = (hf_config / "config.json").read_text()

@@ -1,5 +1,6 @@
 """Hugging Face → Megatron: a folder of safetensors becomes a torch_dist checkpoint, one tensor at a time."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +17,12 @@ from megatron_longact.conversion.hf_config import HFModel, read_hf_config
 from megatron_longact.conversion.hf_folder import HFFolder, copy_companions
 from megatron_longact.conversion.mapping import Entry, entries_of, padded_vocab_size
 from megatron_longact.conversion.megatron_args import common_state, flags_not_taken, model_flags
+from megatron_longact.conversion.model_files import HF_FILES, has_tokenizer
 from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import COMMON, TRACKER, Chunk, TorchDistWriter
 
 ITERATION = "release"
 """Megatron's name for a checkpoint that no training made: it has no optimizer and starts at iteration 0."""
-HF_FILES = "hf"
-"""Folder of the checkpoint with config.json and the tokenizer, for the way back."""
 _WITH_EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -92,7 +92,8 @@ def convert(hf_dir: Path, save: Path) -> str:
         staged(save, source=["to megatron", *map(identity, files)], sizes=conversion.sizes) as staging,
         Throughput("to Megatron", conversion.nbytes) as progress,
     ):
-        _write(conversion, staging, progress)
+        own = Path(os.path.abspath(save), HF_FILES) if has_tokenizer(hf_dir) else None
+        _write(conversion, staging, progress, common=common_state(conversion.model, tokenizer=own))
         (staging.path / HF_FILES).mkdir(exist_ok=True)
         copy_companions(hf_dir, staging.path / HF_FILES)
         (staging.path / "model_args.txt").write_text("\n".join(model_flags(conversion.model)) + "\n")
@@ -115,7 +116,7 @@ def convert(hf_dir: Path, save: Path) -> str:
     return "\n".join(lines)
 
 
-def _write(conversion: Conversion, staging: Staging, progress: Throughput) -> None:
+def _write(conversion: Conversion, staging: Staging, progress: Throughput, *, common: dict[str, Any]) -> None:
     path = staging.path / ITERATION
     path.mkdir(exist_ok=True)
     writer = TorchDistWriter(path)
@@ -129,7 +130,7 @@ def _write(conversion: Conversion, staging: Staging, progress: Throughput) -> No
             writer.take(record)
             progress.skip(sum(entry.numel * conversion.dtypes[entry.key].itemsize for entry in entries))
             continue
-        objects = {COMMON: common_state(conversion.model)} if number == 0 else _extra_states(conversion.model, unit)
+        objects = {COMMON: common} if number == 0 else _extra_states(conversion.model, unit)
         staging.note(name, writer.write_file(name, _chunks(conversion, entries, progress), objects=objects))
     writer.finish()
 

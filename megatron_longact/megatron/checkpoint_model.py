@@ -31,8 +31,6 @@ def parse_args(add_args: Callable[[ArgumentParser], ArgumentParser] | None = Non
     check_converted(early.parse_known_args()[0])
     given = {argument.split("=", 1)[0] for argument in sys.argv}
     sys.argv += [flag for flag in _FLAGS if flag.split("=", 1)[0] not in given]
-    if given & {"--tokenizer-type", "--tokenizer-model"}:
-        sys.argv.append("--no-use-tokenizer-model-from-checkpoint-args")
     original = checkpointing.load_args_from_checkpoint
     checkpointing.load_args_from_checkpoint = completing(original)
     try:

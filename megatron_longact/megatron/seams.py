@@ -3,12 +3,13 @@
 | seam of megatron.training | what LongAct does there |
 |---|---|
 | `arguments.parse_args` | knows the `--longact-*` flags, and refuses at once what does not work |
-| `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` also sets q/k-layernorm and its like |
+| `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` also sets q/k-layernorm and so on; tokenizer |
 | `argument_utils.gpt_config_from_args` | `--rope-scaling-factor` reaches the model |
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
 | the same, with `--perform-rl-step` | names the tokens that count: all but padding |
 | `training.get_optimizer_param_scheduler` | lets the scheduler's state carry LongAct's |
 | `training.load_checkpoint` | derives weights in FP8 from the masters once more when weights alone are loaded again |
+| `training.save_checkpoint` | copies config.json and tokenizer of a converted model along |
 | `training.train_step` | counts what one line says at the end: `run_summary` |
 | `training.finalize_model_grads` | LongAct's, which Megatron before 0.19 would put its own in the place of |
 | `training.training_log` | writes LongAct's scalars to TensorBoard, and those of the GPUs |
@@ -31,6 +32,7 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, get_
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.config import LongActConfig
 from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
+from megatron_longact.conversion.model_files import keep_model_files
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron import telemetry
 from megatron_longact.megatron.checkpointing import carry_state, check_converted, check_load, resume_note
@@ -64,6 +66,7 @@ def attached() -> Iterator[None]:
         seams.enter_context(_replaced(training, "get_megatron_optimizer", _attaching, instances, seams))
         seams.enter_context(_replaced(training, "get_optimizer_param_scheduler", _carrying))
         seams.enter_context(_replaced(training, "load_checkpoint", _reloading, instances))
+        seams.enter_context(_replaced(training, "save_checkpoint", _keeping_model_files))
         seams.enter_context(_replaced(training, "training_log", _logging, instances))
         yield
 
@@ -208,6 +211,16 @@ def _reloading(original: Callable[..., Any], instances: list[LongAct]) -> Callab
         return loaded
 
     return load_checkpoint
+
+
+def _keeping_model_files(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        saved = original(*args, **kwargs)
+        keep_model_files(get_args())
+        return saved
+
+    return save_checkpoint
 
 
 def _logging(original: Callable[..., Any], instances: list[LongAct]) -> Callable[..., Any]:

@@ -81,8 +81,7 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
 
     from megatron_longact.megatron import apex
 
-    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
-        _keep_own_store()
+    keep_own_store()
     gpu = not cpu and torch.cuda.device_count() > 0
     remark = apex.settle(gpu=gpu)
     if remark and os.environ.get("RANK", "0") == "0":
@@ -95,8 +94,10 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
     return flags + cpu_mode.missing_cpu_flags(flags)
 
 
-def _keep_own_store() -> None:
-    """Keep a store until the process ends, as torchrun does: on a port that the system picks when it is bound."""
+def keep_own_store() -> None:
+    """Without torchrun keep a store until the process ends, as it does: on a port that the system picks."""
+    if "MASTER_ADDR" in os.environ:
+        return
     import torch.distributed as dist
 
     _STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True))  # type: ignore[attr-defined]

@@ -9,8 +9,15 @@ from megatron_longact.rl.objectives.policy_losses import POLICY_LOSSES
 
 CLIP = ("--grpo-clamp-eps-lower", "--grpo-clamp-eps-upper")
 SAVE_INTERVAL = "--save-interval"
-DEFAULTS = {CLIP[0]: 0.2, CLIP[1]: 0.28, "--grpo-group-size": 8, "--grpo-iterations": 1, SAVE_INTERVAL: 100}
-"""Of Megatron's flags, in place of its own: 0.01, 0.01, 2, 2 and none, which with `--save` is an assertion."""
+DEFAULTS = {
+    CLIP[0]: 0.2,
+    CLIP[1]: 0.28,
+    "--grpo-group-size": 8,
+    "--grpo-iterations": 1,
+    "--micro-batch-size": 1,
+    SAVE_INTERVAL: 100,
+}
+"""Of Megatron's flags, in place of its own: 0.01, 0.01, 2, 2, and twice none, which ends in an assertion."""
 
 NEEDLE_RESPONSE, LONGEST_DEFAULT_RESPONSE = 16, 1024
 
