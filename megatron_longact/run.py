@@ -22,7 +22,6 @@ and an error file for torchrun, which then ends the other ranks.
 
 import faulthandler
 import os
-import re
 import runpy
 import sys
 import time
@@ -33,10 +32,10 @@ from types import TracebackType
 
 from megatron_longact.megatron import apex, quiet
 from megatron_longact.megatron.tool_command import is_refusal
+from megatron_longact.versions import OLDEST_OF_LAUNCHER, package_info, version_in
 
 USAGE = "usage: python -m megatron_longact.run [--cpu] [--verbose] {SCRIPT | -m MODULE} ARGS..."
 _END_WITHIN_S = 30
-_OLDEST_MEGATRON = (0, 17)
 _FRAMES_OF_LAUNCHER = (__file__, "<frozen runpy>", runpy.__file__)
 
 
@@ -117,14 +116,9 @@ def _check_readable(script: str) -> None:
 
 def _check_megatron() -> None:
     """Refuse a Megatron that is too old, where an import would find it: beside the script, or installed."""
-    found = (Path(folder, "megatron", "core", "package_info.py") for folder in sys.path)
-    info = next(filter(Path.is_file, found), None)
-    if info is not None:
-        numbers = re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info.read_text(), re.MULTILINE)
-        if tuple(map(int, numbers)) < _OLDEST_MEGATRON:
-            version = ".".join(numbers)
-            oldest = ".".join(map(str, _OLDEST_MEGATRON))
-            raise _UsageError(f"{info.parent} is Megatron {version}; LongAct's launcher needs {oldest} or newer")
+    info = package_info()
+    if info is not None and (found := version_in(info)) < OLDEST_OF_LAUNCHER:
+        raise _UsageError(f"{info.parent} is Megatron {found}; LongAct's launcher needs {OLDEST_OF_LAUNCHER} or newer")
 
 
 def _keep_package_importable() -> None:

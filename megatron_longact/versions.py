@@ -18,7 +18,9 @@
 
 import logging
 import re
+import sys
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -37,6 +39,9 @@ class Version(NamedTuple):
 
 OLDEST = Version(0, 16)
 NEWEST_TESTED = Version(0, 19)
+OLDEST_OF_LAUNCHER = Version(0, 17)
+OLDEST_OF_PROGRAMS = Version(0, 19)
+"""RL program, evaluation, analysis, conversion."""
 
 
 def version_of(text: str) -> Version:
@@ -50,6 +55,28 @@ def installed() -> Version:
     import megatron.core  # not above: `longact compat` has to say it where there is none
 
     return version_of(megatron.core.__version__)
+
+
+def package_info() -> Path | None:
+    """The file that says its version where an import would find Megatron, which may lie beside a program."""
+    found = (Path(folder, "megatron", "core", "package_info.py") for folder in sys.path)
+    return next(filter(Path.is_file, found), None)
+
+
+def check_programs(what: str) -> None:
+    """Raise ValueError for a Megatron that `what` does not work with; imports nothing."""
+    info = package_info()
+    if info is not None and (found := version_in(info)) < OLDEST_OF_PROGRAMS:
+        raise ValueError(
+            f"this is megatron-core {found}; {what} needs {OLDEST_OF_PROGRAMS} or newer: LongAct itself, attached to a "
+            f"program, works from {OLDEST} on (docs/support.md)"
+        )
+
+
+def version_in(info: Path) -> Version:
+    """What a package_info.py says."""
+    numbers = re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info.read_text(), re.MULTILINE)
+    return version_of(".".join(numbers))
 
 
 def check_version(found: Version) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longact.versions import NEWEST_TESTED, OLDEST, check_version, installed, version_of
+from megatron_longact.__main__ import main
+from megatron_longact.versions import NEWEST_TESTED, OLDEST, check_programs, check_version, installed, version_of
 from tests.launch import run as run_command
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,33 @@ def test_old_ones_are_refused_and_new_ones_warned_of() -> None:
         check_version(version_of("0.15.3"))
     assert check_version(OLDEST) is check_version(NEWEST_TESTED) is None
     assert check_version(version_of("0.21.0")) == "LongAct is tested with megatron-core 0.16 to 0.19, and this is 0.21"
+
+
+def test_programs_refuse_an_old_one_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    core = tmp_path / "megatron/core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 2\nPRE_RELEASE = ''\n")
+    check_programs("anything")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    calls = {
+        "the RL program": ["train", "--longact"],
+        "conversion to Megatron": [
+            "convert",
+            "to-megatron",
+            "--hf-dir",
+            str(tmp_path),
+            "--save",
+            str(tmp_path / "new"),
+        ],
+        "this command": ["evaluate", "--benchmark", "needle", "--load", str(tmp_path)],
+    }
+    monkeypatch.setattr(sys, "argv", ["longact"])
+    for what, command in calls.items():
+        assert main(command) == 1
+        told = capsys.readouterr().err.strip()
+        assert f"this is megatron-core 0.18; {what} needs 0.19 or newer: LongAct itself" in told.splitlines()[-1]
 
 
 def set_up(version: str) -> Path:

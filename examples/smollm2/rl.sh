@@ -100,8 +100,7 @@ one() {                                    # arm, seed, flags
     echo "$dir"
     CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
         torchrun --standalone "${launch[@]}" examples/train_grpo.py \
-        --use-checkpoint-args --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF_DIR" \
-        --pretrained-checkpoint "$START" --load "$dir/checkpoints" --save "$dir/checkpoints" \
+        --use-checkpoint-args --pretrained-checkpoint "$START" --load "$dir/checkpoints" --save "$dir/checkpoints" \
         --run-dir "$dir" --tensorboard-dir "$dir/tensorboard" "${@:3}" "${own[@]}" >>"$dir/output.log" 2>&1 </dev/null ||
         echo "$dir did not come to its end: see $dir/output.log"
 }

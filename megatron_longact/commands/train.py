@@ -9,11 +9,16 @@ The same as `python -m megatron_longact.run [--cpu] [--verbose] -m megatron_long
 from itertools import takewhile
 
 from megatron_longact import run
-from megatron_longact.megatron.tool_command import keep_own_store
+from megatron_longact.megatron.tool_command import end_in_one_line, keep_own_store
+from megatron_longact.versions import check_programs
 
 
 def main(argv: list[str]) -> int:
     """Train; the exit status of the launcher."""
+    return end_in_one_line("train", lambda: check_programs("the RL program")) or _launch(argv)
+
+
+def _launch(argv: list[str]) -> int:
     keep_own_store()
     return run.main(launched(argv))
 

@@ -20,6 +20,7 @@ from megatron_longact.conversion.megatron_args import common_state, flags_not_ta
 from megatron_longact.conversion.model_files import HF_FILES, has_tokenizer
 from megatron_longact.conversion.staging import Staging, identity, staged
 from megatron_longact.conversion.torch_dist import COMMON, TRACKER, Chunk, TorchDistWriter
+from megatron_longact.versions import check_programs
 
 ITERATION = "release"
 """Megatron's name for a checkpoint that no training made: it has no optimizer and starts at iteration 0."""
@@ -86,6 +87,7 @@ def convert(hf_dir: Path, save: Path) -> str:
 
     Raises `ValueError` with one line, before anything is written where the input is at fault.
     """
+    check_programs("conversion to Megatron")
     conversion = Conversion.check(hf_dir)
     files = [hf_dir / "config.json", *sorted({stored.path for stored in conversion.folder.tensors.values()})]
     with (

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_longact.versions import check_programs
+
 _STORES: list[Any] = []
 
 
@@ -77,6 +79,7 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
 
     cpu: run on the CPU, which without a GPU happens by itself. Call it before Megatron is imported.
     """
+    check_programs("this command")
     import torch
 
     from megatron_longact.megatron import apex

@@ -2,9 +2,12 @@
 
 import sys
 
+from megatron_longact.versions import check_programs
+
 
 def main() -> None:
     """Run until `--train-iters`; a mistake in the flags ends it before anything is trained."""
+    check_programs("the RL program")
     # Imported here: a checkpoint writer spawns a process that imports this file, and needs no Megatron.
     from megatron.training.arguments import parse_and_validate_args
 
