@@ -81,6 +81,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "truncate": False,
         },
     },
+    "glm4-moe": {
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "rms_norm_eps": 1e-5,
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None, "rms_norm_eps": 1e-5},
 }
 
@@ -105,6 +117,9 @@ def make_hf(
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # a part of the model, which no gradient changes
+                buffer.normal_()
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
 
 

@@ -103,6 +103,7 @@ MEGATRONS_OWN = [
     ("--grpo-clamp-eps-upper", float, 0.01),
     ("--grpo-group-size", int, 2),
     ("--grpo-iterations", int, 2),
+    ("--micro-batch-size", int, None),
 ]
 
 
@@ -112,7 +113,7 @@ def test_what_is_not_given_is_as_the_documents_say() -> None:
     assert (args.grpo_group_size, args.grpo_iterations) == (8, 1)
     assert args.max_response_length == 16  # of needle tasks, whose answers are numbers
     said = " ".join(args.rl_defaults)
-    assert "--grpo-clamp-eps-upper 0.28 --grpo-group-size 8 --grpo-iterations 1 --max-response-length 16" in said
+    assert "--grpo-clamp-eps-upper 0.28 --grpo-group-size 8 --grpo-iterations 1 --micro-batch-size 1 --max-" in said
     assert given("--train-data", "x.jsonl").max_response_length == 1024
     assert given("--train-data", "x.jsonl", "--max-response-length", "16").max_response_length == 16
 
@@ -120,7 +121,7 @@ def test_what_is_not_given_is_as_the_documents_say() -> None:
 def test_what_is_given_stays_also_where_it_is_a_default() -> None:
     own = given("--grpo-clamp-eps-lower", "0.01", "--grpo-clamp-eps-upper=0.01", "--grpo-group-size", "2")
     assert (own.grpo_clamp_eps_lower, own.grpo_clamp_eps_upper, own.grpo_group_size) == (0.01, 0.01, 2)
-    assert own.rl_defaults == ["--grpo-iterations 1", "--max-response-length 16"]
+    assert own.rl_defaults == ["--grpo-iterations 1", "--micro-batch-size 1", "--max-response-length 16"]
     gspo = given("--policy-loss", "gspo")
     assert (gspo.grpo_clamp_eps_lower, gspo.grpo_clamp_eps_upper) == (3e-4, 4e-4)
     wide = given("--policy-loss", "gspo", "--grpo-clamp-eps-lower", "0.2")

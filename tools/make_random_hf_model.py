@@ -1,6 +1,7 @@
 """A Hugging Face folder with random weights, of any size, to try the conversion tools on.
 
 python tools/make_random_hf_model.py --save OUT                           # a Qwen3 of 3 MB
+python tools/make_random_hf_model.py --save OUT --tokenizer --vocab-size 257     # to train it, too
 python tools/make_random_hf_model.py --save OUT --num-layers 24 --hidden-size 2048 --vocab-size 151936   # 3.4 GB
 """
 
@@ -40,6 +41,10 @@ def config_of(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
+def _write(args: argparse.Namespace) -> str:
+    return synthetic.write(config_of(args), args.save, seed=args.seed, tokenizer=args.tokenizer)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, required=True, help="the folder; must not exist")
@@ -50,6 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("--vocab-size", type=int, default=1000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--tied", action="store_true", help="one matrix for embedding and output layer")
+    parser.add_argument("--tokenizer", action="store_true", help="with one whose tokens are bytes: 257 of them")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    sys.exit(command.run(lambda: synthetic.write(config_of(arguments), arguments.save, seed=arguments.seed)))
+    sys.exit(command.run(lambda: _write(arguments)))

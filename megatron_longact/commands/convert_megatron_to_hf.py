@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from megatron_longact.conversion import command, to_hf
+from megatron_longact.conversion.hf_config import DTYPES
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--save", type=Path, required=True, help="the Hugging Face folder; must not exist")
     parser.add_argument("--ckpt-step", type=int, help="another iteration than the latest")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file (default: 5)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: that of the checkpoint)")
     args = parser.parse_args(argv)
     return command.run(
         lambda: to_hf.convert(
@@ -29,5 +31,6 @@ def main(argv: list[str]) -> int:
             args.save,
             ckpt_step=args.ckpt_step,
             max_shard_bytes=int(args.max_shard_gb * 1e9),
+            dtype=DTYPES[args.dtype] if args.dtype else None,
         )
     )

@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load", type=Path, required=True, help="a checkpoint folder as Megatron's --load takes it")
     parser.add_argument("--save", type=Path, required=True, help="the mask file")
     parser.add_argument("--ckpt-step", type=int, help="another iteration than the latest")
+    parser.add_argument("--union", action="store_true", help="rows that any step of the RL program's run updated")
     add_overwrite_arg(parser)
     args = parser.parse_args(argv)
     quiet_libraries()
@@ -27,6 +28,6 @@ def main(argv: list[str]) -> int:
 
     def export() -> str:
         check_new(args.save, overwrite=args.overwrite, flag="--save")
-        return masks.export(args.load, args.save, ckpt_step=args.ckpt_step)
+        return masks.export(args.load, args.save, ckpt_step=args.ckpt_step, union=args.union)
 
     return command.run(export)

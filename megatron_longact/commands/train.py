@@ -3,7 +3,10 @@
     longact train --cpu --longact ...
     torchrun --standalone --nproc-per-node 8 -m megatron_longact train --longact ...
 
-The same as `python -m megatron_longact.run [--cpu] [--verbose] -m megatron_longact.rl.train ...`.
+The same as `python -m megatron_longact.run [--cpu] [--verbose] -m megatron_longact.rl.train ...`. From a Hugging Face
+folder to a trained one, in one go, which is called again to go on (docs/quickstart.md):
+
+    longact train --hf-dir IN --data FILE_OR_SPEC --save OUT ...
 """
 
 from itertools import takewhile
@@ -15,10 +18,18 @@ from megatron_longact.versions import check_programs
 
 def main(argv: list[str]) -> int:
     """Train; the exit status of the launcher."""
-    return end_in_one_line("train", lambda: check_programs("the RL program")) or _launch(argv)
+    ended: list[int] = []
 
+    def before_a_launch() -> None:
+        check_programs("the RL program")
+        if "--hf-dir" in {word.partition("=")[0] for word in argv}:
+            from megatron_longact.commands import from_hf
 
-def _launch(argv: list[str]) -> int:
+            ended.append(from_hf.main(argv))
+
+    status = end_in_one_line("train", before_a_launch)
+    if status or ended:
+        return status or ended[0]
     keep_own_store()
     return run.main(launched(argv))
 

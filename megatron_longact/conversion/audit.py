@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_longact.conversion.hf_config import read_hf_config
 from megatron_longact.conversion.hf_folder import HFFolder
 from megatron_longact.conversion.plan import table
 from megatron_longact.safetensors_files import StoredTensor, read_header
@@ -127,6 +128,9 @@ def audit(before: Path, after: Path, *, mask: Path | None = None) -> Audit:
     has it, if shape or dtype differ, or if the mask does not fit it.
     """
     old, new = HFFolder.open(before), HFFolder.open(after)
+    aside = read_hf_config(before).aside if (before / "config.json").is_file() else ()
+    for name in [name for name in old.tensors.keys() - new.tensors.keys() if name.startswith(aside)]:
+        del old.tensors[name]  # a conversion leaves it aside
     for name in sorted(old.tensors.keys() ^ new.tensors.keys()):
         there, lacks = (before, after) if name in old.tensors else (after, before)
         raise ValueError(f"{name} is in {there}, but not in {lacks}")

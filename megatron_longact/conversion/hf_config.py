@@ -6,7 +6,7 @@ module does not know is never passed over in silence.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,13 @@ class Family:
     """Whether the window is in use only with `use_sliding_window`."""
     window_by_layer: bool = False
     """Whether only some layers have it: those that `layer_types` names, or from `max_window_layers` on."""
+    by_config: Mapping[str, str] = field(default_factory=dict)
+    """Features that config.json decides on, above and here, by the key that does."""
+    rotary_share: float = 1.0
+    """Share of a head's channels that are rotated, where config.json does not say."""
+    sigmoid_router: bool = False
+    """Experts as GLM-4.5 and DeepSeek-V3 have them: scores are sigmoids, a bias takes part in the choice, some layers
+    have none, and all tokens pass through shared ones."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -45,8 +52,25 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, window_by_layer=True),
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM", sliding_window=4096, window_is_optional=False),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        experts=True,
+        sigmoid_router=True,
+        rotary_share=0.5,
+        by_config={"attention_bias": "qkv_bias", "use_qk_norm": "qk_layernorm"},
+    ),
 }
 """By `model_type`."""
+
+_NOT_CONVERTED = {
+    "gpt_oss": "its experts (interleaved gate and up, clamped, with biases, in MXFP4)",
+    "qwen3_next": "its linear attention layers and its gated attention",
+    "qwen3_5": "its linear attention layers and its gated attention",
+    "qwen3_5_moe": "its linear attention layers and its gated attention",
+    "glm4": "its norms behind attention and MLP",
+    "deepseek_v3": "its multi-head latent attention",
+}
+"""Families that people ask for, and what of them has no place in the mapping."""
 
 _DESCRIPTIVE = """
     architectures auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id dtype eos_token_id
@@ -62,6 +86,8 @@ _MAPPED = """
     num_key_value_heads num_local_experts rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
     tie_word_embeddings use_sliding_window vocab_size decoder_sparse_step
     mlp_only_layers partial_rotary_factor
+    n_routed_experts n_shared_experts routed_scaling_factor n_group topk_group first_k_dense_replace
+    num_nextn_predict_layers num_mtp_layers
 """
 _KNOWN = frozenset((_DESCRIPTIVE + _MAPPED).split())
 _YARN = """
@@ -99,12 +125,19 @@ class Rope:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in every layer."""
+    """A mixture of experts, in every layer but the first ones."""
 
     count: int
     per_token: int
     intermediate_size: int
     norm_topk_prob: bool
+    dense_layers: int = 0
+    """Layers at the beginning that have none."""
+    shared_size: int = 0
+    """Intermediate size of the shared ones together."""
+    sigmoid: bool = False
+    scaling: float = 1.0
+    """What the weights of the chosen ones are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +145,8 @@ class HFModel:
     """A decoder-only model as config.json describes it."""
 
     model_type: str
+    family: Family
+    """Its entry, with what config.json decides."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -125,14 +160,26 @@ class HFModel:
     tied: bool
     attention_dropout: float = 0.0
     rope: Rope = field(default_factory=Rope)
+    rotary_share: float = 1.0
     experts: Experts | None = None
+    mtp_layers: int = 0
+    """Layers behind the others that predict further tokens; they are left aside."""
     dtype: torch.dtype | None = None
     """What config.json says; the files have the last word."""
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, from 0, has experts."""
+        return self.experts is not None and layer >= self.experts.dense_layers
+
     @property
-    def family(self) -> Family:
-        """The family's entry."""
-        return FAMILIES[self.model_type]
+    def aside(self) -> tuple[str, ...]:
+        """How the names of tensors begin that are not converted: of the layers that predict further tokens."""
+        return tuple(f"model.layers.{self.num_layers + further}." for further in range(self.mtp_layers))
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether some layers have experts and others none: Megatron then writes each layer's tensors by themselves."""
+        return self.experts is not None and self.experts.dense_layers > 0
 
 
 def read_hf_config(folder: Path) -> HFModel:
@@ -163,6 +210,7 @@ def model_from_config(config: Mapping[str, Any], *, where: str = "config.json") 
         raise ValueError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
     return HFModel(
         model_type=config["model_type"],
+        family=replace(family, **{name: bool(config.get(key)) for key, name in family.by_config.items()}),
         num_layers=reader.size("num_hidden_layers"),
         hidden_size=hidden,
         intermediate_size=reader.size("intermediate_size"),
@@ -175,7 +223,9 @@ def model_from_config(config: Mapping[str, Any], *, where: str = "config.json") 
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_dropout=reader.number("attention_dropout", 0.0),
         rope=reader.rope(),
-        experts=reader.experts() if family.experts else None,
+        rotary_share=reader.rotary_share(family),
+        experts=reader.experts(family) if family.experts else None,
+        mtp_layers=int(config.get("num_nextn_predict_layers") or config.get("num_mtp_layers") or 0),
         dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")),
     )
 
@@ -187,7 +237,9 @@ class _Reader:
     def family(self) -> Family:
         model_type = self.config.get("model_type")
         if model_type not in FAMILIES:
-            raise ValueError(f"{self.where}: model_type is {model_type!r}; converted are {', '.join(FAMILIES)}")
+            missing = _NOT_CONVERTED.get(str(model_type))
+            why = f", of which {missing} is not mapped: docs/checkpoints.md names others' tools" if missing else ""
+            raise ValueError(f"{self.where}: model_type is {model_type!r}{why}; converted are {', '.join(FAMILIES)}")
         family = FAMILIES[str(model_type)]
         architectures = self.config.get("architectures") or [family.architecture]
         if architectures != [family.architecture]:
@@ -201,7 +253,11 @@ class _Reader:
         """Everything that would make another model than the one Megatron builds."""
         config = self.config
         for name, value in config.items():
-            if name not in _KNOWN and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
+            if (
+                name not in _KNOWN | family.by_config.keys()
+                and not name.startswith("_")
+                and value not in (None, False, 0, "", [], {})
+            ):
                 self.refuse(name, value, "take it out if it does not change the model")
         if config.get("hidden_act", "silu") != "silu":
             self.refuse("hidden_act", config["hidden_act"], "silu would work")
@@ -210,8 +266,12 @@ class _Reader:
                 self.refuse(name, config[name], f"{family.architecture} is converted without experts")
         if config.get("decoder_sparse_step", 1) != 1:
             self.refuse("decoder_sparse_step", config["decoder_sparse_step"], "1, experts in every layer, would work")
-        if config.get("partial_rotary_factor") not in (None, 1):
+        if family.rotary_share == 1 and config.get("partial_rotary_factor") not in (None, 1):
             self.refuse("partial_rotary_factor", config["partial_rotary_factor"], "1 would work")
+        if family.sigmoid_router:
+            for name, wanted in (("norm_topk_prob", True), ("n_group", 1), ("topk_group", 1)):
+                if config.get(name, wanted) != wanted:
+                    self.refuse(name, config[name], f"{json.dumps(wanted)} would work")
         if any(layer in range(self.size("num_hidden_layers")) for layer in config.get("mlp_only_layers") or []):
             self.refuse("mlp_only_layers", config["mlp_only_layers"], "[], experts in every layer, would work")
         if any(kind != "full_attention" for kind in config.get("layer_types") or []):
@@ -246,11 +306,26 @@ class _Reader:
             raise ValueError(f"{self.where}: {name} is {json.dumps(value)}; it must be a number, 0 or more")
         return float(value)
 
-    def experts(self) -> Experts:
-        count = self.size("num_experts" if "num_experts" in self.config else "num_local_experts")
-        per_token = self.size("num_experts_per_tok")
+    def rotary_share(self, family: Family) -> float:
+        parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        share = parameters.get("partial_rotary_factor") or self.config.get("partial_rotary_factor")
+        return float(share or family.rotary_share)
+
+    def experts(self, family: Family) -> Experts:
+        known = ("num_experts", "num_local_experts", "n_routed_experts")
+        count = self.size(next((name for name in known if name in self.config), known[0]))
+        per_token, size = self.size("num_experts_per_tok"), self.size("moe_intermediate_size")
+        if not family.sigmoid_router:
+            return Experts(count, per_token, size, bool(self.config.get("norm_topk_prob", False)))
         return Experts(
-            count, per_token, self.size("moe_intermediate_size"), bool(self.config.get("norm_topk_prob", False))
+            count,
+            per_token,
+            size,
+            norm_topk_prob=True,
+            dense_layers=int(self.number("first_k_dense_replace", 0)),
+            shared_size=int(self.number("n_shared_experts", 0)) * size,
+            sigmoid=True,
+            scaling=self.number("routed_scaling_factor", 1.0),
         )
 
     def positions(self) -> int:
@@ -266,8 +341,8 @@ class _Reader:
         theta = scaling.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
         kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
         scaling.pop("type", None)
-        if scaling.get("partial_rotary_factor") == 1:
-            scaling.pop("partial_rotary_factor")
+        if FAMILIES[self.config["model_type"]].rotary_share != 1 or scaling.get("partial_rotary_factor") == 1:
+            scaling.pop("partial_rotary_factor", None)
         if not isinstance(theta, int | float):
             raise ValueError(f"{self.where}: rope_theta is {json.dumps(theta)}; it must be a number")
         if kind == "default" and not any(scaling.values()):

@@ -56,9 +56,11 @@ class HFFolder:
             raise ValueError(f"{path} is no folder")
         raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}{_hint(path)}")
 
-    def left_aside(self) -> list[str]:
+    def left_aside(self, aside: tuple[str, ...] = ()) -> list[str]:
         """What a conversion makes no use of, in lines to show: weights beside those that were read, other files."""
         lines = []
+        if count := sum(name.startswith(aside) for name in self.tensors):
+            lines.append(f"left aside: the {count} tensors of {' '.join(aside)}, which predict further tokens")
         if (self.path / SINGLE).is_file() and (self.path / INDEX).is_file():
             lines.append(f"{self.path} has {SINGLE} and {INDEX}: {SINGLE} was taken, as transformers does")
         used = {stored.path.relative_to(self.path).parts[0] for stored in self.tensors.values()}
@@ -69,13 +71,21 @@ class HFFolder:
             lines.append(f"left aside in {self.path}: {shown}")
         return lines
 
-    def check(self, entries: Iterable[Entry], *, tied: bool) -> None:
-        """Raise `ValueError` with the name of a tensor that is missing, too many, or of another shape or dtype."""
+    def check(self, entries: Iterable[Entry], *, tied: bool, aside: tuple[str, ...] = ()) -> None:
+        """Raise `ValueError` with the name of a tensor that is missing, too many, or of another shape or dtype.
+
+        aside: how the names of tensors begin that may be there and are not looked at.
+        """
         wanted = {tensor.name: tensor for entry in entries for tensor in entry.hf}
         for tensor in wanted.values():
             self._check_tensor(tensor)
         for name, stored in self.tensors.items():
-            if name in wanted or name.endswith(_NOT_WEIGHTS) or (tied and self._is_tied_copy(name)):
+            if (
+                name in wanted
+                or name.endswith(_NOT_WEIGHTS)
+                or name.startswith(aside)
+                or (tied and self._is_tied_copy(name))
+            ):
                 continue
             raise ValueError(f"{stored.path}: {name} is one tensor too many: config.json asks for no such tensor")
 

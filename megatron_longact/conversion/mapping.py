@@ -2,17 +2,19 @@
 
 A table's line names one Megatron tensor and the Hugging Face tensors that make it up, with their shapes in letters:
 
-    h hidden size   f, m intermediate size of an MLP, of an expert   q, k channels of all query heads, of all groups
+    h hidden size   f, m, s intermediate size of an MLP, of an expert, of the shared experts
+    q, k channels of all query heads, of all groups
     d channels of one head   e number of experts   v vocabulary
 
-`decoder.layers.*` tensors have all layers in one, along a first axis, and experts along a second one; Megatron makes
-that layout from its `sharded_state_dict` (megatron/core/transformer/transformer_block.py). Layer norms are under the
+`decoder.layers.*` tensors have all layers in one, along a first axis, and experts along a second one, where all layers
+are alike; else `decoder.layers.N.*` are tensors of their own. Megatron makes these layouts in its `sharded_state_dict`
+(megatron/core/transformer/transformer_block.py). Layer norms are under the
 names that Transformer Engine's fused layers have, for which Megatron's local layers have a map of their own
 (megatron/core/models/gpt/gpt_layer_specs.py, `sharded_state_dict_keys_map`); only before experts do the two differ.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -60,6 +62,14 @@ LAYER: tuple[Rule, ...] = (
         also=_NORM_BEFORE_MLP,  # local layers map it there also before experts, Transformer Engine's do not
     ),
     Rule("mlp.router.weight", ("mlp.gate.weight",), ("e h",), when="experts"),
+    Rule("mlp.router.expert_bias", ("mlp.gate.e_score_correction_bias",), ("e",), when="sigmoid"),
+    Rule(
+        "mlp.shared_experts.linear_fc1.weight",
+        ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+        ("s h", "s h"),
+        when="shared",
+    ),
+    Rule("mlp.shared_experts.linear_fc2.weight", ("mlp.shared_experts.down_proj.weight",), ("h s",), when="shared"),
     Rule(
         "mlp.experts.experts.linear_fc1.weight",
         (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
@@ -107,6 +117,17 @@ class Entry:
     hf: tuple[HFTensor, ...]
     layout: Layout
     also: str = ""
+    by_itself: bool = False
+    """Whether Megatron writes each layer's tensor by itself."""
+
+    @property
+    def stored(self) -> "Entry":
+        """The entry as Megatron writes it: key, index and axes of the tensor that it is a part of."""
+        if not self.by_itself or not self.index:
+            return self
+        own = f"decoder.layers.{self.index[0]}."
+        key, also = (name.replace("decoder.layers.", own, 1) for name in (self.key, self.also))
+        return replace(self, key=key, also=also, index=self.index[1:], leading=self.leading[1:], by_itself=False)
 
     @property
     def rows(self) -> int:
@@ -131,26 +152,29 @@ class Entry:
 
 def entries_of(model: HFModel) -> list[Entry]:
     """Every tensor of a model: what stands before the layers, layer by layer, and what stands after them."""
-    table = [entry for rule in BEFORE if _applies(rule, model) for entry in _expanded(rule, model, None)]
+    table = [entry for rule in BEFORE if _applies(rule, model, None) for entry in _expanded(rule, model, None)]
     for layer in range(model.num_layers):
         for rule in LAYER:
-            if _applies(rule, model):
+            if _applies(rule, model, layer):
                 table.extend(_expanded(rule, model, layer))
-    table.extend(entry for rule in AFTER if _applies(rule, model) for entry in _expanded(rule, model, None))
+    table.extend(entry for rule in AFTER if _applies(rule, model, None) for entry in _expanded(rule, model, None))
     return table
 
 
-def _features(model: HFModel) -> dict[str, bool]:
+def _features(model: HFModel, layer: int | None) -> dict[str, bool]:
+    experts = model.experts if layer is not None and model.has_experts(layer) else None
     return {
         "qk_layernorm": model.family.qk_layernorm,
         "qkv_bias": model.family.qkv_bias,
-        "experts": model.experts is not None,
+        "experts": experts is not None,
+        "shared": experts is not None and experts.shared_size > 0,
+        "sigmoid": experts is not None and experts.sigmoid,
         "tied": model.tied,
     }
 
 
-def _applies(rule: Rule, model: HFModel) -> bool:
-    return not rule.when or _features(model)[rule.when.removeprefix("!")] != rule.when.startswith("!")
+def _applies(rule: Rule, model: HFModel, layer: int | None) -> bool:
+    return not rule.when or _features(model, layer)[rule.when.removeprefix("!")] != rule.when.startswith("!")
 
 
 def _sizes(model: HFModel) -> dict[str, int]:
@@ -160,6 +184,7 @@ def _sizes(model: HFModel) -> dict[str, int]:
         "f": model.intermediate_size,
         "m": experts.intermediate_size if experts else 0,
         "e": experts.count if experts else 0,
+        "s": experts.shared_size if experts else 0,
         "d": model.head_dim,
         "q": model.num_attention_heads * model.head_dim,
         "k": model.num_query_groups * model.head_dim,
@@ -176,12 +201,12 @@ def _expanded(rule: Rule, model: HFModel, layer: int | None) -> Iterator[Entry]:
     also = f"decoder.layers.{rule.also}" if rule.also else ""
     if "{expert}" not in rule.hf[0]:
         named = tuple(HFTensor(prefix + name, shape) for name, shape in zip(rule.hf, shapes, strict=True))
-        yield Entry(key, index, leading, named, rule.layout, also)
+        yield Entry(key, index, leading, named, rule.layout, also, model.layers_differ)
         return
     for expert in range(sizes["e"]):
         names = (prefix + name.format(expert=expert) for name in rule.hf)
         named = tuple(HFTensor(name, shape) for name, shape in zip(names, shapes, strict=True))
-        yield Entry(key, (*index, expert), (*leading, sizes["e"]), named, rule.layout, also)
+        yield Entry(key, (*index, expert), (*leading, sizes["e"]), named, rule.layout, also, model.layers_differ)
 
 
 PADDED_TO = 128

@@ -27,13 +27,15 @@ from megatron_longact.layouts import layout_from_saved
 from megatron_longact.safetensors_files import SafetensorsWriter
 
 
-def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
+def export(load: Path, save: Path, *, ckpt_step: int | None = None, union: bool = False) -> str:
     """Write the masks of a checkpoint into the safetensors file `save`; what was written, in a line.
 
-    Raises `ValueError` with one line for a checkpoint without LongAct, or without a mask yet.
+    union: those of all steps together, which the RL program counts, instead of the last one. Raises `ValueError` with
+    one line for a checkpoint without LongAct, without a mask yet, or without that count.
     """
     folder = iteration_folder(load, ckpt_step)
-    state = (read_common_state(folder).get("opt_param_scheduler") or {}).get("longact")
+    states = read_common_state(folder).get("opt_param_scheduler") or {}
+    state = states.get("longact")
     if state is None:
         raise ValueError(f"{folder} holds no LongAct state: the run that saved it had no --longact, or no optimizer")
     if state["masks"] is None:
@@ -42,13 +44,27 @@ def export(load: Path, save: Path, *, ckpt_step: int | None = None) -> str:
         )
     if not layout_from_saved(state["layout"]).hf_mapped:
         raise ValueError(f"{folder} is of a model with --attention-output-gate, whose rows are not mapped")
+    if union:
+        state = {**state, "masks": _union(states, folder), "saliency": None}
     written = dict(tensors(state))
     _write(save, written, metadata(state))
     shares = {part: float(state["masks"][part].float().mean()) for part in ("q", "k")}
+    when = f"{'until' if union else 'after'} update {state['updates']}"
     return (
-        f"{save}: masks after update {state['updates']}, {len(state['layer_numbers'])} layers; updated are "
+        f"{save}: masks {when}, {len(state['layer_numbers'])} layers; updated are "
         f"{shares['q']:.1%} of the Q rows, {shares['k']:.1%} of the K rows"
     )
+
+
+def _union(states: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Rows that some mask of the run let through, bool [L, nq] and [L, nk], as `rl/audit.py` counts them."""
+    rows = (states.get("rl") or {}).get("rows")
+    if rows is None or rows["since"]:
+        raise ValueError(
+            f"{folder} does not say which rows were updated since the run began: the RL program counts them"
+        )
+    active: dict[str, Tensor] = rows["active"]
+    return active
 
 
 def tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -30,6 +30,9 @@ _NOT_TAKEN_BY_MEGATRON = (
     "rotary_seq_len_interpolation_factor",
     *_YARN,
     "window_size",
+    "moe_router_bias_update_rate",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
     "hf_vocab_size",
 )
 """What says which model it is, and `--use-checkpoint-args` of megatron-core 0.19 leaves as the flags have it."""
@@ -59,7 +62,7 @@ def model_args(model: HFModel) -> dict[str, Any]:
         "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
         "rotary_base": int(rope.theta) if rope.theta.is_integer() else rope.theta,
-        "rotary_percent": 1.0,
+        "rotary_percent": model.rotary_share,
         "rotary_interleaved": False,
         "use_rope_scaling": rope.llama3_factor is not None,
         "rope_scaling_factor": rope.llama3_factor or 8.0,
@@ -85,9 +88,21 @@ def model_args(model: HFModel) -> dict[str, Any]:
             "moe_router_topk": experts.per_token,
             "moe_ffn_hidden_size": experts.intermediate_size,
             "moe_router_pre_softmax": not experts.norm_topk_prob,
-            "moe_router_score_function": "softmax",
-            "moe_layer_freq": 1,
+            "moe_router_score_function": "sigmoid" if experts.sigmoid else "softmax",
+            "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)]
+            if model.layers_differ
+            else 1,
         }
+        if experts.shared_size:
+            values["moe_shared_expert_intermediate_size"] = experts.shared_size
+        if experts.sigmoid:
+            values |= {
+                "moe_router_enable_expert_bias": True,
+                "moe_router_bias_update_rate": 0.0,  # the bias is a part of the model, and no step of ours changes it
+                "moe_router_topk_scaling_factor": experts.scaling,
+                "moe_router_dtype": "fp32",
+                "moe_router_load_balancing_type": "none",
+            }
     return values
 
 
@@ -129,13 +144,28 @@ def model_flags(model: HFModel) -> list[str]:
     flags += ["--untie-embeddings-and-output-weights"] * values["untie_embeddings_and_output_weights"]
     flags += ["--add-qkv-bias"] * values["add_qkv_bias"]
     flags += ["--moe-router-pre-softmax"] * values.get("moe_router_pre_softmax", False)
+    flags += _flags_of_experts(values)
     return flags + flags_not_taken(model)
+
+
+def _flags_of_experts(values: dict[str, Any]) -> list[str]:
+    """Of those that not every mixture of experts has."""
+    flags = [f"--rotary-percent {values['rotary_percent']}"] * (values["rotary_percent"] != 1)
+    if isinstance(freq := values.get("moe_layer_freq"), list):
+        flags += [f"--moe-layer-freq ([0]*{freq.count(0)}+[1]*{freq.count(1)})"]
+    for name in ("moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor"):
+        flags += [f"--{name.replace('_', '-')} {values[name]}"] * (name in values)
+    if "moe_router_enable_expert_bias" in values:
+        flags += ["--moe-router-score-function sigmoid", "--moe-router-enable-expert-bias"]
+    return flags
 
 
 def flags_not_taken(model: HFModel) -> list[str]:
     """Flags of this model that Megatron's own `--use-checkpoint-args` does not set; our launcher does."""
     flags = [f"--norm-epsilon {model.norm_epsilon}"]
     flags += ["--qk-layernorm"] * model.family.qk_layernorm
+    if model.experts is not None and model.experts.sigmoid:
+        flags += ["--moe-router-bias-update-rate 0", "--moe-router-dtype fp32", "--moe-router-load-balancing-type none"]
     if model.rope.llama3_factor is not None:
         flags += [f"--use-rope-scaling --rope-scaling-factor {model.rope.llama3_factor}"]
     if model.rope.linear_factor is not None:

@@ -27,7 +27,7 @@ def plan(hf_dir: Path) -> str:
         [
             f"{model.model_type}: {model.num_layers} layers, {numel:,} parameters, {size} in {name}",
             *lines,
-            f"total: {count} Hugging Face tensors, {len({entry.key for entry in entries})} Megatron tensors, "
+            f"total: {count} Hugging Face tensors, {len({entry.stored.key for entry in entries})} Megatron tensors, "
             f"{numel:,} parameters, {size}",
             f"largest: {largest.hf[0].name}, {_size(largest.numel * dtype.itemsize)}",
             f"vocabulary: {model.vocab_size} rows, {padded} in Megatron",
@@ -38,6 +38,7 @@ def plan(hf_dir: Path) -> str:
 
 def _lines(entry: Entry, dtype: torch.dtype, padded: int) -> list[str]:
     """One line a Hugging Face tensor: its name, shape and size, and where it goes."""
+    entry = entry.stored
     rows = padded if entry.layout == "vocab" else entry.rows
     shape = [*entry.leading, rows, *entry.shape[1:]]
     place = "".join(f"[{number}]" for number in entry.index)

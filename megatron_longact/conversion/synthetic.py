@@ -14,11 +14,18 @@ from megatron_longact.conversion.staging import staged
 from megatron_longact.safetensors_files import SafetensorsWriter
 
 
-def write(config: Mapping[str, Any], save: Path, *, seed: int = 0, max_shard_bytes: int = 2_000_000_000) -> str:
+def write(
+    config: Mapping[str, Any],
+    save: Path,
+    *,
+    seed: int = 0,
+    max_shard_bytes: int = 2_000_000_000,
+    tokenizer: bool = False,
+) -> str:
     """Write a folder with this config.json and random weights of its dtype; what was written, in a line.
 
-    Norms are near 1, everything else has standard deviation 1 / sqrt(its last size). Raises `ValueError` as
-    `model_from_config` does, and for a config without dtype.
+    Norms are near 1, everything else has standard deviation 1 / sqrt(its last size). tokenizer: with one whose tokens
+    are bytes, and an end of text. Raises `ValueError` as `model_from_config` does, and for a config without dtype.
     """
     model = model_from_config(config)
     if model.dtype is None:
@@ -45,7 +52,21 @@ def write(config: Mapping[str, Any], save: Path, *, seed: int = 0, max_shard_byt
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (staging.path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         (staging.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer:
+            _write_tokenizer(staging.path)
     return f"{save}: {len(tensors)} tensors, {done}"
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end = "<|end|>"
+    tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate([*alphabet, end])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
 
 
 def _random(tensor: HFTensor, generator: torch.Generator) -> torch.Tensor:

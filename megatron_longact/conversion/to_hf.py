@@ -29,12 +29,14 @@ class Conversion:
     model: HFModel
     reader: TorchDistReader
     entries: list[Entry]
+    as_dtype: torch.dtype | None = None
+    """What all tensors are written in; None: what they have in the checkpoint."""
 
     @classmethod
-    def check(cls, folder: Path, hf_config: Path) -> "Conversion":
+    def check(cls, folder: Path, hf_config: Path, *, dtype: torch.dtype | None = None) -> "Conversion":
         """Hold the checkpoint against config.json; `ValueError` with the name of what does not fit."""
         model = read_hf_config(hf_config)
-        conversion = cls(model, TorchDistReader(folder), entries_of(model))
+        conversion = cls(model, TorchDistReader(folder), entries_of(model), dtype)
         for entry in conversion.entries:
             conversion._check_entry(entry)
         used = {key for entry in conversion.entries for key, _ in _places(entry)}
@@ -64,8 +66,8 @@ class Conversion:
         raise ValueError(f"{self.reader.path} has no {entry.key}, which {entry.hf[0].name} comes from")
 
     def dtype(self, entry: Entry) -> torch.dtype:
-        """Dtype of an entry's tensors."""
-        return self.reader.dtype(self.place(entry)[0])
+        """Dtype of an entry's tensors where they are written."""
+        return self.as_dtype or self.reader.dtype(self.place(entry)[0])
 
     def nbytes(self, entries: Iterable[Entry]) -> int:
         """Size of some entries."""
@@ -100,24 +102,25 @@ def convert(
     *,
     ckpt_step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Convert the Megatron checkpoint in `load` into the Hugging Face folder `save`; what was done, in a line.
 
     hf_config: a folder with config.json, and what else belongs to the model: tokenizer, generation settings; None: the
-    one that the checkpoint carries. Raises `ValueError` with one line, before anything is written where the input is at
-    fault.
+    one that the checkpoint carries. dtype: of all that is written; None: as in the checkpoint. Raises `ValueError` with
+    one line, before anything is written where the input is at fault.
     """
     folder = iteration_folder(load, ckpt_step)
     hf_config = hf_config or model_files_of(load)
     if hf_config is None:
         raise ValueError(f"{load} carries no config.json: give --hf-config and the folder that the model came from")
-    conversion = Conversion.check(folder, hf_config)
+    conversion = Conversion.check(folder, hf_config, dtype=dtype)
     files = [hf_config / "config.json", *sorted(file for file in folder.iterdir() if file.is_file())]
     config_text = (hf_config / "config.json").read_text()
     total = conversion.nbytes(conversion.entries)
     sizes = [(t.name, t.numel * conversion.dtype(entry).itemsize) for entry in conversion.entries for t in entry.hf]
     with (
-        staged(save, source=["to hf", max_shard_bytes, *map(identity, files)], sizes=sizes) as staging,
+        staged(save, source=["to hf", max_shard_bytes, str(dtype), *map(identity, files)], sizes=sizes) as staging,
         Throughput("to Hugging Face", total) as progress,
     ):
         _write(conversion, conversion.shards(max_shard_bytes), staging, progress)
@@ -150,6 +153,7 @@ def _write_shard(conversion: Conversion, entries: list[Entry], path: Path, progr
                 key, offsets = conversion.place(entry)
                 start = (*offsets, *(0 for _ in entry.shape))
                 values = conversion.reader.read(key, start, (*(1 for _ in offsets), *entry.shape)).view(entry.shape)
+                values = values.to(conversion.dtype(entry))
                 for tensor, part in hf_parts(entry, conversion.model, values):
                     name = tensor.name
                     writer.write(name, part)

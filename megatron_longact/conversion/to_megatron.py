@@ -34,6 +34,7 @@ _WITH_EXTRA_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_SHARED_WITH_EXTRA_STATE = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERTS_WITH_EXTRA_STATE = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
@@ -51,7 +52,7 @@ class Conversion:
         model = read_hf_config(hf_dir)
         entries = entries_of(model)
         folder = HFFolder.open(hf_dir)
-        folder.check(entries, tied=model.tied)
+        folder.check(entries, tied=model.tied, aside=model.aside)
         conversion = cls(model, folder, entries)
         _ = conversion.dtypes
         return conversion
@@ -61,7 +62,7 @@ class Conversion:
         """Dtype of each Megatron tensor; `ValueError` if its parts have several."""
         dtypes: dict[str, torch.dtype] = {}
         first: dict[str, Entry] = {}
-        for entry in self.entries:
+        for entry in (entry.stored for entry in self.entries):
             self.folder.dtype_of((*first.setdefault(entry.key, entry).hf, *entry.hf))
             dtypes[entry.key] = self.folder.dtype_of(entry.hf)
         return dtypes
@@ -69,12 +70,12 @@ class Conversion:
     @property
     def nbytes(self) -> int:
         """Size of all weights."""
-        return sum(entry.numel * self.dtypes[entry.key].itemsize for entry in self.entries)
+        return sum(entry.numel * self.dtypes[entry.stored.key].itemsize for entry in self.entries)
 
     @property
     def sizes(self) -> list[tuple[str, int]]:
         """Hugging Face's tensors, and their bytes."""
-        return [(t.name, t.numel * self.dtypes[entry.key].itemsize) for entry in self.entries for t in entry.hf]
+        return [(t.name, t.numel * self.dtypes[entry.stored.key].itemsize) for entry in self.entries for t in entry.hf]
 
     def global_shape(self, entry: Entry) -> tuple[int, ...]:
         """Shape of the Megatron tensor that an entry is a part of."""
@@ -114,7 +115,7 @@ def convert(hf_dir: Path, save: Path) -> str:
             "careful: without our launcher megatron.training 0.19 builds with a RoPE scaling factor of 8, whatever "
             "--rope-scaling-factor says; see docs/checkpoints.md"
         )
-    lines += conversion.folder.left_aside()
+    lines += conversion.folder.left_aside(conversion.model.aside)
     return "\n".join(lines)
 
 
@@ -122,11 +123,11 @@ def _write(conversion: Conversion, staging: Staging, progress: Throughput, *, co
     path = staging.path / ITERATION
     path.mkdir(exist_ok=True)
     writer = TorchDistWriter(path)
-    for entry in conversion.entries:
+    for entry in (entry.stored for entry in conversion.entries):
         for key in filter(None, (entry.key, entry.also)):
             writer.declare(key, conversion.global_shape(entry), conversion.dtypes[entry.key])
     for number, (unit, group) in enumerate(groupby(conversion.entries, key=lambda entry: entry.unit)):
-        entries, name = list(group), f"__{number}_0"
+        entries, name = [entry.stored for entry in group], f"__{number}_0"
         record = staging.finished(name)
         if record is not None:
             writer.take(record)
@@ -160,9 +161,15 @@ def _extra_states(model: HFModel, unit: int) -> dict[str, Any]:
     """
     if not unit:
         return {"decoder.final_layernorm._extra_state/shard_0_1": None}
-    places = {name: [f"{unit - 1}_{model.num_layers}"] for name in _WITH_EXTRA_STATE}
-    if model.experts is not None:
-        count = model.experts.count
-        per_expert = [f"{unit - 1}.{expert}_{model.num_layers}.{count}" for expert in range(count)]
+    layer, own = f"{unit - 1}_{model.num_layers}", "decoder.layers."
+    if model.layers_differ:
+        layer, own = "0_1", f"decoder.layers.{unit - 1}."
+    places = {name: [layer] for name in _WITH_EXTRA_STATE}
+    if model.experts is not None and model.has_experts(unit - 1):
+        count, (index, size) = model.experts.count, layer.split("_")
+        per_expert = [f"{index}.{expert}_{size}.{count}" for expert in range(count)]
+        if model.layers_differ:
+            per_expert = [f"{expert}_{count}" for expert in range(count)]
         places |= dict.fromkeys(_EXPERTS_WITH_EXTRA_STATE, per_expert)
-    return {f"decoder.layers.{name}._extra_state/shard_{place}": None for name in places for place in places[name]}
+        places |= {name: [layer] for name in _SHARED_WITH_EXTRA_STATE}
+    return {f"{own}{name}._extra_state/shard_{place}": None for name in places for place in places[name]}

@@ -76,10 +76,11 @@ def flops(model: HFModel, *, tokens: int, pairs: float, outputs: int) -> float:
     h, nq = model.hidden_size, model.num_attention_heads * model.head_dim
     nk = model.num_query_groups * model.head_dim
     experts = model.experts
-    mlp = 3 * h * model.intermediate_size
+    mlp = model.num_layers * 3 * h * model.intermediate_size
     if experts is not None:
-        mlp = 3 * h * experts.intermediate_size * experts.per_token + h * experts.count
-    layers = model.num_layers * ((2 * h * nq + 2 * h * nk + mlp) * tokens + 2 * nq * pairs)
+        each = 3 * h * (experts.intermediate_size * experts.per_token + experts.shared_size) + h * experts.count
+        mlp = mlp * experts.dense_layers // model.num_layers + each * (model.num_layers - experts.dense_layers)
+    layers = model.num_layers * ((2 * h * nq + 2 * h * nk) * tokens + 2 * nq * pairs) + mlp * tokens
     return 6.0 * (layers + h * model.vocab_size * outputs)
 
 

@@ -17,6 +17,7 @@ from megatron_longact.flags import add_groups, config_from_flags
 from megatron_longact.rl.config import AnswerFlags, RLConfig
 from megatron_longact.rl.data.arguments import DATA_GROUPS, NEEDLE, data_config_from_args
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
+from megatron_longact.rl.exports import check_exports
 from megatron_longact.rl.objectives.advantages import overlong_penalty
 from megatron_longact.rl.objectives.policy_losses import PolicyLossConfig
 from megatron_longact.rl.sharing import settle_sharing
@@ -46,6 +47,7 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_batches(config)
     _check_interleaved(args, config)
     _check_objective(config)
+    check_exports(args, config.export_hf_interval)
     return config
 
 

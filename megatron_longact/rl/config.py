@@ -47,6 +47,9 @@ class RLConfig:
     """Start anew: remove what an earlier run left in --run-dir, and the checkpoints in --save."""
     save_first_iteration: bool = False
     """Save a checkpoint after the first iteration as well, beside Megatron's --save-interval."""
+    export_hf_interval: int = 0
+    """Optimizer steps between two exports of the model, while it trains, as Hugging Face folders hf-iter_... in
+    --run-dir, each out of a checkpoint that is saved for it. Default: 0, none."""
     expected_gain: float | None = None
     """Points of held-out accuracy; the report says so if a run gains less."""
     needle_tasks: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ from megatron_longact.rl.audit import RowAudit, RowCounts
 from megatron_longact.rl.batches.plans import StepPlan
 from megatron_longact.rl.batches.rollout_batch import RolloutBatch
 from megatron_longact.rl.collect import Collector
+from megatron_longact.rl.exports import Exports
 from megatron_longact.rl.heldout import heldout_scalars
 from megatron_longact.rl.signals import SignalWatch
 from megatron_longact.rl.signals import missing as missing_signal
@@ -52,6 +53,7 @@ class RLLoop:
         update: PolicyUpdate,
         audit: RowAudit,
         log: RunLog,
+        exports: Exports,
     ) -> None:
         self.longact = LongAct.of(trainer.optimizer)
         self._trainer = trainer
@@ -61,6 +63,7 @@ class RLLoop:
         self._audit = audit
         state.rows = audit.history
         self._log = log
+        self._exports = exports
         self._signals = SignalWatch()
         self._times: dict[str, float | None] = dict.fromkeys(TIMES)
 
@@ -68,13 +71,18 @@ class RLLoop:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
         self._state.take_up(self._update.layout)
         self._trainer.begin()
-        with before_each_save(self._audit.look):
+        with before_each_save(self._before_save):
             exiting = self._train()
         self._trainer.finish()
+        self._exports.wait()
         if self.verdict is not None:
             self._log.say(self.verdict)
         self._log.close()
         return not exiting
+
+    def _before_save(self) -> None:
+        self._exports.wait()
+        self._audit.look()
 
     def _train(self) -> bool:
         trainer, args = self._trainer, self._trainer.args
@@ -85,8 +93,7 @@ class RLLoop:
         if not exiting:
             if self._collector.has_heldout and self._last_evaluation != trainer.iteration:
                 self._evaluate()
-            if args.save and not trainer.saved_now:
-                trainer.save()
+            self._save_and_export(bool(args.save))
         return exiting
 
     def count_rows(self) -> RowCounts:
@@ -132,9 +139,17 @@ class RLLoop:
         if not trainer.asked_to_stop():  # else the run that goes on evaluates, before anything else
             self._evaluate_if_due()
         exiting = trainer.save_or_exit()
-        if args.save_first_iteration and trainer.iteration == 1 and not trainer.saved_now and not exiting:
-            trainer.save()
+        if not exiting and trainer.iteration < args.train_iters:
+            first = args.save_first_iteration and trainer.iteration == 1
+            self._save_and_export(first or self._exports.due(trainer.iteration))
         return exiting
+
+    def _save_and_export(self, save: bool) -> None:
+        """Save, unless Megatron has just done it, and give the checkpoint to an export that is due."""
+        if save and not self._trainer.saved_now:
+            self._trainer.save()
+        if self._exports.due(self._trainer.iteration):
+            self._exports.begin(self._trainer.iteration)
 
     def _collect(self) -> None:
         begun = time.perf_counter()

@@ -1,0 +1,191 @@
+"""`longact train --hf-dir`: from a Hugging Face folder to a trained, exported and audited one.
+
+It does what could be typed: `convert to-megatron`, `train`, `convert to-hf`, `export-mask`, `audit`, and shows each of
+them. What an earlier call has done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from shlex import join
+
+from megatron_longact.commands import audit_update, convert_hf_to_megatron, convert_megatron_to_hf, export_mask
+from megatron_longact.conversion.hf_config import DTYPES, read_hf_config
+from megatron_longact.conversion.hf_folder import HFFolder
+from megatron_longact.conversion.staging import identity
+from megatron_longact.conversion.torch_dist import TRACKER
+
+_STEPS = {
+    "convert to-megatron": convert_hf_to_megatron.main,
+    "convert to-hf": convert_megatron_to_hf.main,
+    "export-mask": export_mask.main,
+    "audit": audit_update.main,
+}
+DEFAULTS = {"--train-iters": "100", "--lr": "1e-6", "--lr-decay-style": "constant"}
+"""Of what neither the folder nor the RL program has an answer to."""
+_ON_GPUS = ("--use-distributed-optimizer", "--no-gradient-accumulation-fusion")
+_SET_HERE = ("--load", "--pretrained-checkpoint", "--run-dir")
+START, CHECKPOINTS, EXPORTED = "start", "checkpoints", "hf"
+ROWS, AUDIT, TABLE, SOURCE = "updated-rows.safetensors", "audit.json", "audit.txt", "source.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of these steps; every other one goes to the RL program."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    made.add_argument("--hf-dir", type=Path, required=True)
+    made.add_argument("--data", nargs="+", required=True)
+    made.add_argument("--save", type=Path, required=True)
+    made.add_argument("--nproc-per-node", type=int)
+    for flag in ("--dense", "--cpu", "--verbose", "--overwrite"):
+        made.add_argument(flag, action="store_true")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Do the steps that are not done yet; 0, or the exit status of the one that failed."""
+    args, flags = parser().parse_known_args(argv)
+    _check(args, flags)
+    return next(filter(None, (step(args, flags) for step in (_to_megatron, _train, _to_hf, _audit))), 0)
+
+
+def _check(args: Namespace, flags: Sequence[str]) -> None:
+    given = [flag for flag in _SET_HERE if flag in _names(flags)]
+    if given:
+        raise ValueError(f"{given[0]} does not go with --hf-dir, which sets it: its folders are in --save {args.save}")
+    if "RANK" in os.environ:
+        raise ValueError(
+            "train --hf-dir starts the ranks itself, one a GPU (--nproc-per-node N): call it without torchrun; on "
+            "several machines do the steps that it shows one by one"
+        )
+    read_hf_config(args.hf_dir)
+    source = args.save / SOURCE
+    if source.is_file() and json.loads(source.read_text()) != _source(args.hf_dir):
+        raise ValueError(f"{args.save} was begun with another model than {args.hf_dir} is now: give another --save")
+
+
+def _source(hf_dir: Path) -> list[object]:
+    files = {stored.path for stored in HFFolder.open(hf_dir).tensors.values()}
+    return [identity(file.resolve()) for file in sorted({hf_dir / "config.json", *files})]
+
+
+def _names(flags: Sequence[str]) -> set[str]:
+    return {word.partition("=")[0] for word in flags}
+
+
+def _step(name: str, *argv: object) -> int:
+    words = [str(word) for word in argv]
+    print(f"$ longact {join([*name.split(), *words])}", flush=True)
+    return _STEPS[name](words)
+
+
+def _to_megatron(args: Namespace, flags: Sequence[str]) -> int:
+    if (args.save / START).exists():
+        return 0
+    source = _source(args.hf_dir)
+    status = _step("convert to-megatron", "--hf-dir", args.hf_dir, "--save", args.save / START)
+    if not status:
+        (args.save / SOURCE).write_text(json.dumps(source))
+    return status
+
+
+def _train(args: Namespace, flags: Sequence[str]) -> int:
+    """The run, in processes of its own; a signal that comes meanwhile lets them save and end."""
+    if _is_trained(args, flags) and not args.overwrite:
+        return 0
+    gpus = 0 if args.cpu else _gpus()
+    ranks = args.nproc_per_node or max(1, gpus)
+    words = ["train", *_train_flags(args, flags, gpus=gpus)]
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks)]
+    shown = ["torchrun", *torchrun, "-m", "megatron_longact"] if ranks > 1 else ["longact"]
+    print(f"$ {join([*shown, *words])}", flush=True)
+    module = ["-m", "torch.distributed.run", *torchrun] if ranks > 1 else []
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ  # Megatron asks for it with tensor parallelism
+    command = [sys.executable, *module, "-m", "megatron_longact", *words]
+    with subprocess.Popen(command, env=environment) as run:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: run.terminate())
+        status = run.wait()
+    if not status and not _is_trained(args, flags):
+        print("the run ended early: the same command goes on with it", file=sys.stderr)
+        return 1
+    return status
+
+
+def _train_flags(args: Namespace, flags: Sequence[str], *, gpus: int) -> list[str]:
+    """Those of the RL program: its own first, so that what is given has the last word."""
+    out, names = args.save, _names(flags)
+    words = [f"--{name}" for name in ("cpu", "verbose") if getattr(args, name)]  # the launcher's, which come first
+    words += ["--use-checkpoint-args", "--pretrained-checkpoint", str(out / START)]
+    words += ["--load", str(out / CHECKPOINTS), "--save", str(out / CHECKPOINTS), "--run-dir", str(out)]
+    words += ["--train-data", *args.data, "--exit-signal-handler", "--override-opt_param-scheduler"]
+    words += ["--longact"] * (not args.dense and "--longact" not in names)
+    words += [word for flag, value in DEFAULTS.items() if flag not in names for word in (flag, value)]
+    if gpus:
+        bf16 = ["--bf16"] * (_dtype(args) == ["--dtype", "bfloat16"] and not names & {"--bf16", "--fp16"})
+        words += [*bf16, *(flag for flag in _ON_GPUS if flag not in names)]
+    return [*words, *["--overwrite"] * args.overwrite, *flags]
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _is_trained(args: Namespace, flags: Sequence[str]) -> bool:
+    from megatron_longact.rl.outcome import REPORT
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--train-iters", type=int, default=int(DEFAULTS["--train-iters"]))
+    wanted: int = early.parse_known_args(list(flags))[0].train_iters
+    tracker = args.save / CHECKPOINTS / TRACKER
+    done = tracker.read_text().strip() if tracker.is_file() else ""
+    return (args.save / REPORT).is_file() and done.isdecimal() and int(done) >= wanted
+
+
+def _dtype(args: Namespace) -> list[str]:
+    """The weights' own, also after a run in another one."""
+    dtype = read_hf_config(args.hf_dir).dtype
+    return [word for name, known in DTYPES.items() if known is dtype for word in ("--dtype", name)]
+
+
+def _to_hf(args: Namespace, flags: Sequence[str]) -> int:
+    exported, tracker = args.save / EXPORTED, args.save / CHECKPOINTS / TRACKER
+    if exported.exists():
+        if exported.stat().st_mtime > tracker.stat().st_mtime:
+            return 0
+        shutil.rmtree(exported)  # of this run, before it went on
+    return _step("convert to-hf", "--load", args.save / CHECKPOINTS, "--save", exported, *_dtype(args))
+
+
+def _audit(args: Namespace, flags: Sequence[str]) -> int:
+    out, mask = args.save, []
+    if (out / AUDIT).is_file() and (out / AUDIT).stat().st_mtime > (out / EXPORTED).stat().st_mtime:
+        return _tell(out)
+    if not args.dense:
+        rows = ("--load", out / CHECKPOINTS, "--save", out / ROWS)
+        if status := _step("export-mask", "--union", *rows, "--overwrite"):
+            return status
+        mask = ["--mask", out / ROWS]
+    words = [args.hf_dir, out / EXPORTED, *mask, "--json", out / AUDIT, "--overwrite"]
+    with (out / TABLE).open("w") as table, redirect_stdout(table):
+        status = _step("audit", *words)
+    print((out / TABLE).read_text().partition("\n")[0])
+    return status or _tell(out)
+
+
+def _tell(out: Path) -> int:
+    """What came of it; 1 where rows changed that were in no mask."""
+    print((out / TABLE).read_text().splitlines()[-1])
+    print(f"{out / EXPORTED} is the trained model; {out / TABLE} says what changed in it, {out}/report.md the rest")
+    return int(bool(json.loads((out / AUDIT).read_text())["total"]["changed_outside"]))

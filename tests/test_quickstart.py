@@ -1,0 +1,52 @@
+"""docs/quickstart.md, run as it stands: what a newcomer types, and what is there then."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import QUIET, ROOT, run
+
+pytestmark = pytest.mark.timeout(300)
+PAGE = (ROOT / "docs/quickstart.md").read_text()
+COMMANDS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def test_the_page_leads_from_a_folder_to_a_trained_one(tmp_path: Path) -> None:
+    assert len(COMMANDS) == 3
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**QUIET, "PATH": path, "PYTHONPATH": str(ROOT)}
+    script = "\n".join([f"cd {tmp_path}", *COMMANDS, COMMANDS[-1]])
+    done = run(["bash", "-euo", "pipefail", "-c", script], timeout=280, environment=environment)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs/quickstart/out"
+    before, after = tensors_of(tmp_path / "runs/quickstart/model"), tensors_of(out / "hf")
+    assert after.keys() == before.keys()
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    mask = load_file(out / "updated-rows.safetensors")[q_proj.removesuffix(".weight")]
+    assert 0 < mask.float().mean() < 1
+    changed = (after[q_proj] != before[q_proj]).any(1)
+    assert changed.any()
+    assert not (changed & ~mask).any()
+    on_the_way = tensors_of(out / "hf-iter_0000002")
+    assert any(not torch.equal(on_the_way[name], before[name]) for name in before)
+    assert any(not torch.equal(on_the_way[name], after[name]) for name in before)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / "hf" / name).read_bytes() == (tmp_path / "runs/quickstart/model" / name).read_bytes()
+    assert "\nmasked rows changed inside the mask: " in done.stdout
+    assert ", outside: 0; of their elements" in done.stdout
+    assert json.loads((out / "audit.json").read_text())["total"]["changed_outside"] == 0
+    steps = re.findall(r"^\$ longact (\S+(?: to-\S+)?)", done.stdout, re.MULTILINE)
+    assert steps == ["convert to-megatron", "train", "convert to-hf", "export-mask", "audit"]  # the second call: none
+    assert done.stdout.count("is the trained model") == 2
