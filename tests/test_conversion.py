@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_longact.conversion import plan, staging, to_hf, to_megatron
+from megatron_longact.conversion.audit import audit
 from megatron_longact.conversion.hf_config import model_from_config
 from megatron_longact.conversion.mapping import entries_of
 from megatron_longact.conversion.model_files import keep_model_files
@@ -142,6 +143,44 @@ def test_dry_run_has_the_shapes_of_the_real_architecture(
     assert any("q_proj.weight [4096, " in line and "linear_qkv.weight[35]" in line for line in lines)
 
 
+GLM_4_5_AIR = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "pad_token_id": 151329,
+    "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "partial_rotary_factor": 0.5, "initializer_range": 0.02, "intermediate_size": 10944,
+    "max_position_embeddings": 131072, "model_type": "glm4_moe", "moe_intermediate_size": 1408, "norm_topk_prob": True,
+    "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_routed_experts": 128, "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "num_hidden_layers": 46,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+    "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0", "use_cache": True, "use_qk_norm": False, "vocab_size": 151552,
+}  # fmt: skip
+
+
+def test_dry_run_of_glm_has_the_parameters_of_the_real_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GLM_4_5_AIR))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    numel = sum(tensor.numel() for tensor in (*model.parameters(), *biases))
+    assert numel / 1e9 == pytest.approx(106.9, abs=0.1)
+    lines = plan.plan(tmp_path).split("\n")
+    assert lines[0] == f"glm4_moe: 46 layers, {numel:,} parameters, {2 * numel / 1e9:.2f} GB in bfloat16"
+    for flag in ("--moe-layer-freq [0]*1+[1]*45", "--rotary-percent 0.5", "--moe-router-enable-expert-bias"):
+        assert flag in lines[-1]
+
+
+def test_layers_that_predict_further_tokens_are_left_aside(tmp_path: Path) -> None:
+    make_hf("glm4-moe", tmp_path / "hf", shard_size="1GB")
+    file = tmp_path / "hf/model.safetensors"
+    wanted = tensors_of(tmp_path / "hf")
+    rewrite(file, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.ones(32, 64)}))
+    said = to_megatron.convert(tmp_path / "hf", tmp_path / "megatron")
+    assert "left aside: the 1 tensors of model.layers.2., which predict further tokens" in said
+    to_hf.convert(tmp_path / "megatron", None, tmp_path / "back")
+    assert_bitwise(tensors_of(tmp_path / "back"), wanted)
+    assert not any(change.rows_changed for change in audit(tmp_path / "hf", tmp_path / "back").changes)
+
+
 def test_dry_run_of_the_tool_needs_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     result = tool("convert_hf_to_megatron.py", "--hf-dir", str(tmp_path), "--dry-run")
@@ -177,7 +216,15 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("llama3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, '"dynamic"'),
         ("llama3", {"rope_parameters": FAMILIES["llama3"]["rope_parameters"] | {"low_freq_factor": 2.0}}, "low_freq"),
         ("llama-linear", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "2.5"),
-        ("qwen3", {"model_type": "qwen3_next", "attn_output_gate": True}, "'qwen3_next'"),
+        (
+            "qwen3",
+            {"model_type": "qwen3_next", "attn_output_gate": True},
+            "'qwen3_next', of which its linear attention",
+        ),
+        ("qwen3", {"model_type": "gpt_oss"}, "'gpt_oss', of which its experts (interleaved"),
+        ("qwen3", {"model_type": "phi9"}, "model_type is 'phi9'; converted are qwen3,"),
+        ("glm4-moe", {"n_group": 2}, "n_group is 2"),
+        ("glm4-moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
         ("qwen3", {"attn_output_gate": True}, "attn_output_gate is true"),
         ("qwen3", {"attention_bias": True}, "attention_bias is true"),
         ("llama2", {"mlp_bias": True}, "mlp_bias is true"),

@@ -152,9 +152,9 @@ def _flags_of_experts(values: dict[str, Any]) -> list[str]:
     """Of those that not every mixture of experts has."""
     flags = [f"--rotary-percent {values['rotary_percent']}"] * (values["rotary_percent"] != 1)
     if isinstance(freq := values.get("moe_layer_freq"), list):
-        flags += [f"--moe-layer-freq ([0]*{freq.count(0)}+[1]*{freq.count(1)})"]
-    for name in ("moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor"):
-        flags += [f"--{name.replace('_', '-')} {values[name]}"] * (name in values)
+        flags += [f"--moe-layer-freq [0]*{freq.count(0)}+[1]*{freq.count(1)}"]
+    names = ("moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor")
+    flags += [f"--{name.replace('_', '-')} {values[name]}" for name in names if name in values]
     if "moe_router_enable_expert_bias" in values:
         flags += ["--moe-router-score-function sigmoid", "--moe-router-enable-expert-bias"]
     return flags

@@ -47,7 +47,7 @@ def rl_config_from_args(args: Namespace) -> RLConfig:
     _check_batches(config)
     _check_interleaved(args, config)
     _check_objective(config)
-    check_exports(args, config.export_hf_interval)
+    check_exports(args)
     return config
 
 

@@ -16,8 +16,9 @@ LOG = "exports.log"
 """In the run's folder: what the exports said."""
 
 
-def check_exports(args: Namespace, interval: int) -> None:
+def check_exports(args: Namespace) -> None:
     """Raise ValueError for flags with which nothing could be exported."""
+    interval = args.export_hf_interval
     if not interval:
         return
     if interval < 0:
@@ -36,8 +37,8 @@ def check_exports(args: Namespace, interval: int) -> None:
 class Exports:
     """Begins them on the first rank, one at a time; say: is given a line for one that failed."""
 
-    def __init__(self, args: Namespace, interval: int, *, say: Callable[[str], None]) -> None:
-        self._interval, self._save, self._folder = interval, args.save, Path(args.run_dir)
+    def __init__(self, args: Namespace, *, say: Callable[[str], None]) -> None:
+        self._interval, self._save, self._folder = args.export_hf_interval, args.save, Path(args.run_dir)
         self._first, self._say = args.rank == 0, say
         self._running: subprocess.Popen[bytes] | None = None
 

@@ -53,7 +53,6 @@ class RLLoop:
         update: PolicyUpdate,
         audit: RowAudit,
         log: RunLog,
-        exports: Exports,
     ) -> None:
         self.longact = LongAct.of(trainer.optimizer)
         self._trainer = trainer
@@ -63,7 +62,7 @@ class RLLoop:
         self._audit = audit
         state.rows = audit.history
         self._log = log
-        self._exports = exports
+        self._exports = Exports(trainer.args, say=log.say)
         self._signals = SignalWatch()
         self._times: dict[str, float | None] = dict.fromkeys(TIMES)
 

@@ -38,7 +38,6 @@ from megatron_longact.rl.data.curriculum import Curriculum
 from megatron_longact.rl.data.environment import Environment, NeedleEnvironment
 from megatron_longact.rl.data.prose import ProseConfig, text_windows
 from megatron_longact.rl.data.ruler import RulerEnvironment
-from megatron_longact.rl.exports import Exports
 from megatron_longact.rl.heldout import Judge
 from megatron_longact.rl.log_probs import ResponseScorer, TrainerLogProbs
 from megatron_longact.rl.loop import RLLoop
@@ -189,7 +188,6 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         ),
         audit=_audit(config, trainer, longact, state.rows),
         log=log,
-        exports=Exports(args, config.export_hf_interval, say=log.say),
     )
 
 
