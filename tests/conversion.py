@@ -2,6 +2,7 @@
 
 import io
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -171,8 +172,8 @@ def megatron_logits(
         unset_global_variables()
 
 
-def parse_args(flags: list[str]) -> Any:
-    """Parse as a program under the launcher does."""
+def parse_args(flags: list[str], **defaults: Any) -> Any:
+    """Parse as a program under the launcher does, which has defaults of its own."""
     from megatron.training import arguments, checkpointing
 
     from megatron_longact.conversion.megatron_args import completing
@@ -182,7 +183,12 @@ def parse_args(flags: list[str]) -> Any:
         patch.setattr(sys, "argv", ["program", *flags, *missing_cpu_flags(flags)])
         complete = completing(checkpointing.load_args_from_checkpoint)
         patch.setattr(checkpointing, "load_args_from_checkpoint", complete)
-        return arguments.parse_and_validate_args()
+
+        def add_args(parser: ArgumentParser) -> ArgumentParser:
+            parser.set_defaults(**defaults)
+            return parser
+
+        return arguments.parse_and_validate_args(extra_args_provider=add_args)
 
 
 def remembered_tokenizers(*, calls: Sequence[Sequence[str]]) -> list[tuple[Any, ...] | str]:
@@ -193,7 +199,7 @@ def remembered_tokenizers(*, calls: Sequence[Sequence[str]]) -> list[tuple[Any, 
     for flags in calls:
         try:
             with redirect_stdout(io.StringIO()):
-                args = parse_args(["--use-checkpoint-args", "--micro-batch-size", "1", *flags])
+                args = parse_args(["--use-checkpoint-args", "--micro-batch-size", "1", *flags], needs_tokenizer=True)
                 ids = get_tokenizer().tokenize("two") if args.tokenizer_type == "HuggingFaceTokenizer" else []
             found.append((args.tokenizer_type, args.tokenizer_model, ids))
         except ValueError as refusal:

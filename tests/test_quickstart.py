@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_longact.__main__ import main
+from tests.conversion import make_hf
 from tests.launch import QUIET, ROOT, run
 
 pytestmark = pytest.mark.timeout(300)
@@ -50,3 +52,29 @@ def test_the_page_leads_from_a_folder_to_a_trained_one(tmp_path: Path) -> None:
     steps = re.findall(r"^\$ longact (\S+(?: to-\S+)?)", done.stdout, re.MULTILINE)
     assert steps == ["convert to-megatron", "train", "convert to-hf", "export-mask", "audit"]  # the second call: none
     assert done.stdout.count("is the trained model") == 2
+
+
+def test_what_cannot_go_in_one_go_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["longact"])
+    make_hf("qwen3", tmp_path / "hf")
+    out = tmp_path / "out"
+    command = ["train", "--hf-dir", str(tmp_path / "hf"), "--data", "x.jsonl", "--save", str(out)]
+
+    def refusal(*flags: str) -> str:
+        assert main([*command, *flags]) == 1
+        return capsys.readouterr().err.strip()
+
+    assert (
+        refusal("--load", "x")
+        == f"train: --load does not go with --hf-dir, which sets it: its folders are in --save {out}"
+    )
+    out.mkdir()
+    (out / "source.json").write_text("[]")
+    assert refusal().startswith(f"train: {out} was begun with another model than {tmp_path / 'hf'} is now")
+    (tmp_path / "hf/config.json").unlink()
+    assert refusal().startswith(f"train: cannot read {tmp_path / 'hf/config.json'}")
+    monkeypatch.setenv("RANK", "0")
+    assert "call it without torchrun" in refusal()
+    assert [path.name for path in out.iterdir()] == ["source.json"]

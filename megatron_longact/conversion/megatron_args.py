@@ -9,7 +9,12 @@ from typing import Any
 
 from megatron_longact.conversion.hf_config import HFModel
 from megatron_longact.conversion.mapping import padded_vocab_size
-from megatron_longact.conversion.model_files import TOKENIZER_TYPE, check_tokenizer_is_known, settle_tokenizer
+from megatron_longact.conversion.model_files import (
+    NEEDS_TOKENIZER,
+    TOKENIZER_TYPE,
+    check_tokenizer_is_known,
+    settle_tokenizer,
+)
 
 _YARN = (
     "rotary_scaling_factor",
@@ -195,7 +200,7 @@ def completing(load_args_from_checkpoint: Callable[..., Any]) -> Callable[..., A
                 if value is not None:
                     setattr(args, name, value)
             settle_tokenizer(args, getattr(args, load_arg), result[1], before=before)
-        if load_arg == "load":  # the last one that is asked
+        if load_arg == "load" and getattr(args, NEEDS_TOKENIZER, False):  # the last one that is asked
             check_tokenizer_is_known(args)
         return result
 

@@ -14,6 +14,8 @@ HF_FILES = "hf"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 TOKENIZER_TYPE = "HuggingFaceTokenizer"
 """Megatron's name for one that a folder of `transformers` holds."""
+NEEDS_TOKENIZER = "needs_tokenizer"
+"""An argument that our programs set, which have no other default; others may have one."""
 
 
 def has_tokenizer(folder: Path) -> bool:

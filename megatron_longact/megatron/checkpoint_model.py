@@ -14,6 +14,7 @@ from megatron.training.arguments import parse_and_validate_args
 from torch import nn
 
 from megatron_longact.conversion.megatron_args import completing, with_rope_scaling_factor
+from megatron_longact.conversion.model_files import NEEDS_TOKENIZER
 from megatron_longact.megatron.checkpointing import check_converted
 
 _FLAGS = ("--skip-train", "--no-load-optim", "--no-load-rng", "--micro-batch-size=1", "--seq-length=64")
@@ -33,8 +34,13 @@ def parse_args(add_args: Callable[[ArgumentParser], ArgumentParser] | None = Non
     sys.argv += [flag for flag in _FLAGS if flag.split("=", 1)[0] not in given]
     original = checkpointing.load_args_from_checkpoint
     checkpointing.load_args_from_checkpoint = completing(original)
+
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        parser.set_defaults(**{NEEDS_TOKENIZER: True})
+        return parser if add_args is None else add_args(parser)
+
     try:
-        return parse_and_validate_args(extra_args_provider=add_args)
+        return parse_and_validate_args(extra_args_provider=add)
     finally:
         checkpointing.load_args_from_checkpoint = original
 

@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 
 import torch
 
+from megatron_longact.conversion.model_files import NEEDS_TOKENIZER
 from megatron_longact.flags import add_groups, config_from_flags
 from megatron_longact.rl.config import AnswerFlags, RLConfig
 from megatron_longact.rl.data.arguments import DATA_GROUPS, NEEDLE, data_config_from_args
@@ -28,6 +29,7 @@ GROUPS = {"rl program": RLConfig, "rl objective": PolicyLossConfig, **DATA_GROUP
 def add_rl_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags that Megatron does not have, and set the defaults of those that it has; returns the parser."""
     set_defaults(parser)
+    parser.set_defaults(**{NEEDS_TOKENIZER: True})
     return add_groups(parser, GROUPS)
 
 
