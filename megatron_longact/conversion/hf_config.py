@@ -204,13 +204,14 @@ def model_from_config(config: Mapping[str, Any], *, where: str = "config.json") 
     reader = _Reader(config, where)
     family = reader.family()
     reader.refuse_unmapped(family)
+    decided: dict[str, Any] = {name: bool(config.get(key)) for key, name in family.by_config.items()}
     heads, hidden = reader.size("num_attention_heads"), reader.size("hidden_size")
     groups = reader.size("num_key_value_heads", heads)
     if heads % groups:
         raise ValueError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
     return HFModel(
         model_type=config["model_type"],
-        family=replace(family, **{name: bool(config.get(key)) for key, name in family.by_config.items()}),
+        family=replace(family, **decided),
         num_layers=reader.size("num_hidden_layers"),
         hidden_size=hidden,
         intermediate_size=reader.size("intermediate_size"),
