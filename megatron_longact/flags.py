@@ -32,6 +32,8 @@ class Flag:
 
     name: str = ""
     """As it is typed; "": `--` and the field's name."""
+    also: tuple[str, ...] = ()
+    """Other spellings."""
     choices: Collection[str] | None = None
     metavar: str | None = None
     nargs: str | None = None
@@ -179,12 +181,13 @@ def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--",
     for each in flag_fields(config, prefix=prefix):
         if isinstance(each.flag, MegatronFlag):
             continue
+        names = (each.flag.name, *each.flag.also)
         about: dict[str, Any] = {"dest": each.flag.dest, "help": each.help.replace("%", "%%")}
         if each.goes_both_ways:
-            parser.add_argument(each.flag.name, action=BooleanOptionalAction, default=None, **about)
+            parser.add_argument(*names, action=BooleanOptionalAction, default=None, **about)
             continue
         if each.kind is bool:
-            parser.add_argument(each.flag.name, action="store_true", default=None if judged_later else False, **about)
+            parser.add_argument(*names, action="store_true", default=None if judged_later else False, **about)
             continue
         about |= {"nargs": each.nargs, "metavar": each.flag.metavar, "type": each.kind}
         if judged_later:
@@ -193,7 +196,7 @@ def add_flags(parser: ArgumentParser | Any, config: type, *, prefix: str = "--",
         else:
             default = None if each.default is MISSING else each.default
             about |= {"choices": each.choices, "default": default, "required": each.needed}
-        parser.add_argument(each.flag.name, **about)
+        parser.add_argument(*names, **about)
 
 
 def _if_it_can_be(kind: type, text: str) -> Any:

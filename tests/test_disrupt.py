@@ -438,7 +438,9 @@ def test_a_summary_and_its_table():
     assert runs[0]["loop_share"] == pytest.approx(100 / 3)
     assert runs[0]["unfinished"] == pytest.approx(100 / 3)
     shown = disrupt_report.table(runs).split("\n")
-    assert shown[1].split() == ["undisturbed", "50.0", "0.0", "33.3", "0.750", "2.7", "33.3", "33.3", "12"]
+    accuracy = ["50.0", "(9-91)", "0.0", "(0-79)", "33.3", "(6-79)"]
+    assert shown[1].split() == ["undisturbed", *accuracy, "0.750", "2.7", "33.3", "33.3", "12"]
+    assert runs[0]["accuracy_interval_by_length"] == {"64": [9.45, 90.55], "128": [0.0, 79.35]}
     assert shown[2].startswith("high channels by their mean")
     assert shown[2].endswith("34.57")
 

@@ -21,6 +21,7 @@ from megatron_longact.evaluation.scoring import checked_predictions, table_text
 from megatron_longact.tasks import by_length, longbench_v2, ruler
 from megatron_longact.tasks.benchmark import Group
 from megatron_longact.tasks.benchmarks import BENCHMARKS, benchmark_from
+from megatron_longact.tasks.intervals import percent_interval
 from megatron_longact.tasks.ruler.benchmark import CATEGORIES
 from tests.launch import ROOT, demo_model_args
 from tests.ranks import run_program
@@ -95,8 +96,10 @@ def test_ruler_predictions_become_a_table_json_and_a_picture(tmp_path, capsys):
     assert results["sources"] == {"haystack": ["essays"]}
     shown = capsys.readouterr().out
     assert "4096 tokens" in shown
-    assert [line.split() for line in shown.split("\n") if line.startswith("qa_1")] == [["qa_1", "50.00", "-"]]
+    assert [line.split() for line in shown.split("\n") if line.startswith("qa_1")] == [["qa_1", "50.00", "(9-91)", "-"]]
     assert "2 to 4 samples each; 5 empty predictions" in shown
+    assert results["intervals"]["4096"] == {"vt": [15.0, 85.0], "qa_1": [9.45, 90.55]}
+    assert results["average_intervals"]["4096"] == percent_interval(50.0, 4 / (1 / 4 + 1 / 2))
 
 
 def test_scores_of_a_file_are_those_of_the_functions(tmp_path):
@@ -273,7 +276,9 @@ def test_longbench_predictions(tmp_path, capsys):
     assert results["compensated"]["overall"] == 54.2
     assert results["no_answer"] == 1
     assert results["samples"] == {"overall": 6, "easy": 3, "hard": 3, "short": 2, "medium": 2, "long": 2}
-    assert ["medium", "100.0", "100.0", "2"] in [line.split() for line in capsys.readouterr().out.split("\n")]
+    assert ["medium", "100.0", "(34-100)", "100.0", "2"] in [
+        line.split() for line in capsys.readouterr().out.split("\n")
+    ]
 
 
 def test_longbench_rows_of_the_official_script_need_no_data(tmp_path):
@@ -486,9 +491,11 @@ def evaluate(output: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedP
 RULER_FLAGS = [
     *("--benchmark", "ruler"),
     *("--tasks", "niah_single_1", "fwe"),
-    *("--lengths", "256", "384"),
+    *("--lengths", "288", "384"),
     *("--num-samples", "3"),
     *("--tokens-to-generate", "12"),
+    *("--chat-template", "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]"),
+    "--keep-inputs",
 ]
 
 
@@ -504,10 +511,17 @@ def test_a_checkpoint_is_evaluated_and_a_killed_evaluation_goes_on(tmp_path):
     done = evaluate(tmp_path, *RULER_FLAGS, "--tensor-model-parallel-size", "2", "--sequence-parallel", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "12/12" in done.stdout
-    assert "256 tokens" in done.stdout
+    assert "288 tokens" in done.stdout
     rows, results = rows_of(tmp_path), json.loads((tmp_path / "results.json").read_text())
-    assert set(rows) == {(n, t, i) for n in (256, 384) for t in ("niah_single_1", "fwe") for i in range(3)}
+    assert set(rows) == {(n, t, i) for n in (288, 384) for t in ("niah_single_1", "fwe") for i in range(3)}
     assert any(rows.values())
+    assert "each prompt is a user's turn of the chat template (--no-apply-chat-template: alone)" in done.stdout
+    assert results["settings"]["model_template"] == "[user] {task_template} [assistant]"
+    for line in (tmp_path / "predictions.jsonl").read_text().splitlines():
+        assert json.loads(line)["input"].startswith("[user] ")
+    assert "CHANGED: answers have at most 12 tokens, officially niah_single_1 128, fwe 50: figures" in done.stdout
+    assert results["intervals"]["288"]["fwe"] == percent_interval(results["scores"]["288"]["fwe"], 3)
+    assert "(low-high): 95 % Wilson score interval" in done.stdout
     assert results["settings"]["iteration"] == "800"
     assert results["sources"]["words"] == [f"words of wonderwords {version('wonderwords')}"]
     assert (tmp_path / "scores.png").stat().st_size > 5000

@@ -284,12 +284,12 @@ def test_a_model_with_all_channels_alike_has_none(models: Path, tmp_path: Path, 
 
 def test_ruler_prompts_are_as_long_as_asked(with_outlier: Path) -> None:
     source = activations_hf.open_folder(with_outlier, tokenizer=SENTENCEPIECE)
-    source.encode = activations_hf.encoder(SENTENCEPIECE, vocab_size=1024)
+    source.tokenizer = activations_hf.LocalTokenizer(SENTENCEPIECE, vocab_size=1024)
     options = PromptOptions(tasks=("niah_single_2",), lengths=(512,), num_samples=3)
-    prompts = options.prompts(task="niah_single_2", length=512, encode=source.encode, positions=1024)
+    prompts = options.prompts(source, task="niah_single_2", length=512)
     assert len(prompts) == 3
     assert all(450 < len(prompt) <= 512 for prompt in prompts)
-    other = options.prompts(task="niah_single_2", length=512, seed=7, encode=source.encode, positions=1024)
+    other = options.prompts(source, task="niah_single_2", length=512, seed=7)
     assert other != prompts
 
 

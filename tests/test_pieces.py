@@ -6,20 +6,34 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_longact.analysis.activations.hf import LocalTokenizer
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.evaluation.arguments import add_evaluation_args, config_from_args
 from megatron_longact.tasks import longbench_v2
-from megatron_longact.tasks.benchmarks import benchmark_from
-from megatron_longact.tasks.chat import PromptEncoder
+from megatron_longact.tasks.benchmarks import benchmark_from, why_alone
+from megatron_longact.tasks.chat import ChatTemplate, PromptEncoder
 from megatron_longact.tasks.needle import NEEDLE_TASKS, NeedleGenerator
 from megatron_longact.tasks.pieces import PieceEncoder
-from tests.tokenizers import AddsTokens, DemoTokenizer
+from tests.tokenizers import AddsTokens, DemoTokenizer, save_hugging_face_tokenizer
 
 BOS = AddsTokens.bos
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tokenizer as prompts want it, and room."""
+
+    encode: Callable[[str], list[int]]
+    positions: int = 4096
+    chat_template: Callable[[], ChatTemplate | None] = lambda: None
+
+
 PLAIN = DemoTokenizer()
 KINDS: dict[str, Callable[[], DemoTokenizer]] = {
     "<s>": AddsTokens,
@@ -98,11 +112,11 @@ def test_observed_prompts_and_windows_begin_once(tmp_path: Path) -> None:
     text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text("one two three four five six seven. " * 20)
     rows.write_text(json.dumps({"input": "one\u2028two", "answer_prefix": None}, ensure_ascii=False) + "\n")
-    encode = AddsTokens(end=True).encode
+    reader = Reader(AddsTokens(end=True).encode)
 
     def prompts(file: Path | None, length: int | None) -> list[list[int]]:
         options = PromptOptions(tasks=("niah_single_2",), lengths=(length,), num_samples=3, file=file)
-        return options.prompts(task="niah_single_2", length=length, encode=encode, positions=4096)
+        return options.prompts(reader, task="niah_single_2", length=length)
 
     ids = PLAIN.encode(text.read_text())
     windows = [[BOS, *ids[i : i + 15]] for i in range(0, len(ids) - 14, 15)]
@@ -132,5 +146,75 @@ def test_lines_that_are_no_prompts_are_named(line: str, said: str, tmp_path: Pat
     rows.write_text(f'{{"text": "good"}}\n{line}\n')
     options = PromptOptions(tasks=("x",), lengths=(None,), file=rows)
     with pytest.raises(ValueError, match=said) as caught:
-        options.prompts(task="x", length=None, encode=PLAIN.tokenize, positions=64)
+        options.prompts(Reader(PLAIN.tokenize, 64), task="x", length=None)
     assert str(caught.value).startswith(f"{rows}, line 2")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """A Hugging Face tokenizer that puts <|bos|> before a text, with a chat template that writes it too."""
+    tokenizer = LocalTokenizer(save_hugging_face_tokenizer(tmp_path_factory.mktemp("hf")), vocab_size=1000)
+    return Reader(tokenizer.encode, 4096, tokenizer.chat_template)
+
+
+def options(**flags: Any) -> PromptOptions:
+    return PromptOptions(tasks=("niah_single_1",), lengths=(800,), num_samples=2, **flags)
+
+
+def test_a_prompt_is_a_turn_of_the_chat_template_where_there_is_one(chatty: Reader) -> None:
+    """Token by token what `transformers` makes of the turn, with the beginning of RULER's answer behind it."""
+    framing = options().framing_for(chatty)
+    assert framing.remark == "each prompt is a user's turn of the chat template (--no-apply-chat-template: alone)"
+    before, behind = framing.model_template.split("{task_template}")
+    assert (before, behind) == ("<|bos|><|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+    pieces, chat = PieceEncoder(chatty.encode), chatty.chat_template()
+    assert chat is not None
+    made = options().prompts(chatty, task="niah_single_1", length=800)
+    for ids in made:
+        turn, answer = chat.tokenizer.decode(ids).removeprefix(before).split(behind)
+        asked = chat.tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, return_dict=False
+        )
+        assert ids == [*asked, *pieces.piece(answer)]
+        assert "special magic number" in answer
+        assert len(ids) <= 800
+    alone = options(apply_chat_template=False)
+    assert alone.framing_for(chatty).remark == "nothing stands around a prompt: --no-apply-chat-template"
+    plain = alone.prompts(chatty, task="niah_single_1", length=800)
+    assert plain == alone.prompts(Reader(chatty.encode), task="niah_single_1", length=800)
+    assert plain != made
+    assert "no chat template" in options().framing_for(Reader(chatty.encode)).remark
+
+
+def test_what_cannot_stand_around_a_prompt_is_refused(chatty: Reader) -> None:
+    def refused(said: str, reader: Reader = chatty, **flags: Any) -> None:
+        with pytest.raises(ValueError, match=said):
+            options(**{"apply_chat_template": True, **flags}).framing_for(reader)
+
+    refused("the tokenizer has no chat template", Reader(chatty.encode))
+    refused("both say what is around a prompt", model_template="<{task_template}>")
+    refused("the text of --prompts is taken as it is", file=Path("text.txt"))
+    tokenizer = chatty.chat_template().tokenizer  # type: ignore[union-attr]
+    for template, said in (
+        ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", "into its text once"),
+        ("{{ messages[0]['content'] | upper }}", "into its text once"),
+        ("{{ messages[0]['content'] | replace('two', 'three') }}", "changes what stands in a user's turn"),
+        ("{{ raise_exception('none of that') }}", "none of that"),
+    ):
+        refused(said, Reader(chatty.encode, 4096, lambda jinja=template: ChatTemplate(tokenizer, jinja)))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["ruler", "needle", "longbench-v2", "infinitebench"])
+def test_the_chat_template_of_evaluation_has_both_spellings(name: str, chatty: Reader) -> None:
+    parser = add_evaluation_args(argparse.ArgumentParser())
+    for spelling in ("--apply-chat-template", "--apply_chat_template"):
+        config = config_from_args(parser.parse_args(["--benchmark", name, spelling]))
+        assert config.apply_chat_template is True
+        off = config_from_args(parser.parse_args(["--benchmark", name, spelling.replace("--", "--no-", 1)]))
+        assert off.apply_chat_template is False
+    if name == "needle":
+        with pytest.raises(ValueError, match="--apply-chat-template does not go with these prompts: needle prompts"):
+            config.framing(chatty.encode, chatty.chat_template, alone=why_alone(name))
+    else:
+        framed = config.framed(config.framing(chatty.encode, chatty.chat_template, alone=why_alone(name)))
+        assert vars(benchmark_from(name, vars(framed)))["model_template"].startswith("<|bos|><|im_start|>user")

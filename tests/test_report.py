@@ -47,8 +47,8 @@ def panels(figure: Figure) -> dict[str, object]:
 
 
 def lines_of(table: str) -> dict[str, list[str]]:
-    """Words of each line behind its first two columns' worth of text."""
-    return {line[:28].strip(): line[28:].split() for line in table.splitlines()}
+    """Words of each line behind its first column's worth of text."""
+    return {line[:20].strip(): line[20:].split() for line in table.splitlines()}
 
 
 def test_a_gain_of_nothing_is_no_rise() -> None:
@@ -70,10 +70,24 @@ def test_a_run_without_held_out_data_has_a_report(tmp_path: Path) -> None:
 def test_table_has_each_length_in_order_and_all() -> None:
     table = render_table(SUMMARY)
     lines = lines_of(table)
-    assert lines["64 tokens"] == ["90.0%", "95.0%", "+5.0"]
+    assert lines["64 tokens"] == ["90.0%", "95.0%", "+5.0"]  # of a run from before it wrote which were right
     assert lines["512 tokens"] == ["30.0%", "55.0%", "+25.0"]
-    assert lines["all 128 tasks"] == ["60.0%", "75.0%", "+15.0"]
+    assert lines["all 128 tasks"] == ["60.0%", "(51-68)", "75.0%", "(67-82)", "+15.0"]
     assert table.index("64 tokens") < table.index("512 tokens") < table.index("all 128")
+
+
+def test_accuracy_and_gain_have_intervals_by_prompt() -> None:
+    """Two prompts of three got right at 64 tokens, and one of them was right before."""
+    rows = [
+        {"iteration": i, "accuracy": sum(right) / 5, "accuracy_by_length": {"64": sum(right[:3]) / 3, "512": 0.5}}
+        | {"prompts": 5, "prompts_by_length": {"64": 3, "512": 2}, "correct": right}
+        for i, right in enumerate(([True, False, False, True, False], [True, True, False, False, True]))
+    ]
+    before, after = map(HeldOutAccuracy.from_row, rows)
+    lines = lines_of(table := render_table(replace(SUMMARY, before=before, after=after)))
+    assert lines["64 tokens"] == ["33.3%", "(6-79)", "66.7%", "(21-94)", "+33.3", "(-32", "to", "+72)"]
+    assert lines["all 5 tasks"] == ["40.0%", "(12-77)", "60.0%", "(23-88)", "+20.0", "(-36", "to", "+63)"]
+    assert "Wilson's score interval" in table
 
 
 def test_table_has_the_counts() -> None:

@@ -150,12 +150,20 @@ def test_rows_hold_greedy_accuracy_and_pass_at_k_by_length(tmp_path: Path) -> No
         "accuracy",
         "reward",
         "accuracy_by_length",
+        "accuracy_interval",
+        "accuracy_interval_by_length",
         "reward_by_task",
         "prompts",
+        "prompts_by_length",
         "truncated_fraction",
         "empty_fraction",
         "rewards",
+        "correct",
     ]
+    assert row["prompts_by_length"] == {short: 3, long: 2}
+    assert row["correct"] == [greedy for greedy, *_ in right]
+    low, high = row["accuracy_interval_by_length"][long]
+    assert 0 <= low <= row["accuracy_by_length"][long] <= high <= 1
     assert got["scalars"]["heldout/accuracy"] == row["accuracy"]
     assert got["scalars"][f"heldout/accuracy@{short}"] == row["accuracy_by_length"][short]
     assert got["scalars"]["heldout/pass@3"] == row["pass_at_k"]["3"]

@@ -53,7 +53,8 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_the_last_step_is_shown_and_why_its_answers_are_wrong(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, str(run))
     assert out.startswith(
-        "rollout step 2: of 4 answers written 0 right (0.0%), 1 ended by length, 1 empty; mean reward 0.0625\n"
+        "rollout step 2: of 4 answers written 0 right (0.0%; 95 %: 0-49), 1 ended by length, 1 empty; "
+        "mean reward 0.0625\n"
     )
     assert out.count("\n== single, prompt ") == 4
     assert "== single, prompt 1, answer 1: WRONG, reward 0.25; 3 tokens, ended by itself\n" in out
@@ -72,7 +73,7 @@ def test_the_last_step_is_shown_and_why_its_answers_are_wrong(run: Path, capsys:
 
 def test_steps_prompts_and_rewards_are_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, str(run), "--step", "1", "--prompt", "1", "--reward-below", "0.1", "--full")
-    assert out.startswith("rollout step 1: of 8 answers (4 written) 2 right (25.0%), 4 ended by length, 0 empty; ")
+    assert out.startswith("rollout step 1: of 8 answers (4 written) 2 right (25.0%; 95 %: 7-59), 4 ended by length, ")
     assert out.count("\n== ") == 1
     assert "on and on " * 400 in out
     assert shown(capsys, str(run), "--step", "all").count("\nrollout step") == 2

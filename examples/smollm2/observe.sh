@@ -26,6 +26,7 @@ OBSERVE_ARGS=(
     --tasks niah_multikey_1 fwe qa_1        # RULER's: find a needle, count words, answer from a text
     --lengths 512 1024 4096                 # tokens of a prompt
     --num-samples 1                         # of each task and length
+    --no-apply-chat-template                # as docs/results.md measured it: prompts alone, not as the user's turn
     --output "$RUN_DIR/observe"
     --overwrite
 )

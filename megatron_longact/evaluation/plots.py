@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
-from megatron_longact.tasks.benchmark import Bars, Curves
+from megatron_longact.tasks.benchmark import Bars, Curves, counted_as
 
 _CURVES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"))
 """Okabe and Ito's colours, and a marker each."""
@@ -95,7 +95,7 @@ def _draw_upright(axes: Axes, picture: Bars, names: list[str]) -> None:
     if picture.chance is not None:
         axes.axhline(picture.chance, color=FAINT_INK, linewidth=1, linestyle="--")
         axes.text(len(names) - 0.5, picture.chance + 1, "guessing", fontsize=9, color=FAINT_INK)
-    axes.set_xticks(range(len(names)), [f"{name}\n{picture.counts[name]} items" for name in names])
+    axes.set_xticks(range(len(names)), [f"{name}\n{counted_as(picture.counts[name], 'item')}" for name in names])
     axes.set_ylim(0, 105)
     axes.set_yticks(range(0, 101, 20))
     axes.set_xlim(-0.6, len(names) + 0.2)

@@ -23,11 +23,12 @@ from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.megatron.checkpoint_model import load_model, parse_args
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
 from megatron_longact.tasks.benchmark import MegatronEncoder
-from megatron_longact.tasks.benchmarks import benchmark_from
+from megatron_longact.tasks.benchmarks import benchmark_from, why_alone
+from megatron_longact.tasks.prompt_flags import framing_of_megatron
 from megatron_longact.tasks.rows import Id, Row, check_complete
 
-_CONTENT = {"output", "keep_inputs"}
-"""Settings that do not change what is predicted."""
+_CONTENT = {"output", "keep_inputs", "apply_chat_template"}
+"""Settings that do not change what is predicted, or that others hold: `model_template` is the chat template's."""
 
 
 def main() -> None:
@@ -48,13 +49,15 @@ class Evaluation:
     """
 
     def __init__(self, args: Namespace, config: EvaluationConfig, *, iteration: str, terminal: TextIO) -> None:
-        self.args, self.config, self.terminal = args, config, terminal
+        self.args, self.terminal = args, terminal
         self.first = args.rank == 0
         vocabulary = vocabulary_from_args(args, get_tokenizer())
+        framing = framing_of_megatron(config, get_tokenizer(), args, alone=why_alone(config.benchmark))
         if self.first:
-            print(vocabulary.remark, file=terminal)
+            print(*filter(None, (vocabulary.remark, framing.remark)), sep="\n", file=terminal)
+        self.config = config = config.framed(framing)
         self.settings = _settings(args, config, iteration) | {"stop_token_ids": list(vocabulary.stop_ids)}
-        self.encoder = MegatronEncoder(get_tokenizer())
+        self.encoder = MegatronEncoder(get_tokenizer(), encode=framing.encode)
         self.benchmark = benchmark_from(config.benchmark, vars(config))
         self.groups = self.benchmark.samples(self.encoder, positions=args.max_position_embeddings)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from megatron_longact.flags import Flag, each_once
 from megatron_longact.reporting.run_log import EVALUATIONS, HELDOUT, METRICS, ROLLOUTS
+from megatron_longact.tasks.intervals import wilson
 
 ALL = "all"
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 600, 2000
@@ -95,9 +96,10 @@ def heading(rows: Sequence[Row], total: Row | None, *, name: str) -> str:
         count = round(total["count"])
         right, cut, empty = (round(count * total[share]) for share in ("accuracy", "cut", "empty"))
         reward, of = total["reward"], f"{count} answers" + (f" ({len(rows)} written)" if len(rows) < count else "")
+    low, high = (100 * end for end in wilson(right / count, count))
     return (
-        f"{name}: of {of} {right} right ({right / count:.1%}), {cut} ended by length, {empty} empty; "
-        f"mean reward {reward:.3g}\n"
+        f"{name}: of {of} {right} right ({right / count:.1%}; 95 %: {low:.0f}-{high:.0f}), {cut} ended by length, "
+        f"{empty} empty; mean reward {reward:.3g}\n"
     )
 
 

@@ -14,6 +14,7 @@ from megatron_longact.generation.sampling import Sampling
 from megatron_longact.rl.data.environment import Environment, Score, Task
 from megatron_longact.rl.data.rewards import finite_reward
 from megatron_longact.rl.pass_at_k import PassAtK, pass_at_k
+from megatron_longact.tasks.intervals import wilson
 
 Detokenize = Callable[[list[int]], str]
 
@@ -108,9 +109,10 @@ def evaluate_heldout(
 ) -> dict[str, Any]:
     """One row: `iteration`, `accuracy` and `reward` over all prompts, `accuracy_by_length`, `prompts`.
 
-    Also the shares of answers that are cut off (`truncated_fraction`) and that are empty (`empty_fraction`),
-    `reward_by_task`, and `rewards`: that of each prompt, in an order that is the same at each evaluation, so that runs
-    of one seed can be compared prompt by prompt.
+    Also their 95 % intervals (`accuracy_interval`, `accuracy_interval_by_length`: Wilson's); the shares of answers that
+    are cut off (`truncated_fraction`) and that are empty (`empty_fraction`); `reward_by_task`; and `rewards` and
+    `correct`, of each prompt, length after length, in an order that is the same at each evaluation, so that runs of one
+    seed can be compared prompt by prompt.
     With samples in `pass_at` also `pass_at_k` ({k: mean over all prompts}) and `pass_at_k_by_length`
     ({length: {k: mean}}), keys as strings. Called by all ranks; the same row on each.
     """
@@ -128,12 +130,16 @@ def evaluate_heldout(
         "iteration": iteration,
         "accuracy": _mean(correct),
         "reward": _mean([score.reward for score in scores]),
-        "accuracy_by_length": _means_by(lengths, correct),
+        "accuracy_by_length": (by_length := _means_by(lengths, correct)),
+        "accuracy_interval": list(wilson(_mean(correct), len(correct))),
+        "accuracy_interval_by_length": {n: list(wilson(by_length[n], len(groups[int(n)]))) for n in by_length},
         "reward_by_task": _means_by([task.name for task in tasks], [score.reward for score in scores]),
         "prompts": len(tasks),
+        "prompts_by_length": {str(length): len(group) for length, group in groups.items()},
         "truncated_fraction": 1.0 - _mean(rollouts.finished.tolist()),
         "empty_fraction": _mean((rollouts.lengths == rollouts.finished).tolist()),
         "rewards": [score.reward for score in scores],
+        "correct": correct,
     }
     if pass_at is None or not pass_at.samples:
         return row

@@ -188,8 +188,9 @@ class RLLoop:
         self._state.evaluations.append(row)
         self._log.write_evaluation(row, heldout_scalars(row))
         by_length = "  ".join(f"{n}: {v:.0%}" for n, v in row["accuracy_by_length"].items())
+        low, high = (100 * end for end in row["accuracy_interval"])
         self._log.say(
-            f"held-out accuracy at iteration {row['iteration']}: {row['accuracy']:.1%}"
+            f"held-out accuracy at iteration {row['iteration']}: {row['accuracy']:.1%} ({low:.0f}-{high:.0f})"
             f"  (by context length  {by_length})"
         )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from megatron_longact.tasks.intervals import paired_gain, wilson
 
 REPORT, SALIENCY, REWARD, MASKS = "report.md", "saliency.png", "reward.png", "masks.png"
 
@@ -18,17 +21,31 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:
-    """Accuracy in [0, 1] on held-out tasks: over all, and by context length in tokens."""
+    """Accuracy in [0, 1] on held-out tasks: over all, and by context length in tokens.
+
+    right: by length, whether each prompt was answered so; empty out of a run from before that was written.
+    """
 
     overall: float
     by_length: Mapping[int, float]
     prompts: int
+    right: Mapping[int, Sequence[bool]] = field(default_factory=dict)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> HeldOutAccuracy:
         """Out of a row of evaluations.jsonl."""
         by_length = {int(length): accuracy for length, accuracy in row["accuracy_by_length"].items()}
-        return cls(row["accuracy"], dict(sorted(by_length.items())), row["prompts"])
+        answers, right = iter(row.get("correct", ())), {}
+        for length, count in row.get("prompts_by_length", {}).items():
+            right[int(length)] = list(islice(answers, count))
+        return cls(row["accuracy"], dict(sorted(by_length.items())), row["prompts"], right)
+
+    def of(self, length: int | None) -> tuple[float, int, Sequence[bool]]:
+        """Accuracy, prompts (0: not known) and right answers (none: not known) of a length; None: over all."""
+        if length is None:
+            return self.overall, self.prompts, [*chain.from_iterable(self.right.values())]
+        own = self.right.get(length, ())
+        return self.by_length[length], len(own), own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +95,36 @@ class RunOutcome:
 
 
 def accuracy_rows(summary: RunOutcome) -> list[tuple[str, str, str, str]]:
-    """Context length, before, after and gain in points, as text; the last row is over all."""
+    """Context length, before, after and gain in points, with intervals, as text; the last row is over all."""
     before, after = summary.before, summary.after
     if before is None or after is None:
         return []
-    pairs = [(f"{length} tokens", before.by_length[length], after.by_length[length]) for length in after.by_length]
-    pairs.append((f"all {after.prompts} tasks", before.overall, after.overall))
-    return [(name, f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f}") for name, old, new in pairs]
+    names = {length: f"{length} tokens" for length in after.by_length} | {None: f"all {after.prompts} tasks"}
+    return [(name, *_cells(before.of(length), after.of(length))) for length, name in names.items()]
+
+
+_Accuracy = tuple[float, int, Sequence[bool]]
+
+
+def _cells(before: _Accuracy, after: _Accuracy) -> tuple[str, str, str]:
+    gain = f"{100 * (after[0] - before[0]):+.1f}"
+    if before[2] and len(before[2]) == len(after[2]):
+        low, high = (100 * end for end in paired_gain(before[2], after[2]))
+        gain += f" ({low:+.0f} to {high:+.0f})"
+    return _with_interval(*before[:2]), _with_interval(*after[:2]), gain
+
+
+def _with_interval(share: float, prompts: int) -> str:
+    if not prompts:
+        return f"{share:.1%}"
+    low, high = (100 * end for end in wilson(share, prompts))
+    return f"{share:.1%} ({low:.0f}-{high:.0f})"
+
+
+INTERVALS = (
+    "in brackets: 95 % intervals over the prompts, Wilson's score interval, of the gain\n"
+    "Newcombe's for pairs; how far another seed would be off they do not say"
+)
 
 
 def fact_rows(summary: RunOutcome) -> list[tuple[str, str]]:
@@ -108,11 +148,14 @@ def fact_rows(summary: RunOutcome) -> list[tuple[str, str]]:
 def render_table(summary: RunOutcome) -> str:
     """The table for a terminal, several lines without the last newline."""
     accuracy = [("held-out accuracy", "before", "after", "gain"), *accuracy_rows(summary)]
-    lines = [f"{name:<28}{old:>9}{new:>9}{gain:>9}" for name, old, new, gain in accuracy]
+    lines = [f"{name:<20}{old:>16}{new:>16}{gain:>20}" for name, old, new, gain in accuracy]
     facts = [f"{name:<30}{value}" for name, value in fact_rows(summary)]
     rule = "-" * len(lines[0])
     measured = [lines[0], rule, *lines[1:-1], rule, lines[-1], rule] if lines[1:] else []
-    return "\n".join([rule, *measured, *facts, rule, summary.verdict()])
+    return "\n".join([rule, *measured, *facts, rule, *[INTERVALS] * bool(measured), summary.verdict()])
+
+
+_ACCURACY_HEAD = ("| held-out accuracy | before | after | gain in points |", "|---|---:|---:|---:|")
 
 
 def render_markdown(summary: RunOutcome, *, settings: Mapping[str, object], pictures: Mapping[str, str]) -> str:
@@ -127,10 +170,7 @@ def render_markdown(summary: RunOutcome, *, settings: Mapping[str, object], pict
     parts = [
         "# Report of the run",
         summary.verdict(),
-        *(
-            ["\n".join(["| held-out accuracy | before | after | gain in points |", "|---|---:|---:|---:|", *accuracy])]
-            * bool(accuracy)
-        ),
+        *(["\n".join([*_ACCURACY_HEAD, *accuracy]), INTERVALS] if accuracy else []),
         "\n".join(["| counted at the end | |", "|---|---|", *facts]),
         *shown,
         "\n".join(["## Settings", "", "| setting | value |", "|---|---|", *chosen]),

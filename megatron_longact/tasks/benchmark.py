@@ -32,14 +32,15 @@ class Encoder(Protocol):
 
 
 class MegatronEncoder:
-    """A Megatron tokenizer under the names of `Encoder`."""
+    """A Megatron tokenizer under the names of `Encoder`; encode: instead of its own."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, encode: Callable[[str], list[int]] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._encode = tokenizer.tokenize if encode is None else encode
 
     def encode(self, text: str) -> list[int]:
         """See `Encoder`."""
-        return list(self._tokenizer.tokenize(text))
+        return list(self._encode(text))
 
     def decode(self, ids: list[int]) -> str:
         """See `Encoder`."""
@@ -168,3 +169,17 @@ class Benchmark(Protocol):
 def percent(value: float | None, *, digits: int) -> str:
     """A figure of a table; a dash for none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def counted_as(count: int, noun: str) -> str:
+    """`1 item`, `2 items`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def other_lengths(asked: int | None, official: Mapping[str, int]) -> list[str]:
+    """A note of a table, if answers may have another length than the benchmark gives them; official: by task."""
+    changed = {task: tokens for task, tokens in official.items() if asked not in (None, tokens)}
+    if not changed:
+        return []
+    own = ", ".join(f"{task} {tokens}" for task, tokens in changed.items())
+    return [f"CHANGED: answers have at most {asked} tokens, officially {own}: figures do not compare with others'"]

@@ -20,6 +20,12 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 }
 
 
+def why_alone(name: str) -> str:
+    """Why nothing can stand around a benchmark's prompts; "" where something can."""
+    can = any(field.name == "model_template" for field in fields(BENCHMARKS[name]))  # type: ignore[arg-type]
+    return "" if can else f"{BENCHMARKS[name].TITLE} prompts are text to go on with, of an exact length"
+
+
 def benchmark_from(name: str, settings: Mapping[str, Any]) -> Benchmark:
     """The benchmark of a name, with those of the settings that it has fields for."""
     kind: Any = BENCHMARKS[name]

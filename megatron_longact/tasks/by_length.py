@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.tasks.benchmark import Curves, Report, Results, Table, percent
+from megatron_longact.tasks.benchmark import Curves, Report, Results, Table, counted_as, percent
+from megatron_longact.tasks.intervals import METHOD, NOTE, percent_interval, samples_of_mean, with_interval
 from megatron_longact.tasks.rows import Id, Row, field, odd, text_of, whole
 
 ID = ("max_seq_length", "task", "index")
@@ -50,22 +51,27 @@ def report(
 ) -> Report:
     """Figures of predictions by (max_seq_length, task, index).
 
-    scores: by length, then task, percent as `score`; averages: by length, the plain mean of its tasks; nulls
-    (predictions of which nothing is left after `postprocess`) and samples: counts, arranged as scores. A length of 0
-    is one that nothing told. categories: tasks of each, in the order of tables and pictures.
+    scores: by length, then task, percent as `score`; averages: by length, the plain mean of its tasks; intervals and
+    average_intervals: of these, as `interval` says; nulls (predictions of which nothing is left after `postprocess`)
+    and samples: counts, arranged as scores. A length of 0 is one that nothing told. categories: tasks of each, in the
+    order of tables and pictures.
     """
     tasks = [task for own in categories.values() for task in own]
     groups: dict[tuple[int, str], list[Row]] = {}
     for (length, task, _), row in rows.items():
         groups.setdefault((length, task), []).append(row)
     results: Results = {"benchmark": name, "scores": {}, "averages": {}, "nulls": {}, "samples": {}}
+    results |= {"interval": METHOD, "intervals": {}, "average_intervals": {}}
     for length in sorted({length for length, _ in groups}):
         own = {task: groups[length, task] for task in tasks if (length, task) in groups}
         scores = {task: score(task, each) for task, each in own.items()}
         results["scores"][str(length)] = scores
         results["averages"][str(length)] = round(sum(scores.values()) / len(scores), 2)
         results["nulls"][str(length)] = {task: sum(not postprocess(row) for row in each) for task, each in own.items()}
-        results["samples"][str(length)] = {task: len(each) for task, each in own.items()}
+        results["samples"][str(length)] = counts = {task: len(each) for task, each in own.items()}
+        results["intervals"][str(length)] = {task: percent_interval(scores[task], counts[task]) for task in own}
+        worth = samples_of_mean(list(counts.values()))
+        results["average_intervals"][str(length)] = percent_interval(results["averages"][str(length)], worth)
     return Report(results, _table(results, tasks, notes), picture(results, title, categories))
 
 
@@ -91,14 +97,18 @@ def _table(results: Results, tasks: Sequence[str], notes: Sequence[str]) -> Tabl
     """Tasks down, lengths across, and their average."""
     lengths = list(results["scores"])
     asked = [task for task in tasks if any(task in results["scores"][length] for length in lengths)]
-    cells = {task: [percent(results["scores"][n].get(task), digits=2) for n in lengths] for task in asked}
-    cells["average"] = [percent(results["averages"][n], digits=2) for n in lengths]
+    cells = {task: [_cell(results["scores"][n], results["intervals"][n], task) for n in lengths] for task in asked}
+    cells["average"] = [_cell(results["averages"], results["average_intervals"], n) for n in lengths]
     counts = {count for of_length in results["samples"].values() for count in of_length.values()}
-    counted = f"{counts.pop()} samples each" if len(counts) == 1 else f"{min(counts)} to {max(counts)} samples each"
-    nulls = sum(sum(of_length.values()) for of_length in results["nulls"].values())
+    counted = counted_as(counts.pop(), "sample") if len(counts) == 1 else f"{min(counts)} to {max(counts)} samples"
+    nulls = counted_as(sum(sum(of_length.values()) for of_length in results["nulls"].values()), "empty prediction")
     heads = ["task", *("unknown length" if n == "0" else f"{n} tokens" for n in lengths)]
     lines = [[name, *values] for name, values in cells.items()]
-    return Table(heads, lines, [f"percent, {counted}; {nulls} empty predictions", *notes], rule_before="average")
+    return Table(heads, lines, [f"percent, {counted} each; {nulls}", NOTE, *notes], rule_before="average")
+
+
+def _cell(scores: Mapping[str, float], intervals: Mapping[str, Sequence[float]], name: str) -> str:
+    return with_interval(percent(scores.get(name), digits=2), intervals.get(name))
 
 
 def _task_of(row: Row, tasks: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longact.tasks.pieces import PieceEncoder
+from megatron_longact.tasks.pieces import TASK_TEMPLATE, PieceEncoder
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation; each message has a `role` and a `content`."""
@@ -32,6 +32,42 @@ class EncodedPrompt:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template in Jinja, and the tokenizer that applies it: one of Megatron's or of `transformers`."""
+
+    tokenizer: Any
+    jinja: str
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, given: str | None = None) -> ChatTemplate | None:
+        """The given one, else the tokenizer's own, if it has one."""
+        jinja = given or own_template(tokenizer)
+        return None if jinja is None else cls(tokenizer, jinja)
+
+    def apply(self, messages: Messages, *, tokenize: bool) -> Any:
+        """Text or token ids, up to where the assistant's turn begins; ValueError for what the template refuses."""
+        # Hugging Face's tokenizers put the ids into a dict unless told not to; Megatron's own do not know that option.
+        options = {"return_dict": False} if _of_transformers(self.tokenizer) else {}
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.jinja,
+                tokenize=tokenize,
+                add_generation_prompt=True,
+                **options,
+            )
+        except Exception as error:  # a template is a program of the user's
+            raise ValueError(f"the chat template failed on these messages: {error}") from error
+
+    def around(self) -> str:
+        """What stands around a user's turn, with {task_template} in its place; ValueError if that cannot be told."""
+        text: str = self.apply([{"role": "user", "content": TASK_TEMPLATE}], tokenize=False)
+        if text.count(TASK_TEMPLATE) != 1:
+            raise ValueError(f"the chat template does not put a user's turn into its text once: {text!r}")
+        return text
+
+
 class PromptEncoder:
     """Encodes prompts.
 
@@ -40,9 +76,8 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
-        self._tokenizer = tokenizer
         self._pieces = PieceEncoder(tokenizer.tokenize)
-        self._template = chat_template or own_template(tokenizer)
+        self._template = ChatTemplate.of(tokenizer, given=chat_template)
 
     @property
     def has_template(self) -> bool:
@@ -62,22 +97,8 @@ class PromptEncoder:
             raise ValueError(
                 "the prompt is a list of messages, but the tokenizer has no chat template; give --chat-template FILE"
             )
-        text, tokens = (self._apply(prompt, tokenize=tokenize) for tokenize in (False, True))
+        text, tokens = (self._template.apply(prompt, tokenize=tokenize) for tokenize in (False, True))
         return EncodedPrompt(text + begun, (*tokens, *(self._pieces.piece(begun) if begun else ())))
-
-    def _apply(self, messages: Messages, *, tokenize: bool) -> Any:
-        # Hugging Face's tokenizers put the ids into a dict unless told not to; Megatron's own do not know that option.
-        options = {"return_dict": False} if self._tokenizer.library in _HUGGING_FACE else {}
-        try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=self._template,
-                tokenize=tokenize,
-                add_generation_prompt=True,
-                **options,
-            )
-        except Exception as error:  # a template is a program of the user's
-            raise ValueError(f"the chat template failed on these messages: {error}") from error
 
 
 def read_chat_template(value: str | None) -> str | None:
@@ -98,12 +119,17 @@ def own_template(tokenizer: Any) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
+def _of_transformers(tokenizer: Any) -> bool:
+    """Whether it is one of `transformers`, or Megatron's around one."""
+    return getattr(tokenizer, "library", "huggingface") in _HUGGING_FACE
+
+
 def turn_end(tokenizer: Any, template: str | None) -> int | None:
     """The special token that a template ends the assistant's turn with; None if it is no such token, or not known.
 
     Known is it of Hugging Face tokenizers: a SentencePiece model does not say which of its pieces are special.
     """
-    if template is None or tokenizer.library not in _HUGGING_FACE:
+    if template is None or not _of_transformers(tokenizer):
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from megatron_longact.tasks.benchmark import Bars, Encoder, Group, Report, Results, Sample, Table, percent
+from megatron_longact.tasks.benchmark import Bars, Encoder, Group, Report, Results, Sample, Table, counted_as, percent
 from megatron_longact.tasks.cut_prompts import CutPrompts, truncate
+from megatron_longact.tasks.intervals import METHOD, percent_interval, with_interval
 from megatron_longact.tasks.pieces import TASK_TEMPLATE
 from megatron_longact.tasks.rows import Id, Row, by_id, field, odd, read_rows, text_of
 
@@ -213,6 +214,8 @@ class LongBenchV2:
             "benchmark": "longbench-v2",
             "scores": aggregate(judged),
             "compensated": aggregate(judged, compensated=True),
+            "interval": METHOD,
+            "intervals": {bucket: _interval(judged, bucket) for bucket in BUCKETS},
             "samples": samples,
             "no_answer": sum(row["pred"] is None for row in judged),
         }
@@ -272,6 +275,11 @@ class LongBenchV2:
         return Sample((item["_id"],), prompts.tokens(prompt), tokens_to_generate, answered)
 
 
+def _interval(judged: Sequence[Row], bucket: str) -> list[float] | None:
+    own = [100.0 * row["judge"] for row in judged if bucket in _buckets_of(row)]
+    return percent_interval(sum(own) / len(own), len(own)) if own else None
+
+
 def _right_letter(row: Row) -> str:
     letter = row["answer"]
     if letter not in tuple("ABCD"):
@@ -284,14 +292,15 @@ def _table(results: Results) -> Table:
     lines = [
         [
             bucket,
-            percent(results["scores"][bucket], digits=1),
+            with_interval(percent(results["scores"][bucket], digits=1), results["intervals"][bucket]),
             percent(results["compensated"][bucket], digits=1),
             str(results["samples"][bucket]),
         ]
         for bucket in BUCKETS
     ]
-    note = f"{results['no_answer']} responses without an answer; they count as wrong, and a quarter if compensated"
-    return Table(["items", "percent", "compensated", "number"], lines, [note])
+    missing = counted_as(results["no_answer"], "response")
+    notes = [f"{missing} without an answer: wrong, and a quarter right if compensated", f"(low-high): {METHOD}"]
+    return Table(["items", "percent", "compensated", "number"], lines, notes)
 
 
 def _picture(results: Results) -> Bars:

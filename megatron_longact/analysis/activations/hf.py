@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,47 @@ from megatron_longact.mla_layout import MLALayout
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.reduction import STATISTICS, Accumulator
 from megatron_longact.selection import QK
+from megatron_longact.tasks.chat import ChatTemplate
 
-Encode = Callable[[str], list[int]]
+
+@dataclass(frozen=True)
+class LocalTokenizer:
+    """One of a Hugging Face folder, or a SentencePiece file; read when it is first asked, which raises `ValueError`.
+
+    That is for a path without a tokenizer, and for one with ids that the model has no embedding of.
+    """
+
+    path: Path
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ids = list(self._loaded.encode(text))
+        if ids and max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer {self.path} makes id {max(ids)}, but the model has {self.vocab_size} embeddings"
+            )
+        return ids
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Its own; a SentencePiece file has none."""
+        return ChatTemplate.of(self._loaded)
+
+    @cached_property
+    def _loaded(self) -> Any:
+        if self.path.is_file():
+            import sentencepiece
+
+            return sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        import transformers
+
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+        if not any((self.path / name).is_file() for name in names):
+            raise ValueError(
+                f"{self.path} holds no tokenizer; give --tokenizer a folder that has one, or a SentencePiece file"
+            )
+        return transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
 
 _LATENT = "kv_a_proj_with_mqa"
 """What multi-latent attention has in place of `k_proj`."""
@@ -32,7 +72,7 @@ class HFSource:
 
     name: str
     model: Any
-    encode: Encode
+    tokenizer: LocalTokenizer
     layout: AttentionLayout
     attentions: list[nn.Module]
     layer_numbers: tuple[int, ...]
@@ -41,6 +81,14 @@ class HFSource:
     positions: int
     embeddings: int | None = None
     rope_interleaved: bool = False
+
+    def encode(self, text: str) -> list[int]:
+        """As `ModelSource.encode`."""
+        return self.tokenizer.encode(text)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """As `ModelSource.chat_template`."""
+        return self.tokenizer.chat_template()
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:
         """As `ModelSource.measure`."""
@@ -133,7 +181,7 @@ def open_folder(
     return HFSource(
         name=run_name(folder),
         model=model.to(device).eval(),
-        encode=encoder(tokenizer or folder, vocab_size=embeddings),
+        tokenizer=LocalTokenizer(tokenizer or folder, vocab_size=embeddings),
         layout=layout,
         attentions=attentions,
         layer_numbers=tuple(_number(each, i) for i, each in enumerate(attentions)),
@@ -203,37 +251,3 @@ def _inv_freq(model: nn.Module, hn: int) -> Tensor | None:
         if name.endswith("inv_freq") and buffer.numel() <= hn // 2:
             return buffer.detach().float().cpu()
     return None
-
-
-def encoder(path: Path, *, vocab_size: int) -> Encode:
-    """A tokenizer's `encode` from a Hugging Face folder or a SentencePiece file; made when it is first used.
-
-    Raises `ValueError` then: for a path without a tokenizer, and for one with ids that the model has no embedding of.
-    """
-    made: list[Encode] = []
-
-    def encode(text: str) -> list[int]:
-        if not made:
-            made.append(_load_tokenizer(path))
-        ids = list(made[0](text))
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(f"the tokenizer {path} makes id {max(ids)}, but the model has {vocab_size} embeddings")
-        return ids
-
-    return encode
-
-
-def _load_tokenizer(path: Path) -> Encode:
-    if path.is_file():
-        import sentencepiece
-
-        encode: Encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
-        return encode
-    import transformers
-
-    if not any(
-        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
-        raise ValueError(f"{path} holds no tokenizer; give --tokenizer a folder that has one, or a SentencePiece file")
-    loaded = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return lambda text: list(loaded.encode(text))

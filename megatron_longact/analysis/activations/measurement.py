@@ -17,6 +17,7 @@ from megatron_longact.attention_layout import AttentionLayout
 from megatron_longact.config import Statistic, Tap
 from megatron_longact.reduction import STATISTICS
 from megatron_longact.selection import QK
+from megatron_longact.tasks.chat import ChatTemplate
 
 TAPS: tuple[Tap, ...] = get_args(Tap)
 
@@ -71,6 +72,10 @@ class ModelSource(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
+        ...
+
+    def chat_template(self) -> ChatTemplate | None:
+        """The tokenizer's, if it has one."""
         ...
 
     def measure(self, prompts: Sequence[Sequence[int]]) -> Measurement:

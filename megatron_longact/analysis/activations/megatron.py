@@ -33,6 +33,7 @@ from megatron_longact.qkv_layers import QKVModel
 from megatron_longact.reduction import STATISTICS
 from megatron_longact.saliency import SaliencyCapture
 from megatron_longact.selection import QK
+from megatron_longact.tasks.chat import ChatTemplate, read_chat_template
 
 _MULTIPLE = 16
 """Sequences are padded to a multiple of this: sequence parallelism and FP8 kernels ask for it."""
@@ -48,6 +49,7 @@ class MegatronSource:
     positions: int
     dp_group: Any
     embeddings: int | None = None
+    chat_template: Callable[[], ChatTemplate | None] = lambda: None
     layout: AttentionLayout = field(init=False)
     layer_numbers: tuple[int, ...] = field(init=False)
     taps: tuple[Tap, ...] = field(init=False)
@@ -136,6 +138,7 @@ def megatron_sources(checkpoints: Sequence[Checkpoint], flags: Sequence[str]) ->
             name=checkpoint.name,
             chunks=model,
             encode=_encode,
+            chat_template=lambda: ChatTemplate.of(get_tokenizer(), given=read_chat_template(args.chat_template)),
             positions=int(args.max_position_embeddings),
             dp_group=groups.dp,
             embeddings=embeddings_of(args),

@@ -25,6 +25,11 @@ class Session:
     terminal: TextIO
     first: bool
 
+    def say(self, remark: str) -> None:
+        """A line for the user, if there is anything in it."""
+        if self.first and remark:
+            print(remark, file=self.terminal, flush=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from megatron_longact.flags import Flag, ascending, config_from_flags, each_once
 from megatron_longact.tasks import ruler
+from megatron_longact.tasks.chat import ChatTemplate
 from megatron_longact.tasks.json_lines import check_text, parse_json
 from megatron_longact.tasks.pieces import PieceEncoder
-from megatron_longact.tasks.prompt_flags import PromptFlags
+from megatron_longact.tasks.prompt_flags import Framing, PromptFlags
 
 DEFAULT_TASKS = ("niah_single_2", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1")
 DEFAULT_LENGTHS = (2048, 4096)
 _TEXT_FIELDS = ("text", "prompt", "input")
 
-Encode = Callable[[str], list[int]]
+
+class Reader(Protocol):
+    """What reads prompts: a tokenizer, and how many tokens the model takes."""
+
+    positions: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def chat_template(self) -> ChatTemplate | None:
+        """The tokenizer's, if it has one."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +73,21 @@ class PromptOptions(PromptFlags):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
-    def prompts(
-        self, *, task: str, length: int | None, seed: int | None = None, encode: Encode, positions: int
-    ) -> list[list[int]]:
+    def framing_for(self, reader: Reader) -> Framing:
+        """What stands around a prompt; raises `ValueError` as `framing` does."""
+        own = "" if self.file is None else "the text of --prompts is taken as it is"
+        return self.framing(reader.encode, reader.chat_template, alone=own)
+
+    def prompts(self, reader: Reader, *, task: str, length: int | None, seed: int | None = None) -> list[list[int]]:
         """The prompts of one task, one length and one seed (None: that of the options).
 
         Raises `ValueError` for a length that the task or the model cannot hold, and for a file without such prompts.
         """
+        positions, framing = reader.positions, self.framing_for(reader)
         if length is not None and length > positions:
             raise ValueError(f"--lengths asks for {length} tokens, but the model has {positions} positions")
         seed = self.seed if seed is None else seed
-        pieces = PieceEncoder(encode)
+        pieces = PieceEncoder(framing.encode)
         if self.file is not None:
             return _of_file(self.file, length, pieces=pieces, count=self.num_samples, seed=seed, positions=positions)
         assert length is not None
@@ -82,7 +98,7 @@ class PromptOptions(PromptFlags):
             tokenizer=pieces,
             seed=seed,
             tokens_to_generate=0,
-            model_template=self.model_template,
+            model_template=framing.model_template,
             **self.ruler_files,
         )
         return [pieces.prompt(sample["input"] + sample["answer_prefix"]) for sample in samples]

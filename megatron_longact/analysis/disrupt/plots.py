@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
+from megatron_longact.tasks.intervals import percent_interval
 
 STYLES = {
     None: ("undisturbed", INK, "o"),
@@ -77,7 +77,7 @@ def _draw_by_share(axes: Axes, undisturbed: Results, runs: Sequence[Results], me
         shares, values = [100 * run["ratio"] for run in own], [run[metric] for run in own]
         axes.plot(shares, values, color=colour, marker=marker, markersize=5, label=name)
         if metric == "accuracy":
-            ends = [interval(run[metric], sum(run["samples_by_length"].values())) for run in own]
+            ends = [percent_interval(run[metric], sum(run["samples_by_length"].values())) for run in own]
             axes.vlines(shares, *zip(*ends, strict=True), color=colour, linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks(sorted({100 * run["ratio"] for run in runs}))
@@ -92,20 +92,12 @@ def _draw_by_share(axes: Axes, undisturbed: Results, runs: Sequence[Results], me
     _finish(axes, "")
 
 
-def interval(percent: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share in percent over `count` prompts."""
-    z, p = 1.959964, percent / 100
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
 def _draw_accuracy(axes: Axes, runs: Sequence[Results], *, title: str) -> None:
     lengths = list(runs[0]["accuracy_by_length"])
     for number, run in enumerate(runs):
         label, colour, marker = STYLES[run["channels"]]
         values = [run["accuracy_by_length"][n] for n in lengths]
-        ends = [interval(v, run["samples_by_length"][n]) for v, n in zip(values, lengths, strict=True)]
+        ends = [percent_interval(v, run["samples_by_length"][n]) for v, n in zip(values, lengths, strict=True)]
         errors = [
             [max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
             [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)],

@@ -35,7 +35,14 @@ from megatron_longact.analysis.disrupt.channels import (
     shared,
 )
 from megatron_longact.analysis.disrupt.report import Run
-from megatron_longact.analysis.disrupt.tasks import Row, benchmark_of, measured_samples, responses, scored_samples
+from megatron_longact.analysis.disrupt.tasks import (
+    Row,
+    benchmark_of,
+    measured_samples,
+    official_tokens,
+    responses,
+    scored_samples,
+)
 from megatron_longact.conversion.torch_dist import iteration_folder, read_common_state
 from megatron_longact.generation.engine import Prompt
 from megatron_longact.generation.sampling import Sampling
@@ -48,6 +55,9 @@ from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in
 from megatron_longact.rl.data.prose import text_windows
 from megatron_longact.rl.perplexity import padded_length, perplexity
 from megatron_longact.selection import QK
+from megatron_longact.tasks.benchmark import MegatronEncoder
+from megatron_longact.tasks.benchmarks import why_alone
+from megatron_longact.tasks.prompt_flags import framing_of_megatron
 
 
 def main() -> None:
@@ -78,15 +88,17 @@ class Disruption:
     """One analysis on all ranks; rank 0 writes the files and speaks. args: after `initialize_megatron`."""
 
     def __init__(self, args: Namespace, config: DisruptConfig, *, folder: Path, terminal: TextIO) -> None:
-        self.args, self.config, self.folder = args, config, folder
+        self.args, self.folder = args, folder
         self.terminal = terminal if args.rank == 0 else None
         self.tokenizer = get_tokenizer()
         self.vocabulary = vocabulary_from_args(args, self.tokenizer)
+        framing = framing_of_megatron(config, self.tokenizer, args, alone=why_alone(config.benchmark))
         if self.terminal is not None:
-            print(self.vocabulary.remark, file=self.terminal)
-        positions = args.max_position_embeddings
-        self.samples = scored_samples(config, self.tokenizer, positions=positions)
-        self.measured = measured_samples(config, self.tokenizer, positions=positions)
+            print(*filter(None, (self.vocabulary.remark, framing.remark)), sep="\n", file=self.terminal)
+        self.config = config = config.framed(framing)
+        positions, encoder = args.max_position_embeddings, MegatronEncoder(self.tokenizer, encode=framing.encode)
+        self.samples = scored_samples(config, encoder, positions=positions)
+        self.measured = measured_samples(config, encoder, positions=positions)
         self.windows = _windows(config, self.tokenizer, positions=positions)
         self.pgs = ProcessGroupCollection.use_mpu_process_groups()
         self.model = load_model(args, self.pgs)
@@ -201,6 +213,7 @@ class Disruption:
         results: dict[str, Any] = {
             "settings": _settings(self.args, self.config, self.folder),
             "measured": {"prompts": len(self.measured), "tokens": statistics.tokens},
+            "official_tokens": official_tokens(self.config),
             "channels": {name: _described(masks, chosen) for name, masks in chosen.items()},
             "runs": [run.results() for run in runs],
         }

@@ -12,6 +12,8 @@ from megatron_longact.analysis.disrupt.tasks import NGRAM, Row, summary
 from megatron_longact.analysis.pages import section
 from megatron_longact.reporting.page import Answer, Page, Section
 from megatron_longact.reporting.page import write as write_page
+from megatron_longact.tasks.benchmark import other_lengths
+from megatron_longact.tasks.intervals import NOTE, with_interval
 
 RESULTS, RESPONSES, SAMPLES, PICTURE = "results.json", "responses.jsonl", "samples.md", "disruption.png"
 _END_OF_PROMPT = 240
@@ -53,12 +55,13 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     lengths = list(runs[0]["accuracy_by_length"])
     lines = [["replaced", *(f"{n} tokens" for n in lengths), *_HEADS]]
     for run in runs:
-        shares = [run["accuracy_by_length"][n] for n in lengths] + [run["accuracy"]]
+        shares = [(run["accuracy_by_length"][n], run["accuracy_interval_by_length"][n]) for n in lengths]
+        shares.append((run["accuracy"], run["accuracy_interval"]))
         distinct = run[f"distinct_{NGRAM}"]
         lines.append(
             [
                 run["name"],
-                *(f"{share:.1f}" for share in shares),
+                *(with_interval(f"{share:.1f}", interval) for share, interval in shares),
                 "-" if distinct is None else f"{distinct:.3f}",
                 f"{run['longest_loop']:.1f}",
                 f"{run['loop_share']:.1f}",
@@ -77,12 +80,17 @@ def legend(results: Mapping[str, Any]) -> str:
     """What the columns of the table mean, and what the channels were measured on."""
     counts = set(results["runs"][0]["samples_by_length"].values())
     numbers = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return (
-        f"accuracy in percent over {numbers} prompts of each length; distinct-{NGRAM}: different over all "
-        f"{NGRAM}-grams of a response;\nlongest loop: tokens of it that are a block repeated back to back; in loops: "
-        "that as percent of the response;\nunfinished: percent that did not end by themselves. Channels measured on "
-        f"{results['measured']['prompts']} other prompts, {results['measured']['tokens']} tokens"
+    changed = other_lengths(results["settings"]["tokens_to_generate"], results["official_tokens"])
+    lines = (
+        *changed,
+        f"accuracy in percent over {numbers} prompts of each length",
+        NOTE,
+        f"distinct-{NGRAM}: different over all {NGRAM}-grams of a response; longest loop: tokens of it that are a",
+        "block repeated back to back; in loops: that as percent of the response; unfinished: percent that did not end",
+        f"by themselves. Channels measured on {results['measured']['prompts']} other prompts, "
+        f"{results['measured']['tokens']} tokens",
     )
+    return "\n".join(lines)
 
 
 def write(results: Mapping[str, Any], runs: Sequence[Run], *, output: Path, show: int) -> None:

@@ -31,8 +31,9 @@ def run(
         prompt
         for task in options.tasks
         for length in options.lengths
-        for prompt in options.prompts(task=task, length=length, encode=source.encode, positions=source.positions)
+        for prompt in options.prompts(source, task=task, length=length)
     ]
+    print(options.framing_for(source).remark, file=terminal)
     progress, done = Progress(TOTAL, terminal), 0
     scores: dict[str, QK] = {}
     for recipe in RECIPES:

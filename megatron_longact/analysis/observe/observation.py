@@ -63,7 +63,7 @@ def observe(
     for length in options.lengths:
         parts = []
         for task in options.tasks:
-            prompts = options.prompts(task=task, length=length, encode=source.encode, positions=source.positions)
+            prompts = options.prompts(source, task=task, length=length)
             parts.append(measure(source, prompts))
             done += 1
             if session.first:

@@ -40,10 +40,12 @@ def run(
     """Observe each model of the session; several get a folder of their own each in `output`, and share one page."""
     sections = []
     for number, source in enumerate(session.sources):
+        framing = options.framing_for(source)
+        session.say(framing.remark)
         observation = observe(source, options, session, statistic=statistic, ratio=ratio)
         if session.first:
             folder = output if number == 0 else output / source.name.replace(" ", "-").replace("/", "-")
-            write(observation, options, folder)
+            write(observation, options.framed(framing), folder)
             print(report(observation), f"pictures and {RESULTS} are in {folder}", sep="\n\n", file=session.terminal)
             words, tables = "\n".join(verdicts(observation)), dict([_table(observation)])
             sections.append(section(observation.name, folder, words=words, tables=tables, pictures=PICTURES))
@@ -124,7 +126,12 @@ def as_json(observation: Observation, options: PromptOptions) -> dict[str, Any]:
         "ratio": observation.ratio,
         "layout": observation.layout.saved(),
         "layers_counted_from": 0,
-        "prompts": {"tasks": options.tasks, "num_samples": options.num_samples, "seed": options.seed},
+        "prompts": {
+            "tasks": options.tasks,
+            "num_samples": options.num_samples,
+            "seed": options.seed,
+            "model_template": options.model_template,
+        },
         "lengths": lengths,
         "rope": None if observation.rope is None else _rope_json(observation, observation.rope),
     }

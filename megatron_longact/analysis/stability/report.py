@@ -25,6 +25,7 @@ from megatron_longact.reporting.page import Page
 from megatron_longact.reporting.page import write as write_page
 from megatron_longact.reporting.run_log import Progress
 from megatron_longact.selection import select_masks
+from megatron_longact.tasks.prompt_flags import Framing
 
 RESULTS = "stability.json"
 DEFINITIONS = "statistics and taps"
@@ -48,6 +49,7 @@ class Survey:
     lengths: dict[str, Measurement] = field(default_factory=dict)
     seeds: dict[str, Measurement] = field(default_factory=dict)
     checkpoints: dict[str, Measurement] = field(default_factory=dict)
+    framing: Framing | None = None
 
     def overlaps(self) -> list[Overlap]:
         """Of every axis with two choices or more."""
@@ -119,6 +121,7 @@ def run(
         return
     with models as session:
         survey = measured(session, options, config, num_seeds=num_seeds, mixed=mixed)
+        options = options if survey.framing is None else options.framed(survey.framing)
         overlaps, moved = survey.overlaps(), survey.movements(margins)
         if session.first:
             of_runs, moved_in_runs = _of_runs(masks, survey.own())
@@ -156,6 +159,8 @@ def measured(
         prober = _Prober(source, options, session)
         seeds = [options.seed + i for i in range(num_seeds)]
         if not survey.checkpoints:
+            survey.framing = options.framing_for(source)
+            session.say(survey.framing.remark)
             survey.layout, survey.layer_numbers = source.layout, source.layer_numbers
             cells = {length: prober.tasks(length, options.seed) for length in options.lengths}
             survey.tasks = cells[options.lengths[-1]]
@@ -195,9 +200,7 @@ class _Prober:
         found = {}
         progress = Progress(len(self.options.tasks), self.session.terminal)
         for task in self.options.tasks:
-            prompts = self.options.prompts(
-                task=task, length=length, seed=seed, encode=self.source.encode, positions=self.source.positions
-            )
+            prompts = self.options.prompts(self.source, task=task, length=length, seed=seed)
             found[task] = measure(self.source, prompts)
             if self.session.first:
                 progress.update(len(found), {"": f"{self.source.name}, {task} at {_name(length)}, seed {seed}"})
@@ -275,6 +278,6 @@ def as_json(overlaps: Sequence[Overlap], options: PromptOptions, config: LongAct
     return {
         "verdict": words,
         "selection": chosen,
-        "prompts": {**prompts, "seed": options.seed},
+        "prompts": {**prompts, "seed": options.seed, "model_template": options.model_template},
         "axes": {each.axis: each.as_json() for each in overlaps},
     }

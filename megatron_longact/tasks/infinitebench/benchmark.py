@@ -14,10 +14,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_longact.tasks.benchmark import Bars, Encoder, Group, Report, Results, Sample, Table, percent
+from megatron_longact.tasks.benchmark import (
+    Bars,
+    Encoder,
+    Group,
+    Report,
+    Results,
+    Sample,
+    Table,
+    counted_as,
+    other_lengths,
+    percent,
+)
 from megatron_longact.tasks.cut_prompts import CutPrompts
 from megatron_longact.tasks.infinitebench.prompts import TASKS, build_prompt
 from megatron_longact.tasks.infinitebench.scoring import aggregate, check_rouge, label, score
+from megatron_longact.tasks.intervals import METHOD, NOTE, percent_interval, samples_of_mean, with_interval
 from megatron_longact.tasks.json_lines import parse_json
 from megatron_longact.tasks.pieces import TASK_TEMPLATE
 from megatron_longact.tasks.rows import Id, Row, by_id, field, odd, text_of, whole
@@ -77,11 +89,15 @@ class InfiniteBench:
         results: Results = {
             "benchmark": "infinitebench",
             "scores": scores,
-            "average": round(sum(scores.values()) / len(scores), 2),
+            "average": (average := round(sum(scores.values()) / len(scores), 2)),
+            "interval": METHOD,
+            "intervals": {task: percent_interval(scores[task], len(each)) for task, each in own.items()},
+            "average_interval": percent_interval(average, samples_of_mean([len(each) for each in own.values()])),
             "nulls": {task: sum(not self.postprocess(row).strip() for row in each) for task, each in own.items()},
             "samples": {task: len(each) for task, each in own.items()},
         }
-        return Report(results, _table(results), _picture(results))
+        official = {task: TASKS[task].tokens_to_generate for task in own}
+        return Report(results, _table(results, other_lengths(self.tokens_to_generate, official)), _picture(results))
 
     def by_id(self, rows: Sequence[Row], *, what: str) -> dict[Id, Row]:
         """Rows by (task, id), complete with both."""
@@ -199,15 +215,21 @@ def _index_of(row: Row) -> int:
     return index
 
 
-def _table(results: Results) -> Table:
+def _table(results: Results, notes: Sequence[str]) -> Table:
     """Tasks down, with their names in the paper: percent, and the number of items."""
     lines = [
-        [task, TASKS[task].title, percent(score, digits=2), str(results["samples"][task])]
+        [
+            task,
+            TASKS[task].title,
+            with_interval(percent(score, digits=2), results["intervals"][task]),
+            str(results["samples"][task]),
+        ]
         for task, score in results["scores"].items()
     ]
-    lines.append(["average", "", percent(results["average"], digits=2), str(sum(results["samples"].values()))])
-    note = f"{sum(results['nulls'].values())} empty predictions"
-    return Table(["task", "in the paper", "percent", "number"], lines, [note], rule_before="average")
+    average = with_interval(percent(results["average"], digits=2), results["average_interval"])
+    lines.append(["average", "", average, str(sum(results["samples"].values()))])
+    notes = [counted_as(sum(results["nulls"].values()), "empty prediction"), NOTE, *notes]
+    return Table(["task", "in the paper", "percent", "number"], lines, notes, rule_before="average")
 
 
 def _picture(results: Results) -> Bars:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_longact.tasks import by_length
-from megatron_longact.tasks.benchmark import Encoder, Group, Report, Sample
+from megatron_longact.tasks.benchmark import Encoder, Group, Report, Sample, other_lengths
 from megatron_longact.tasks.by_length import others_of, prediction_of
 from megatron_longact.tasks.pieces import TASK_TEMPLATE, PieceEncoder
 from megatron_longact.tasks.rows import Id, Row, by_id, check_consecutive, field, odd, read_rows, text_of
@@ -86,7 +86,9 @@ class Ruler:
             return scoring.score(task, [prediction_of(row) for row in own], [_references(row) for row in own])
 
         sources = _sources(rows.values())
-        notes = [f"{name}: {', '.join(values)}" for name, values in sources.items()]
+        asked = {row["task"]: TASKS[row["task"]].tokens_to_generate for row in rows.values()}
+        notes = other_lengths(self.tokens_to_generate, asked)
+        notes += [f"{name}: {', '.join(values)}" for name, values in sources.items()]
         made = by_length.report(
             rows,
             name="ruler",
