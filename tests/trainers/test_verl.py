@@ -4,6 +4,7 @@ In an environment of its own: make test-trainer NAME=verl.
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,10 +24,15 @@ pytestmark = pytest.mark.timeout(500)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of two ranks, tensor parallel."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the model and its checkpoint, once it has run."""
+    return tmp_path_factory.mktemp("verl")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
+    """Of two ranks, tensor and sequence parallel."""
     ranks._CONTEXT.set_forkserver_preload(["tests.trainers.verl_in_cpu_mode"])
-    folder = tmp_path_factory.mktemp("verl")
     return ranks.run(verl_run.run, layout=Layout(tp=2), world_size=2, folder=folder, timeout=400)
 
 
@@ -65,6 +71,10 @@ def test_a_resumed_engine_goes_on_with_the_mask(results: list[dict[str, Any]]) -
         assert tensors_equal(result["resumed"]["state"], result["state"])
         assert tensors_equal(result["resumed"]["weights"], result["exported"][3])
     assert max(results[0]["norms"] + results[1]["norms"]) > 0
+
+
+def test_a_critic_is_left_alone(results: list[dict[str, Any]], folder: Path) -> None:
+    assert ranks.run(verl_run.critic, layout=Layout(tp=2), world_size=2, folder=folder) == [True, True]
 
 
 def test_compat_says_that_it_attaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def save_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_engine(model: Path) -> Any:
+def make_engine(model: Path, *, model_type: str = "language_model") -> Any:
     """The engine as verl's worker makes it from its configuration, at TP 2."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
@@ -52,10 +52,13 @@ def make_engine(model: Path) -> Any:
 
     sys.path.append(str(ROOT / "examples" / "integrations"))
     model_config = HFModelConfig(
-        path=str(model), external_lib="verl_engine", override_config={"attn_implementation": "eager"}
+        path=str(model),
+        model_type=model_type,
+        external_lib="verl_engine",
+        override_config={"attn_implementation": "eager"},
     )
     engine = EngineRegistry.new(
-        model_type="language_model",
+        model_type=model_type,
         backend="megatron",
         model_config=model_config,
         engine_config=McoreEngineConfig(
@@ -185,3 +188,10 @@ def run(*, folder: Path) -> dict[str, Any]:
         "loaded": loaded,
         "resumed": {"state": other.state_dict(), "weights": weights(resumed)},
     }
+
+
+def critic(*, folder: Path) -> bool:
+    """Whether verl's critic is left alone."""
+    from tests.trainers import verl_in_cpu_mode  # noqa: F401
+
+    return LongAct.of(make_engine(folder / "model", model_type="value_model").optimizer) is None
