@@ -143,7 +143,7 @@ def _gpus() -> int:
 
 
 def _is_trained(args: Namespace, flags: Sequence[str]) -> bool:
-    from megatron_longact.rl.outcome import REPORT
+    from megatron_longact.rl.report import REPORT
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--train-iters", type=int, default=int(DEFAULTS["--train-iters"]))

@@ -45,7 +45,7 @@ def _correlation(before: Sequence[bool], after: Sequence[bool]) -> float:
     n, old, new = len(before), sum(before), sum(after)
     both = sum(a and b for a, b in zip(before, after, strict=True))
     margins = old * (n - old) * new * (n - new)
-    difference = both * (n - old - new + both) - (old - both) * (new - both)
+    difference: float = both * (n - old - new + both) - (old - both) * (new - both)
     difference = max(0, difference - n / 2) if difference > 0 else difference
     return difference / math.sqrt(margins) if margins else 0.0
 
