@@ -47,6 +47,7 @@ from megatron_longact.rl.outcome import write_outcome
 from megatron_longact.rl.perplexity import perplexity
 from megatron_longact.rl.reference import ReferenceWeights, start_reference
 from megatron_longact.rl.report import REPORT
+from megatron_longact.rl.run_files import write_versions
 from megatron_longact.rl.run_folder import open_run
 from megatron_longact.rl.state import LoopState, carried_in_checkpoints
 from megatron_longact.rl.trainer import MegatronTrainer, stop_on_signals
@@ -138,6 +139,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     if args.rank == 0:
         open_run(args, say=_speaker(args, terminal))
         check_schedule(args)
+        write_versions(Path(args.run_dir))
     initialize_megatron()
     stop_on_signals(args)
     state = LoopState()

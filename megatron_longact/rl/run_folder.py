@@ -25,7 +25,6 @@ from megatron_longact.megatron.checkpointing import holds_checkpoint, resume_not
 from megatron_longact.megatron.tool_command import check_folder
 from megatron_longact.reporting.run_log import MEGATRON_LOG, METRICS, ROWS, output_in_file, replaced
 from megatron_longact.rl.report import PICTURES, REPORT
-from megatron_longact.rl.run_files import write_versions
 
 
 @contextmanager
@@ -60,7 +59,6 @@ def open_run(args: Namespace, *, say: Callable[[str], None]) -> None:
     if save is not None:
         check_folder(save, flag="--save")
     _hold(run_dir)
-    write_versions(run_dir)
     if args.pretrained_checkpoint and not holds_checkpoint(args.pretrained_checkpoint):
         raise ValueError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint to start from")
     if args.overwrite and not started_again():
