@@ -486,7 +486,7 @@ def test_the_demo_checkpoint_is_disturbed_on_two_tensor_parallel_ranks(tmp_path)
     flags = ["--lengths", "64", "--tasks", "single", "--num-samples", "8", "--measure-samples", "4"]
     flags += ["--channels", "high", "low", "--ratio", "0.3", "0.02"]
     flags += ["--text-windows", "2", "--text-tokens", "64", "--tensor-model-parallel-size", "2"]
-    done = run_tool(*flags, "--output", str(tmp_path), ranks=2)
+    done = run_tool(*flags, "--output", str(tmp_path), "--html", str(tmp_path / "page.html"), ranks=2)
     assert done.returncode == 0, done.stderr
     assert "high 30% by their mean" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
@@ -506,6 +506,10 @@ def test_the_demo_checkpoint_is_disturbed_on_two_tensor_parallel_ranks(tmp_path)
     assert len(rows) == 5 * 8
     assert "## single, 64 tokens, prompt 1" in (tmp_path / "samples.md").read_text()
     assert (tmp_path / "disruption.png").stat().st_size > 5000
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img") == 1
+    assert '<th scope="row">high 30% by their mean</th><td>' in page
+    assert "<h4>high 2% by their mean, score " in page
 
 
 # q/k-layernorm, epsilon and YaRN are what Megatron's own --use-checkpoint-args leaves out

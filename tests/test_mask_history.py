@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,6 +31,7 @@ def naive_hysteresis(scores: list[float], before: list[bool], *, ratio: float, h
     return [i in staying or i in others for i in range(len(scores))]
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), st.booleans()), min_size=2, max_size=30))
 def test_a_row_stays_until_its_rank_is_behind_by_the_margin(rows: list[tuple[float, bool]]) -> None:
     """Also for a mask before with more or fewer rows than are selected: an imported one."""

@@ -260,7 +260,12 @@ def test_a_planted_outlier_is_found_and_drawn(with_outlier: Path, tmp_path: Path
     text = tmp_path / "text.txt"
     text.write_text("the answer is four. what is two and two? " * 60)
     output = tmp_path / "out"
-    assert run_tool("--hf-dir", with_outlier, "--prompts", text, "--lengths", "64", "256", "--output", output) == 0
+    given = ["--hf-dir", with_outlier, "--prompts", text, "--lengths", "64", "256", "--html", tmp_path / "page.html"]
+    assert run_tool(*given, "--output", output) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img") == 4
+    assert '<th scope="row">1 K</th><td>' in page
+    assert "planted has outliers" in page
     results = json.loads((output / "observation.json").read_text())
     first = results["lengths"]["256"]["taps"]["projection"]["mean-abs"][0]
     assert (first["layer"], first["part"], first["head"], first["channel"]) == (1, "k", 1, 5)

@@ -97,6 +97,7 @@ def test_a_run_that_is_going_has_a_page(tmp_path: Path, capsys: Any) -> None:
     assert "The run has not ended: iteration 6 of 9." in text
     assert "60.0% (10–90)" in text  # overall, with its interval
     assert re.findall(r'<th scope="row">(\d+ tokens)</th>', text) == ["128 tokens", "1024 tokens"]
+    assert "<td>25.0% (10–60)</td><td>50.0% (10–60)</td><td>+25.0</td>" in text
     for title in ("Overlap of the mask (Jaccard)", "Saliency of Q channels", "By layer, up to the newest checkpoint"):
         assert f"<figcaption>{title}</figcaption>" in text
     assert "<td>1e-05</td>" in text

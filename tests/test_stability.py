@@ -163,7 +163,10 @@ def mask_file(path: Path, *chosen: int) -> Path:
 def test_masks_of_files_are_compared_alone(tmp_path: Path, capsys: Any) -> None:
     files = [mask_file(tmp_path / "early.safetensors", 1, 2, 3), mask_file(tmp_path / "late.safetensors", 1, 2, 4)]
     output = tmp_path / "out"
-    assert run_tool("--masks", *files, "--output", output) == 0
+    assert run_tool("--masks", *files, "--output", output, "--html", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img") == 2
+    assert '<th scope="row">runs&#39; own masks</th><td>2</td>' in page
     results = json.loads((output / "stability.json").read_text())
     axis = results["axes"]["runs' own masks"]
     assert axis["names"] == ["early", "late"]

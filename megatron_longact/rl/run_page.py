@@ -41,7 +41,9 @@ def page_of_run(run: RunFiles) -> Page:
         Section("What the model says", [*_answers(run, heldout=True), *_answers(run, heldout=False)]),
         Section("Configuration", _configuration(run)),
     ]
-    return Page(f"Run {run.folder.resolve().name}", _lead(run), sections, facts=_facts(run))
+    *above, name = run.folder.resolve().parts
+    name = "/".join([*above[-2:], name]) if name.startswith("seed") else name  # of an ablation: objective, arm, seed
+    return Page(f"Run {name}", _lead(run), sections, facts=_facts(run))
 
 
 def _lead(run: RunFiles) -> list[str]:
@@ -56,8 +58,8 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         return []
     last, facts = run.steps[-1], [("iterations", str(run.steps[-1]["iteration"]))]
     if run.evaluations:
-        before, after = (row["accuracy"] for row in (run.evaluations[0], run.evaluations[-1]))
-        facts.append(("held-out accuracy", f"{before:.1%} → {after:.1%}"))
+        ends = run.evaluations[:1] + run.evaluations[1:][-1:]
+        facts.append(("held-out accuracy", " → ".join(f"{row['accuracy']:.1%}" for row in ends)))
     tail = [row["reward_mean"] for row in run.steps[-5:]]
     facts.append(("reward, last steps", f"{sum(tail) / len(tail):.3f}"))
     share = last.get(metrics.EVER_ACTIVE_FRACTION)
@@ -75,16 +77,13 @@ def _heldout(run: RunFiles) -> list[Part]:
         return [Text("No held-out accuracy was measured.")]
     first, last = rows[0], rows[-1]
     lengths = sorted(last["accuracy_by_length"], key=int)
-    lines = [
-        (f"{n} tokens", *(_share(row, n) for row in (first, last)),
-         _points(first["accuracy_by_length"].get(n), last["accuracy_by_length"][n]))
-        for n in lengths
-    ]  # fmt: skip
-    whole = f"all {last['prompts']} prompts"
-    lines.append((whole, *(_share(row, None) for row in (first, last)), _points(first["accuracy"], last["accuracy"])))
-    caption = f"Held-out accuracy, iteration {first['iteration']} and iteration {last['iteration']}"
+    lines = [(f"{n} tokens", *_cells(first, last, n)) for n in lengths]
+    lines.append((f"all {last['prompts']} prompts", *_cells(first, last, None)))
+    caption = f"Held-out accuracy, iteration {first['iteration']}"
+    caption += f" and iteration {last['iteration']}" if len(rows) > 1 else ""
     if "accuracy_interval" in last:
         caption += "; in brackets 95 % intervals over the prompts (Wilson's)"
+    header = ("context length", "before", "after", "points") if len(rows) > 1 else ("context length", "accuracy")
     places = [row["iteration"] for row in rows]
     curves = [
         Curve(f"{n} tokens", [(at, row["accuracy_by_length"][n]) for at, row in zip(places, rows, strict=True)],
@@ -92,7 +91,20 @@ def _heldout(run: RunFiles) -> list[Part]:
         for n in lengths
     ]  # fmt: skip
     chart = line_chart("Held-out accuracy", curves, along="iteration", percent=True, span=(0, 1))
-    return [Table(caption, ("context length", "before", "after", "points"), lines), *_there(chart)]
+    return [Table(caption, header, lines), *_there(chart)]
+
+
+def _cells(first: dict[str, Any], last: dict[str, Any], length: str | None) -> tuple[str, ...]:
+    """Accuracy at a length, or over all, before and after, and the points between them; of one evaluation its own."""
+    if first is last:
+        return (_share(last, length),)
+    before, after = (_accuracy(row, length) for row in (first, last))
+    return _share(first, length), _share(last, length), _points(before, after)
+
+
+def _accuracy(row: dict[str, Any], length: str | None) -> float | None:
+    found: float | None = row["accuracy"] if length is None else row["accuracy_by_length"].get(length)
+    return found
 
 
 def _interval(row: dict[str, Any], length: str | None) -> tuple[float, float] | None:
@@ -101,15 +113,14 @@ def _interval(row: dict[str, Any], length: str | None) -> tuple[float, float] | 
 
 
 def _share(row: dict[str, Any], length: str | None) -> str:
-    value = row["accuracy"] if length is None else row["accuracy_by_length"].get(length)
-    ends = _interval(row, length)
+    value, ends = _accuracy(row, length), _interval(row, length)
     if value is None:
         return "–"
     return f"{value:.1%}" + (f" ({100 * ends[0]:.0f}–{100 * ends[1]:.0f})" if ends else "")
 
 
-def _points(before: float | None, after: float) -> str:
-    return "–" if before is None else f"{100 * (after - before):+.1f}"
+def _points(before: float | None, after: float | None) -> str:
+    return "–" if before is None or after is None else f"{100 * (after - before):+.1f}"
 
 
 def _there(*charts: Chart | None) -> list[Part]:
@@ -279,7 +290,7 @@ def page_of_runs(folder: Path, runs: Sequence[RunFiles]) -> Page:
         Section("Side by side", [Table("Runs", header, lines), *charts]),
         Section("One by one", [Text(f"{name}: {' '.join(_lead(run))}") for name, run in zip(names, runs, strict=True)]),
     ]
-    lead = [f"{len(runs)} runs; `longact report` with one of their folders shows one in full."]
+    lead = [f"{len(runs)} runs; longact report, given the folder of one of them, shows it in full."]
     return Page(f"Runs in {folder.resolve().name}", lead, sections)
 
 
