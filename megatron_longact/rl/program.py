@@ -105,6 +105,8 @@ def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal
     if args.rl_defaults:
         say(f"not given, so as this program has it: {' '.join(args.rl_defaults)}")
     loop = build_loop(args, config, environment, terminal=terminal)
+    if args.rank == 0:
+        write_versions(Path(args.run_dir))
     if not loop.run():
         if loop.verdict is not None:
             _tell_torchrun(loop.verdict)
@@ -139,7 +141,6 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     if args.rank == 0:
         open_run(args, say=_speaker(args, terminal))
         check_schedule(args)
-        write_versions(Path(args.run_dir))
     initialize_megatron()
     stop_on_signals(args)
     state = LoopState()
