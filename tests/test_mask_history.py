@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_longact import LongActConfig, QKVLayout, metrics
 from megatron_longact.mask_history import MaskHistory
+from megatron_longact.mla_layout import MLALayout
 from megatron_longact.selection import QK, num_selected, select_masks
 from megatron_longact.state import LongActState, changed_settings
 from tests import ranks
@@ -61,6 +62,16 @@ def test_hysteresis_counts_in_the_units_of_the_scope_and_from_the_lowest_up() ->
     held = select_masks(saliency, layout=layout, config=low, before=QK(old.q.flip(1), old.k))
     assert held.q[0].nonzero().flatten().tolist() == [0, 1, 2, 10, 11, 13]
     assert bool(held.k.all())
+
+
+def test_hysteresis_counts_in_each_section_of_multi_latent_attention() -> None:
+    """K's own channels and those that all heads share are ranked apart, and so held apart."""
+    layout = MLALayout(2, qk_head_dim=10, qk_pos_emb_head_dim=10, v_head_dim=4, kv_lora_rank=8)
+    saliency = QK(torch.arange(40.0)[None], torch.arange(30.0)[None])  # K: 2 x 10 without RoPE, 10 with
+    old = QK(torch.zeros(1, 40, dtype=torch.bool), torch.zeros(1, 30, dtype=torch.bool))
+    old.k[0, [12, 26]] = True  # ranks 8 of 20 and 4 of 10: the margins end at 6 + 2 and 3 + 1
+    held = select_masks(saliency, layout=layout, config=LongActConfig(hysteresis=0.3), before=old)
+    assert held.k[0].nonzero().flatten().tolist() == [12, 15, 16, 17, 18, 19, 26, 28, 29]
 
 
 @cache
