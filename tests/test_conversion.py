@@ -223,6 +223,12 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         ("qwen3", {"model_type": "gpt_oss"}, "'gpt_oss', of which its experts (interleaved"),
         ("qwen3", {"model_type": "phi9"}, "model_type is 'phi9'; converted are qwen3,"),
+        ("qwen3", {"n_group": 1, "first_k_dense_replace": 1}, "n_group is 1"),
+        (
+            "glm4-moe",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
         ("glm4-moe", {"n_group": 2}, "n_group is 2"),
         ("glm4-moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
         ("qwen3", {"attn_output_gate": True}, "attn_output_gate is true"),

@@ -62,6 +62,7 @@ MEGATRON = {
     "moe_aux_loss_coeff": 0.0,
     "moe_z_loss_coeff": None,
     "moe_router_enable_expert_bias": False,
+    "moe_router_bias_update_rate": 1e-3,
     "transformer_impl": "transformer_engine",
 }
 """What Megatron's parser gives for the flags that are read."""
@@ -165,6 +166,7 @@ def test_prompts_are_shared_where_they_can_be() -> None:
     assert shared() == (True, "--shared-prompts")
     assert shared(position_embedding_type="learned_absolute")[0]
     assert shared(num_experts=8)[0]
+    assert shared(num_experts=8, moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.0)[0]
     assert shared("--no-shared-prompts")[0] is False
     assert shared("--shared-prompts")[0] is True
 

@@ -24,6 +24,7 @@ from megatron_longact.conversion.hf_config import DTYPES, read_hf_config
 from megatron_longact.conversion.hf_folder import HFFolder
 from megatron_longact.conversion.staging import identity
 from megatron_longact.conversion.torch_dist import TRACKER
+from megatron_longact.rl.report import REPORT
 
 _STEPS = {
     "convert to-megatron": convert_hf_to_megatron.main,
@@ -143,8 +144,6 @@ def _gpus() -> int:
 
 
 def _is_trained(args: Namespace, flags: Sequence[str]) -> bool:
-    from megatron_longact.rl.report import REPORT
-
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--train-iters", type=int, default=int(DEFAULTS["--train-iters"]))
     wanted: int = early.parse_known_args(list(flags))[0].train_iters
@@ -187,5 +186,5 @@ def _audit(args: Namespace, flags: Sequence[str]) -> int:
 def _tell(out: Path) -> int:
     """What came of it; 1 where rows changed that were in no mask."""
     print((out / TABLE).read_text().splitlines()[-1])
-    print(f"{out / EXPORTED} is the trained model; {out / TABLE} says what changed in it, {out}/report.md the rest")
+    print(f"{out / EXPORTED} is the trained model; {out / TABLE} says what changed in it, {out / REPORT} the rest")
     return int(bool(json.loads((out / AUDIT).read_text())["total"]["changed_outside"]))

@@ -7,11 +7,13 @@ module does not know is never passed over in silence.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import log
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_longact.conversion.config_reader import ConfigReader
+from megatron_longact.conversion.hf_rope import Rope, rope_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -86,41 +88,12 @@ _MAPPED = """
     num_key_value_heads num_local_experts rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
     tie_word_embeddings use_sliding_window vocab_size decoder_sparse_step
     mlp_only_layers partial_rotary_factor
+"""
+_OF_SIGMOID_ROUTERS = """
     n_routed_experts n_shared_experts routed_scaling_factor n_group topk_group first_k_dense_replace
     num_nextn_predict_layers num_mtp_layers
 """
 _KNOWN = frozenset((_DESCRIPTIVE + _MAPPED).split())
-_YARN = """
-    factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim truncate
-"""
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN (arXiv 2309.00071), in Megatron's terms.
-
-    cos and sin are multiplied by m(mscale) / m(mscale_all_dim), where m(x) = 1 + 0.1 x ln(factor).
-    """
-
-    factor: float
-    original_positions: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
-    """Whether the ramp between the frequencies begins and ends at whole ones."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: base, and how it is scaled."""
-
-    theta: float = 10000.0
-    llama3_factor: float | None = None
-    """Llama 3.1's scaling, with the other constants of it as Megatron has them built in."""
-    linear_factor: int | None = None
-    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +133,6 @@ class HFModel:
     tied: bool
     attention_dropout: float = 0.0
     rope: Rope = field(default_factory=Rope)
-    rotary_share: float = 1.0
     experts: Experts | None = None
     mtp_layers: int = 0
     """Layers behind the others that predict further tokens; they are left aside."""
@@ -224,17 +196,13 @@ def model_from_config(config: Mapping[str, Any], *, where: str = "config.json") 
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_dropout=reader.number("attention_dropout", 0.0),
         rope=reader.rope(),
-        rotary_share=reader.rotary_share(family),
         experts=reader.experts(family) if family.experts else None,
         mtp_layers=int(config.get("num_nextn_predict_layers") or config.get("num_mtp_layers") or 0),
         dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")),
     )
 
 
-class _Reader:
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config, self.where = config, where
-
+class _Reader(ConfigReader):
     def family(self) -> Family:
         model_type = self.config.get("model_type")
         if model_type not in FAMILIES:
@@ -247,18 +215,12 @@ class _Reader:
             raise ValueError(f"{self.where}: architectures is {architectures}; converted is {family.architecture}")
         return family
 
-    def refuse(self, name: str, value: Any, wanted: str) -> None:
-        raise ValueError(f"{self.where}: {name} is {json.dumps(value)}, which is not mapped to Megatron; {wanted}")
-
     def refuse_unmapped(self, family: Family) -> None:
         """Everything that would make another model than the one Megatron builds."""
         config = self.config
+        known = {*_KNOWN, *family.by_config, *(_OF_SIGMOID_ROUTERS.split() if family.sigmoid_router else ())}
         for name, value in config.items():
-            if (
-                name not in _KNOWN | family.by_config.keys()
-                and not name.startswith("_")
-                and value not in (None, False, 0, "", [], {})
-            ):
+            if name not in known and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
                 self.refuse(name, value, "take it out if it does not change the model")
         if config.get("hidden_act", "silu") != "silu":
             self.refuse("hidden_act", config["hidden_act"], "silu would work")
@@ -267,8 +229,6 @@ class _Reader:
                 self.refuse(name, config[name], f"{family.architecture} is converted without experts")
         if config.get("decoder_sparse_step", 1) != 1:
             self.refuse("decoder_sparse_step", config["decoder_sparse_step"], "1, experts in every layer, would work")
-        if family.rotary_share == 1 and config.get("partial_rotary_factor") not in (None, 1):
-            self.refuse("partial_rotary_factor", config["partial_rotary_factor"], "1 would work")
         if family.sigmoid_router:
             for name, wanted in (("norm_topk_prob", True), ("n_group", 1), ("topk_group", 1)):
                 if config.get(name, wanted) != wanted:
@@ -293,24 +253,9 @@ class _Reader:
         first = self.number("max_window_layers", 28)  # transformers' own default
         return bool(self.config.get("layer_types")) or first >= self.size("num_hidden_layers")
 
-    def size(self, name: str, default: int | None = None) -> int:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.where}: {name} is {json.dumps(value)}; it must be a whole number, 1 or more")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{self.where}: {name} is {json.dumps(value)}; it must be a number, 0 or more")
-        return float(value)
-
-    def rotary_share(self, family: Family) -> float:
-        parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        share = parameters.get("partial_rotary_factor") or self.config.get("partial_rotary_factor")
-        return float(share or family.rotary_share)
+    def rope(self) -> Rope:
+        """As `rope_of`, in the reader's family."""
+        return rope_of(self, default_share=FAMILIES[self.config["model_type"]].rotary_share)
 
     def experts(self, family: Family) -> Experts:
         known = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -334,61 +279,3 @@ class _Reader:
         yarn = self.rope().yarn
         scaled = int(yarn.factor * yarn.original_positions) if yarn else 0
         return max(self.size("max_position_embeddings"), scaled)
-
-    def rope(self) -> Rope:
-        """Old files have `rope_theta` and `rope_scaling`, newer ones `rope_parameters` with both."""
-        parameters = self.config.get("rope_parameters") or {}
-        scaling = {**(self.config.get("rope_scaling") or {}), **parameters}
-        theta = scaling.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        scaling.pop("type", None)
-        if FAMILIES[self.config["model_type"]].rotary_share != 1 or scaling.get("partial_rotary_factor") == 1:
-            scaling.pop("partial_rotary_factor", None)
-        if not isinstance(theta, int | float):
-            raise ValueError(f"{self.where}: rope_theta is {json.dumps(theta)}; it must be a number")
-        if kind == "default" and not any(scaling.values()):
-            return Rope(float(theta))
-        if kind == "llama3" and scaling | {"factor": 8.0} == _LLAMA3:
-            return Rope(float(theta), llama3_factor=float(scaling["factor"]))
-        if kind == "linear" and set(scaling) == {"factor"} and float(scaling["factor"]).is_integer():
-            return Rope(float(theta), linear_factor=int(scaling["factor"]))
-        if kind == "yarn" and "factor" in scaling and set(_YARN.split()).issuperset(scaling):
-            return Rope(float(theta), yarn=_yarn(_Reader(scaling, self.where), self.size("max_position_embeddings")))
-        self.refuse(
-            "rope_parameters" if parameters else "rope_scaling",
-            {"rope_type": kind, **scaling},
-            "default, yarn, linear by a whole factor, and llama3 with low 1, high 4 and 8192 original positions would "
-            "work",
-        )
-        raise AssertionError
-
-
-def _yarn(scaling: _Reader, positions: int) -> Yarn:
-    """As `transformers` reads it; Megatron has no attention factor, but an mscale that makes the same of it."""
-    original = scaling.size("original_max_position_embeddings", positions)
-    factor = scaling.number("factor", positions / original)
-    mscale, all_dim = scaling.number("mscale", 0), scaling.number("mscale_all_dim", 0)
-    if not (mscale and all_dim):
-        mscale, all_dim = 1.0, 0.0
-    attention = scaling.config.get("attention_factor")
-    if factor < 1 or (factor == 1 and attention not in (None, 1)):
-        scaling.refuse("factor", factor, "more than 1 would work")
-    if factor > 1 and attention is not None:
-        mscale, all_dim = (scaling.number("attention_factor") - 1) / (0.1 * log(factor)), 0.0
-    return Yarn(
-        factor,
-        original,
-        beta_fast=scaling.number("beta_fast", 0) or 32.0,
-        beta_slow=scaling.number("beta_slow", 0) or 1.0,
-        mscale=mscale,
-        mscale_all_dim=all_dim,
-        truncate=bool(scaling.config.get("truncate", True)),
-    )
-
-
-_LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}

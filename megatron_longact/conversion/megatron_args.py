@@ -67,7 +67,7 @@ def model_args(model: HFModel) -> dict[str, Any]:
         "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
         "rotary_base": int(rope.theta) if rope.theta.is_integer() else rope.theta,
-        "rotary_percent": model.rotary_share,
+        "rotary_percent": model.rope.share,
         "rotary_interleaved": False,
         "use_rope_scaling": rope.llama3_factor is not None,
         "rope_scaling_factor": rope.llama3_factor or 8.0,

@@ -77,4 +77,5 @@ def _balances(args: Namespace) -> bool:
     kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     by_order = "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds)
     by_loss = kinds != "none" and any([weights] if isinstance(weights, float) else weights)
-    return by_order or by_loss or bool(args.moe_z_loss_coeff) or bool(args.moe_router_enable_expert_bias)
+    by_bias = args.moe_router_enable_expert_bias and args.moe_router_bias_update_rate
+    return by_order or by_loss or bool(args.moe_z_loss_coeff) or bool(by_bias)
