@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from megatron.core.utils import get_model_config
 from megatron.training import argument_utils, arguments, checkpointing, initialize, training
-from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
+from megatron.training.global_vars import get_args, get_tokenizer
 
 from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.config import LongActConfig
@@ -37,6 +37,7 @@ from megatron_longact.longact import LongAct
 from megatron_longact.megatron import telemetry
 from megatron_longact.megatron.checkpointing import carry_state, check_converted, check_load, resume_note
 from megatron_longact.megatron.run_summary import said_at_the_end
+from megatron_longact.megatron.scalar_writers import scalar_writer
 from megatron_longact.optimizer_shards import derive_quantized_weights
 from megatron_longact.refusals import check_settings, check_tap
 from megatron_longact.versions import seams_here
@@ -243,8 +244,8 @@ def _logging(original: Callable[..., Any], instances: list[LongAct]) -> Callable
 
 
 def write_scalars(scalars: dict[str, float | None], iteration: int) -> None:
-    """Write scalars to Megatron's TensorBoard writer, on the rank that has one; None is left out."""
-    writer = get_tensorboard_writer()
+    """Write scalars where Megatron's own go, TensorBoard and W&B, on the rank that has them; None is left out."""
+    writer = scalar_writer()
     if writer is not None:
         for name, value in scalars.items():
             if value is not None:

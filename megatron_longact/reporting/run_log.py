@@ -139,7 +139,8 @@ class MetricsLog:
 class RunLog:
     """What a training writes and shows of itself: rows in files, TensorBoard, the console.
 
-    folder: of the files; None on processes that neither write files nor show anything. writer: see `MetricsLog`.
+    folder: of the files; None on processes that neither write files nor show anything. writer: see `MetricsLog`; closed
+    with the log.
     done: the iteration, out of `total`, at which this process begins; evaluated: that of the last evaluation that is
     not made again, -1 before the first.
     """
@@ -194,6 +195,8 @@ class RunLog:
         """Close the files and end the console's line."""
         for rows in self._rows.values():
             rows.close()
+        if self._writer is not None:
+            self._writer.close()
         if self._progress is not None:
             self._progress.close()
 

@@ -15,7 +15,7 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.global_vars import get_args, get_tensorboard_writer, get_tokenizer
+from megatron.training.global_vars import get_args, get_tokenizer
 from megatron.training.initialize import initialize_megatron
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -24,6 +24,7 @@ from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron.checkpointing import check_load, check_schedule
 from megatron_longact.megatron.planned_attention import take_plans
+from megatron_longact.megatron.scalar_writers import scalar_writer, settle_wandb
 from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
 from megatron_longact.rl.answers import AnswerLog
@@ -138,6 +139,7 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     Attaches nothing by itself: LongAct is found if the launcher's seams are open.
     """
     check_load(args)
+    settle_wandb(args, run_dir=args.run_dir)
     if args.rank == 0:
         open_run(args, say=_speaker(args, terminal))
         check_schedule(args)
@@ -233,7 +235,7 @@ def _log(args: Namespace, terminal: TextIO, state: LoopState) -> RunLog:
     return RunLog(
         Path(args.run_dir) if args.rank == 0 else None,
         terminal,
-        get_tensorboard_writer(),
+        scalar_writer(),
         total=args.train_iters,
         done=args.iteration,
         evaluated=state.evaluations[-1]["iteration"] if state.evaluations else -1,
