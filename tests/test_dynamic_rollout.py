@@ -4,6 +4,7 @@ The engine, its scheduler, its paged cache and Megatron's attention are the real
 which have no CPU path, are written out in plain torch (`attention_on_cpu`). CUDA graphs and the kernels: tests/gpu.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -442,12 +443,28 @@ def refusals() -> list[str]:
 
     with attention_on_cpu():
         messages = [said(*settings) for settings in REFUSED.values()]
-    return [*messages, said({}, {})]
+    return [*messages, said({}, {}), too_long_for_a_step()]
+
+
+def too_long_for_a_step() -> str:
+    """What is said before a model is built of prompts that no step takes; nothing is of those that one does."""
+    from megatron_longact.generation.from_args import check_longest
+
+    flags = {"inference_dynamic_batching_max_tokens": 512, "enable_chunked_prefill": False}
+    check_longest(Namespace(inference_dynamic_batching=False), 513)
+    check_longest(Namespace(inference_dynamic_batching=True, **flags), 512)
+    check_longest(Namespace(inference_dynamic_batching=True, **flags | {"enable_chunked_prefill": True}), 513)
+    try:
+        check_longest(Namespace(inference_dynamic_batching=True, **flags), 513)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
 
 
 def test_what_cannot_work_is_refused_in_one_line() -> None:
     [messages] = ranks.run(refusals)
-    for expected, message in zip([*REFUSED, "needs flash-attn 2.7.3"], messages, strict=True):
+    too_long = "a prompt of 513 tokens is longer than one step of the inference engine, 512 tokens"
+    for expected, message in zip([*REFUSED, "needs flash-attn 2.7.3", too_long], messages, strict=True):
         assert expected in message
         assert "\n" not in message
 

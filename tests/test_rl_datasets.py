@@ -336,6 +336,12 @@ def test_heldout_sources_take_turns_at_each_length(tmp_path: Path) -> None:
     tasks = mixture.heldout_tasks(96, count=6)
     assert [t.name if t.source else "needle" for t in tasks] == ["a", "b", "needle", "a", "needle", "needle"]
     assert [t.name for t in mixture.heldout_tasks(512, count=6)] == ["b"]
+    longest = {**GOOD, "prompt": "one " * 200}
+    c = environment(write(tmp_path / "c.jsonl", [GOOD, longest]))
+    assert needles().longest_prompt == mixture.longest_prompt == 192  # to train on; 160 held out
+    nested = Mixture([(needles(), 1)], heldout=[mixture, c], tasks_per_step=1)
+    assert nested.longest_prompt == c.longest_prompt == max(len(task.prompt) for task in c.training_tasks(0, count=2))
+    assert c.longest_prompt > 192
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
@@ -476,6 +482,7 @@ def test_ruler_tasks_are_rulers_own_and_training_and_held_out_ones_have_nothing_
     assert [task.name for task in heldout] == ["niah_single_2", "vt", "qa_1"] * 2
     assert source.heldout_tasks(2500, count=3) == heldout[:3]
     assert all(1900 < len(task.prompt) + 32 <= 2500 for task in heldout)
+    assert max(len(task.prompt) for task in heldout) <= source.longest_prompt == 2500 - 32
     assert not {task.reference for task in heldout} & {task.reference for task in tasks}
     hay, straw = (
         TOKENIZER.detokenize(list(next(t.prompt for t in some if t.name == "niah_single_2"))).split(".")

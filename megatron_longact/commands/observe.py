@@ -13,23 +13,16 @@ Prompts are RULER's, made on the spot, or those of --prompts FILE. The table, th
 --output (default: runs/observe): overview.png, heatmap-projection.png, heatmap-norm.png, rope.png, observation.json.
 """
 
-import argparse
-
 from megatron_longact.analysis.activations.models import ModelFlags, check_ratio, opened
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.arguments import ObserveFlags
-from megatron_longact.flags import add_groups
-from megatron_longact.megatron.tool_command import add_overwrite_arg, check_new, end_in_one_line
+from megatron_longact.megatron.tool_command import check_new, end_in_one_line, tool_flags
 
 
 def main(argv: list[str]) -> int:
     """Observe; the exit status: 2 for unknown choices, 1 for what else is refused."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_groups(parser, {"model": ModelFlags, "prompts": PromptOptions, "observation": ObserveFlags})
-    add_overwrite_arg(parser)
-    args, others = parser.parse_known_args(argv)
+    groups = {"model": ModelFlags, "prompts": PromptOptions, "observation": ObserveFlags}
+    args, others = tool_flags(argv, groups, about=__doc__)
 
     def action() -> None:
         check_ratio(args.ratio)

@@ -18,7 +18,7 @@ from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluati
 from megatron_longact.evaluation.predicting import predict
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.scoring import write_report
-from megatron_longact.generation.from_args import rollout_engine
+from megatron_longact.generation.from_args import check_longest, rollout_engine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.megatron.checkpoint_model import load_model, parse_args
 from megatron_longact.reporting.run_log import MEGATRON_LOG, Progress, output_in_file
@@ -59,6 +59,7 @@ class Evaluation:
         self.settings = _settings(args, config, iteration) | {"stop_token_ids": list(vocabulary.stop_ids)}
         self.encoder = MegatronEncoder(get_tokenizer(), encode=framing.encode)
         self.benchmark = benchmark_from(config.benchmark, vars(config))
+        check_longest(args, self.benchmark.longest_prompt)
         self.groups = self.benchmark.samples(self.encoder, positions=args.max_position_embeddings)
 
     def run(self) -> None:

@@ -82,6 +82,16 @@ def inference_config_from_args(args: Namespace, model: nn.Module, *, longest: in
     return replace(config, max_sequence_length=longest or args.seq_length)
 
 
+def check_step(longest: int, *, max_tokens: int | None, chunked: bool) -> None:
+    """Raise `ValueError` for a prompt that one step of the engine does not take; max_tokens: None for its default."""
+    most = max_tokens or DynamicInferenceContext.DEFAULT_MAX_TOKENS
+    if longest > most and not chunked:
+        raise ValueError(
+            f"a prompt of {longest} tokens is longer than one step of the inference engine, {most} tokens: "
+            "raise --inference-dynamic-batching-max-tokens or give --enable-chunked-prefill"
+        )
+
+
 class DynamicRolloutEngine:
     """Rollouts by `DynamicInferenceEngine`, at the model's own TP and PP size, sequence parallel or not.
 
@@ -190,12 +200,7 @@ class DynamicRolloutEngine:
                 f"a prompt of {longest} tokens plus a response of {sampling.max_response_length} needs {needed} "
                 f"positions, but the inference engine was made for {most} (--seq-length)"
             )
-        most = self._config.max_tokens or DynamicInferenceContext.DEFAULT_MAX_TOKENS
-        if longest > most and not self._config.enable_chunked_prefill:
-            raise ValueError(
-                f"a prompt of {longest} tokens is longer than one step of the inference engine, {most} tokens: "
-                "raise --inference-dynamic-batching-max-tokens or give --enable-chunked-prefill"
-            )
+        check_step(longest, max_tokens=self._config.max_tokens, chunked=self._config.enable_chunked_prefill)
 
     def _check_blocks(self, context: DynamicInferenceContext, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         longest = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_response_length

@@ -10,10 +10,17 @@ from megatron.core.utils import unwrap_model
 from megatron.training.global_vars import get_tokenizer
 from torch import nn
 
-from megatron_longact.generation.dynamic import DynamicRolloutEngine, inference_config_from_args
+from megatron_longact.generation.dynamic import DynamicRolloutEngine, check_step, inference_config_from_args
 from megatron_longact.generation.engine import RolloutEngine
 from megatron_longact.generation.static import StaticRolloutEngine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
+
+
+def check_longest(args: Namespace, longest: int) -> None:
+    """Raise `ValueError` if a prompt is to come that the engine of the flags cannot take; before any is made."""
+    if args.inference_dynamic_batching:
+        max_tokens = args.inference_dynamic_batching_max_tokens
+        check_step(longest, max_tokens=max_tokens, chunked=args.enable_chunked_prefill)
 
 
 def rollout_engine(

@@ -4,11 +4,12 @@ import os
 import sys
 import time
 import traceback
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_longact.flags import add_groups
 from megatron_longact.versions import check_programs
 
 _STORES: list[Any] = []
@@ -28,6 +29,17 @@ def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
             time.sleep(2)  # torchrun ends all ranks when the first one ends
         return 1
     return 0
+
+
+def tool_flags(argv: list[str], groups: dict[str, type], *, about: str | None) -> tuple[Namespace, list[str]]:
+    """What a tool's command line says: its own flags, by group, and `--overwrite`; and the rest, which is Megatron's.
+
+    about: the tool's docstring, as `--help` shows it.
+    """
+    parser = ArgumentParser(description=about, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_groups(parser, groups)
+    add_overwrite_arg(parser)
+    return parser.parse_known_args(argv)
 
 
 def add_overwrite_arg(parser: ArgumentParser) -> None:

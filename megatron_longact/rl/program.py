@@ -19,7 +19,7 @@ from megatron.training.global_vars import get_args, get_tokenizer
 from megatron.training.initialize import initialize_megatron
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megatron_longact.generation.from_args import rollout_engine
+from megatron_longact.generation.from_args import check_longest, rollout_engine
 from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron.checkpointing import check_load, check_schedule
@@ -105,6 +105,7 @@ def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal
     say = _speaker(args, terminal)
     if args.rl_defaults:
         say(f"not given, so as this program has it: {' '.join(args.rl_defaults)}")
+    check_longest(args, environment.longest_prompt)
     loop = build_loop(args, config, environment, terminal=terminal)
     if args.rank == 0:
         write_versions(Path(args.run_dir))

@@ -133,6 +133,11 @@ class Benchmark(Protocol):
         """
         ...
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, or a little more; 0 if that is not known before they are made."""
+        ...
+
     def check_lengths(self, tokenizer: Encoder) -> None:
         """ValueError for lengths that cannot hold their samples, found without making these."""
         ...

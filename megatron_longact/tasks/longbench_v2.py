@@ -175,6 +175,11 @@ class LongBenchV2:
             self._check(item)
         return [self._group(items[i : i + GROUP], prompts) for i in range(0, len(items), GROUP)]
 
+    @property
+    def longest_prompt(self) -> int:
+        """See `Benchmark`: not known."""
+        return 0
+
     def check_lengths(self, tokenizer: Encoder) -> None:
         """See `Benchmark`: what is too long is cut."""
 

@@ -58,6 +58,11 @@ class Needle:
         )
         return [self._group(generator, task, length, answer) for length in self.lengths for task in self.tasks]
 
+    @property
+    def longest_prompt(self) -> int:
+        """See `Benchmark`."""
+        return max(self.lengths)
+
     def check_lengths(self, tokenizer: Encoder) -> None:
         """See `Benchmark`: what is too short is refused when samples are made, at once."""
 

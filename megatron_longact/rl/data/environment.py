@@ -56,6 +56,11 @@ class Environment(Protocol):
         """The context lengths that there are held-out tasks of."""
         ...
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that there is, to train on or held out, or a little more."""
+        ...
+
     def heldout_tasks(self, length: int, *, count: int) -> list[Task]:
         """The first `count` held-out tasks of a context length, or all if there are fewer; the same at each call."""
         ...
@@ -140,6 +145,12 @@ class NeedleEnvironment:
         """See `Environment`."""
         return self._heldout.lengths
 
+    @property
+    def longest_prompt(self) -> int:
+        """See `Environment`."""
+        drawn = [length for generator in self._training.values() for length in generator.lengths]
+        return max([*drawn, *self._heldout.lengths])
+
     def heldout_tasks(self, length: int, *, count: int) -> list[Task]:
         """See `Environment`; tasks take turns, so each has its share at every length."""
         kinds = self._heldout.tasks
@@ -209,6 +220,11 @@ class DatasetEnvironment:
     def heldout_lengths(self) -> tuple[int, ...]:
         """See `Environment`; ValueError for a prompt that is longer than the last edge."""
         return tuple(sorted(self._by_length))
+
+    @property
+    def longest_prompt(self) -> int:
+        """See `Environment`; also of prompts that the curriculum never allows."""
+        return int(self._dataset.lengths.max())
 
     def heldout_tasks(self, length: int, *, count: int) -> list[Task]:
         """See `Environment`."""

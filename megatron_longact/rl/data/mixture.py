@@ -58,6 +58,11 @@ class Mixture:
         """See `Environment`."""
         return self._lengths
 
+    @property
+    def longest_prompt(self) -> int:
+        """See `Environment`."""
+        return max(part.longest_prompt for part in self._parts)
+
     def heldout_tasks(self, length: int, *, count: int) -> list[Task]:
         """See `Environment`; the environments that have this length take turns."""
         offered = [

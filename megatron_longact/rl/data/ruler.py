@@ -65,6 +65,12 @@ class RulerEnvironment:
         """See `Environment`."""
         return self._heldout_lengths
 
+    @property
+    def longest_prompt(self) -> int:
+        """See `Environment`."""
+        drawn = [length for lengths in self._lengths.values() for length in lengths]
+        return max([*drawn, *self._heldout_lengths]) - self._response_length
+
     def heldout_tasks(self, length: int, *, count: int) -> list[Task]:
         """See `Environment`; tasks take turns, so each has its share at every length, until questions are used up."""
         names, made = self._names, []

@@ -55,6 +55,11 @@ class Ruler:
         pieces = PieceEncoder(tokenizer.encode)
         return [self._group(task, length, pieces) for length in self.lengths for task in self.tasks]
 
+    @property
+    def longest_prompt(self) -> int:
+        """See `Benchmark`."""
+        return max(self.lengths) - min(self.tokens_to_generate or TASKS[task].tokens_to_generate for task in self.tasks)
+
     def check_lengths(self, tokenizer: Encoder) -> None:
         """See `Benchmark`: names the tasks that the shortest length cannot hold, and those that it can."""
         settings, length = self._settings(PieceEncoder(tokenizer.encode)), min(self.lengths)
