@@ -106,6 +106,7 @@ def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal
     if args.rl_defaults:
         say(f"not given, so as this program has it: {' '.join(args.rl_defaults)}")
     check_longest(args, environment.longest_prompt)
+    settle_wandb(args, run_dir=args.run_dir)
     loop = build_loop(args, config, environment, terminal=terminal)
     if args.rank == 0:
         write_versions(Path(args.run_dir))
@@ -140,7 +141,6 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
     Attaches nothing by itself: LongAct is found if the launcher's seams are open.
     """
     check_load(args)
-    settle_wandb(args, run_dir=args.run_dir)
     if args.rank == 0:
         open_run(args, say=_speaker(args, terminal))
         check_schedule(args)
