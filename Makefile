@@ -30,9 +30,9 @@ suite: setup
 test-gpu: $(if $(PYTHON),,setup) ## the tests that need a CUDA GPU; writes docs/gpu-results.md (PYTHON=python3: your own environment)
 	@$(or $(PYTHON),$(PYTHON_BIN)) -m pytest -m gpu tests/gpu tests/test_preflight.py tests/test_telemetry.py
 
-test-megatron: setup ## the library's tests with another megatron-core (VERSION=0.16.1)
+test-megatron: setup ## the library's tests with another megatron-core (VERSION=0.16.1, or a checkout of Megatron-LM)
 	@bash scripts/setup_megatron.sh $(VERSION)
-	@.venv-megatron-$(VERSION)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_FLAGS) $(LIBRARY_TESTS)
+	@.venv-megatron-$(notdir $(VERSION))/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_FLAGS) $(LIBRARY_TESTS)
 
 test-trainer: setup ## LongAct inside a trainer that pip can install, without a GPU (NAME=verl)
 	@bash scripts/setup_trainer.sh $(NAME)

@@ -84,6 +84,26 @@ TRAINERS = {
             file="slime_hooks.py",
         ),
         Trainer(
+            name="ms-swift",
+            distribution="ms-swift",
+            package="swift",
+            oldest="4.6",
+            newest="4.6",
+            seams=(
+                Seam("megatron/callbacks/mapping.py", "megatron_callbacks_map"),
+                Seam("megatron/trainers/base.py", "self.call_event('on_train_begin')"),
+                Seam("arguments/base_args/base_args.py", "import_external_file(external_plugin)"),
+            ),
+            setting="--external_plugins examples/integrations/swift_plugin.py\n--callbacks longact",
+            shown="its own `megatron sft` and `megatron rlhf --rlhf_type grpo`, trained and resumed on two ranks "
+            "without a GPU, rollouts ready made: ms-swift 4.6.0, mcore-bridge 1.6.5, megatron-core 0.19.2",
+            fails=(
+                "LoRA (--tuner_type lora), Megatron-FSDP and Muon are refused, by name",
+                "vLLM, and its Ray pipeline, did not run here",
+            ),
+            file="swift_plugin.py",
+        ),
+        Trainer(
             name="NeMo-RL",
             distribution="nemo-rl",
             package="nemo_rl",

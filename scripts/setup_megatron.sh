@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv-megatron-VERSION for `make test-megatron VERSION=…`: another megatron-core beside all else that .venv has.
-# Wants 20 MB and some seconds.
+# Wants 20 MB and some seconds. VERSION may be the folder of a checkout of Megatron-LM: then the environment is called
+# by the folder's name, and links to it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-version=${1:?usage: bash scripts/setup_megatron.sh VERSION, for example 0.16.1}
-folder=.venv-megatron-$version
+version=${1:?usage: bash scripts/setup_megatron.sh VERSION, for example 0.16.1, or a checkout of Megatron-LM}
+folder=.venv-megatron-$(basename "$version")
 stamp=$folder/complete # written last: without it the folder counts as broken
 log=.cache/setup-megatron.log
 
@@ -36,6 +37,10 @@ for package in "$shared"/*; do
     *) ln -s "$package" "$site/$name" ;;
   esac
 done
-.venv/bin/python -m pip --disable-pip-version-check install --no-deps --target "$site" "megatron-core==$version" \
-  </dev/null >>"$log" 2>&1
+if [ -d "$version/megatron/core" ]; then
+  ln -s "$(realpath "$version/megatron")" "$site/megatron"
+else
+  .venv/bin/python -m pip --disable-pip-version-check install --no-deps --target "$site" "megatron-core==$version" \
+    </dev/null >>"$log" 2>&1
+fi
 fingerprint >"$stamp"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv-NAME for `make test-trainer NAME=…`: a trainer and what tests/trainers/NAME.txt names, in place of what
-# .venv has of it, and all else of .venv.
+# .venv has of it, and all else of .venv. Transformer Engine comes from .venv-te, where NAME.txt says so and it is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,7 +10,7 @@ folder=.venv-$name
 stamp=$folder/complete # written last: without it the folder counts as broken
 log=.cache/setup-$name.log
 
-fingerprint() { { pwd; cat .venv/complete scripts/setup_trainer.sh "$wanted"; } 2>/dev/null | cksum; }
+fingerprint() { { pwd; cat .venv/complete .venv-te/complete scripts/setup_trainer.sh "$wanted"; } 2>/dev/null | cksum; }
 
 give_up() {
   if [ -f "$stamp" ]; then return; fi
@@ -36,10 +36,14 @@ site=$("$folder"/bin/python -c 'import sysconfig; print(sysconfig.get_path("pure
 .venv/bin/python -m pip --disable-pip-version-check install --no-deps --target "$site" -r "$wanted" \
   </dev/null >>"$log" 2>&1
 # Links to the other packages one by one: the folder itself would bring the other Megatron into the namespace `megatron`.
-for package in "$shared"/*; do
+te=
+if grep -q "from .venv-te" "$wanted" && [ -e .venv-te/complete ]; then
+  te=$(realpath .venv-te/lib/python3*/site-packages)
+fi
+for package in "$shared"/* ${te:+"$te"/*}; do
   base=$(basename "$package")
   case $base in
-    megatron* | __editable__* | __pycache__) continue ;;
+    megatron* | __editable__* | __pycache__ | venv.pth) continue ;;
     *.dist-info) compgen -G "$site/${base%%-*}-*.dist-info" >/dev/null && continue ;;
   esac
   [ -e "$site/$base" ] || ln -s "$package" "$site/$base"

@@ -22,6 +22,7 @@ from tests.runs import cpu
 sys.path.append(str(ROOT / "examples" / "integrations"))
 import nemo_rl_worker
 import slime_hooks
+import swift_plugin  # noqa: F401 (for test_integrations: the folder is on the path here)
 import verl_engine
 
 SPEC, OPTIMIZER = ModelSpec(dtype="bf16"), OptimizerSpec(distributed=True)

@@ -219,3 +219,16 @@ def test_checkpoint_before_the_first_update(optimizer: OptimizerSpec, tmp_path: 
     for result in ranks.run(resume, **run, sharding="fully_reshardable", path=str(tmp_path), trained=0):
         for name in result["wanted"][1]:
             assert torch.equal(result["got"][1][name], result["wanted"][1][name]), name
+
+
+def test_state_of_another_optimizer_is_left_empty() -> None:
+    """Transformer Engine's Adam: with an entry in its state Megatron would not allocate it, and lose the moments."""
+    from megatron_longact.megatron.cpu.optimizer_checkpoints import _make_state
+
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    others, adam = torch.optim.Adagrad(weights), torch.optim.AdamW(weights)
+    others.state.clear()
+    _make_state(others)
+    _make_state(adam)
+    assert not others.state
+    assert adam.state[weights[0]].keys() == {"step", "exp_avg", "exp_avg_sq"}

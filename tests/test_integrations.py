@@ -2,11 +2,13 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests import integrations, ranks
-from tests.integrations import tensors_equal
+from tests.integrations import swift_plugin, tensors_equal
 from tests.ranks import Layout
 
 
@@ -49,3 +51,14 @@ def test_nemo_rl_worker_goes_on(tmp_path: Path) -> None:
         assert changed == 0
         assert result["state"]["updates"] == 2
         assert tensors_equal(result["state"], result["resumed"])
+
+
+def test_swift_names_the_tokens_that_are_no_padding() -> None:
+    """As its collator pads: a row to a multiple, and under context parallelism each sequence too."""
+    packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 8, 12, 16]), seq_lens=torch.tensor([5, 4]))
+    named = swift_plugin.real_tokens(packed, None)
+    assert named.tolist() == [[True] * 5 + [False] * 3 + [True] * 4 + [False] * 4]
+    hidden = ~torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    hidden[..., 2] = True
+    assert swift_plugin.real_tokens(None, hidden).tolist() == [[True, True, False]]
+    assert swift_plugin.real_tokens(None, None) is swift_plugin.real_tokens(SimpleNamespace(), hidden) is None

@@ -35,7 +35,12 @@ def _make_state_before(cls: type, name: str) -> None:
 
 
 def _make_state(inner: torch.optim.Optimizer) -> None:
-    """Give every parameter of torch's Adam(W) or SGD the state that its first step would begin with."""
+    """Give every parameter of torch's Adam(W) or SGD the state that its first step would begin with.
+
+    Others are left alone: to Megatron a state with an entry in it, were it empty, is one that need not be allocated.
+    """
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW | torch.optim.SGD):
+        return
     for group in inner.param_groups:
         for parameter in group["params"]:
             state = inner.state[parameter]

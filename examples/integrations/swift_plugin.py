@@ -1,0 +1,80 @@
+"""LongAct in ms-swift's Megatron trainers, by a callback of theirs.
+
+    megatron rlhf --rlhf_type grpo ... \
+        --external_plugins examples/integrations/swift_plugin.py --callbacks longact
+
+The same two flags do for `megatron sft`, `pt` and the other `--rlhf_type`s. ms-swift imports a plugin while it reads
+its arguments, makes the callbacks after it has loaded the checkpoint, and begins training with them when its optimizer
+and `finalize_model_grads_func` are final. LongAct's scalars are logged beside its own.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from longact_late import attach, restore
+from torch import Tensor
+
+from megatron_longact import LongAct, LongActConfig
+from megatron_longact.conversion.torch_dist import iteration_folder
+
+CONFIG = LongActConfig(ratio=0.30, refresh_interval=1)
+"""The run's configuration: edit your copy."""
+
+
+def begin(trainer: Any) -> LongAct:
+    """Attach to a `BaseMegatronTrainer` that is about to train, and go on from the checkpoint that it resumed from."""
+    chunks, args = trainer.wrapped_models, trainer.args
+    longact = attach(chunks, trainer.optimizer, trainer.opt_param_scheduler, CONFIG)
+    if args.mcore_model and not args.finetune and not args.no_load_optim:
+        restore(longact, iteration_folder(Path(args.mcore_model)))
+    for chunk in chunks:
+        chunk.register_forward_pre_hook(_name_tokens(longact), with_kwargs=True)
+    return longact
+
+
+def real_tokens(packed: Any | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Which tokens of a micro-batch are no padding, before context-parallel slicing; None if nothing says so.
+
+    packed: a `PackedSeqParams` with `seq_lens`, the lengths of its sequences before ms-swift padded them, in order:
+    what is behind a sequence is padding, and so are further sequences. Returns [1, t].
+    attention_mask: without it, bool [b, 1, s, s], True where a token must not look. Returns [b, s].
+    """
+    if packed is None:
+        return None if attention_mask is None else (~attention_mask).any(dim=2)[:, 0]
+    if not hasattr(packed, "seq_lens"):
+        return None
+    bounds, lengths = packed.cu_seqlens_q, packed.seq_lens
+    lengths = torch.nn.functional.pad(lengths, (0, len(bounds) - 1 - len(lengths)))
+    places = torch.arange(int(bounds[-1]), device=bounds.device)
+    sequence = torch.bucketize(places, bounds[1:].to(places.dtype), right=True)
+    return (places - bounds[sequence] < lengths[sequence])[None]
+
+
+def _name_tokens(longact: LongAct) -> Any:
+    def name(chunk: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            tokens = real_tokens(named.get("packed_seq_params"), named.get("attention_mask"))
+            if tokens is not None:
+                longact.set_tokens(tokens)
+
+    return name
+
+
+if importlib.util.find_spec("swift"):
+    from swift.megatron.callbacks import megatron_callbacks_map
+    from swift.megatron.callbacks.base import MegatronCallback
+
+    class LongActCallback(MegatronCallback):  # type: ignore[misc]
+        """`--callbacks longact`."""
+
+        def on_train_begin(self) -> None:
+            """The last thing before the first step."""
+            self.longact = begin(self.trainer)
+
+        def on_log(self, logs: dict[str, Any]) -> None:
+            """Add LongAct's scalars to what ms-swift logs; collective, as this event is."""
+            logs.update({name: value for name, value in self.longact.metrics().items() if value is not None})
+
+    megatron_callbacks_map["longact"] = LongActCallback
