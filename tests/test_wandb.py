@@ -1,6 +1,8 @@
 """Weights & Biases gets what TensorBoard gets, by the real package, offline; skipped where it is not installed."""
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,38 @@ from tests.test_train_grpo import train
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
 pytestmark = pytest.mark.timeout(300)
 
+BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4  # checksum, length, kind
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Those of a .wandb file: LevelDB's log format, in blocks of 32 KiB, behind seven bytes of W&B's own."""
+    data, place, parts = path.read_bytes(), 7, b""
+    while place < len(data):
+        left = BLOCK - place % BLOCK
+        if left < HEADER.size:  # what a block ends with
+            place += left
+            continue
+        _, length, kind = HEADER.unpack_from(data, place)
+        place += HEADER.size + length
+        parts += data[place - length : place]
+        if kind in (WHOLE, LAST):
+            yield parts
+            parts = b""
+
 
 def logged(folder: Path) -> dict[str, dict[int, Any]]:
     """By name and step, out of the file that an offline run writes."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     [path] = folder.glob("offline-run-*/run-*.wandb")
-    store, found = DataStore(), dict[str, dict[int, Any]]()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    found: dict[str, dict[int, Any]] = {}
+    for data in records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        row = {
-            item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
-            for item in record.history.item
-        }
+        items = record.history.item
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
         for name, value in row.items():
-            if not name.startswith("_"):
-                found.setdefault(name, {})[row["_step"]] = value
+            found.setdefault(name, {})[row["_step"]] = value
     return found
 
 
