@@ -105,7 +105,7 @@ def test_fused_weights_are_quantised_together_and_come_back_to_the_bit(folder: P
 def test_the_report_has_a_line_a_recipe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, said = open_folder(folder), io.StringIO()
     monkeypatch.setattr(PromptOptions, "prompts", lambda *_, **__: [[1, 2, 3, 4, 5, 6, 7, 8]])
-    options = PromptOptions(tasks=("niah_single_1",), lengths=(8,), num_samples=1)
+    options = PromptOptions(tasks=("niah_single_1",), lengths=(8,), num_samples=1, apply_chat_template=False)
     report.run(source, options, ratio=0.3, linears="qkv", output=tmp_path, terminal=said)
     written = json.loads((tmp_path / report.RESULTS).read_text())
     assert [row["recipe"] for row in written["recipes"]] == list(RECIPES[1:])

@@ -57,7 +57,7 @@ def returning(moments: str) -> dict[str, Any]:
     """Train on, and compare the update of rows that come back with that of rows that stayed."""
     built = build(ModelSpec(layers=2), OptimizerSpec(lr=1e-3, weight_decay=0.0, eps=1e-8))
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(moments=moments, select="random"))
-    weight = longact.model.layers[0].weight
+    [weight] = longact.model.layers[0].weights
     returned, stayed, was = [], [], None
     for step in range(30):
         old = weight.detach().clone()
@@ -74,8 +74,9 @@ def returning(moments: str) -> dict[str, Any]:
 
 def longact_rows(longact: LongAct) -> torch.Tensor:
     """The local rows that are Q or K."""
-    rows = torch.zeros(longact.model.layers[0].weight.shape[0], dtype=torch.bool)
-    rows[longact.model.frozen_rows(longact.model.channels(False))[longact.model.layers[0].weight].device] = True
+    [weight] = longact.model.layers[0].weights
+    rows = torch.zeros(weight.shape[0], dtype=torch.bool)
+    rows[longact.model.frozen_rows(longact.model.channels(False))[weight].device] = True
     return rows
 
 

@@ -82,10 +82,11 @@ def test_a_converted_model_says_how_many_embeddings_are_real(tmp_path: Path) -> 
     from megatron_longact.generation.vocabulary import embeddings_of
     from tests.conversion import config_of
 
-    saved = common_state(model_from_config(config_of("qwen3", vocab_size=260).to_dict()))["args"]
-    args = Namespace(padded_vocab_size=saved.padded_vocab_size, vocab_size=None)
+    saved = common_state(model_from_config(config_of("qwen3", vocab_size=260).to_dict()), tokenizer=None)["args"]
+    args = Namespace(padded_vocab_size=saved.padded_vocab_size, vocab_size=None, load=str(tmp_path))
+    args.tokenizer_type = args.tokenizer_model = None
     assert embeddings_of(args) == 384  # Megatron's padding
-    completing(lambda args: (args, saved))(args)  # --use-checkpoint-args
+    completing(lambda args, load_arg: (args, saved))(args)  # --use-checkpoint-args
     assert embeddings_of(args) == 260
 
 

@@ -65,9 +65,9 @@ class Model(QKVModel):
 
 
 class Sharded(ShardedLayout):
-    def qk_ranges(self, *args: Any) -> Any:
+    def qk_ranges(self, _: Any, tp_rank: int) -> Any:
         with unset_fake_temporarily():
-            return super().qk_ranges(*args)
+            return super().qk_ranges(*self.layout.projections, tp_rank)
 
 
 QWEN3_8B = QKVLayout(num_attention_heads=32, num_query_groups=8, kv_channels=128)
@@ -128,6 +128,7 @@ def launches(tokens: int, *, tp: int, masked: bool) -> Counter[str]:
 
 def _launches(layers: int, tokens: int, tp: int, masked: bool) -> Counter[str]:
     alone, whole = dist.new_group([0]), dist.group.WORLD
+    assert QWEN3_8B.projections  # made here, where tensors have values
     with FakeTensorMode(allow_non_fake_inputs=True):
         rows = QWEN3_8B.rows_per_partition(tp)
         chunk = nn.Sequential(*(Attention(rows) for _ in range(layers)))
