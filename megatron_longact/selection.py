@@ -79,7 +79,7 @@ def _top(
     count = num_selected(ratio, n)
     if before is not None and hysteresis > 0:
         rank = order.argsort(dim=-1)
-        stays = before & (rank < count + _share(hysteresis, count))
+        stays = before & (rank < min(n, count + _share(hysteresis, count)))
         order = (rank - n * stays).argsort(dim=-1)  # those that stay first, each part by rank
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 

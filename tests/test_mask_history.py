@@ -39,7 +39,7 @@ def test_a_row_stays_until_its_rank_is_behind_by_the_margin(rows: list[tuple[flo
     scores, before = [score for score, _ in rows], [was for _, was in rows]
     layout, pair = QKVLayout(1, 1, len(rows)), QK(*(torch.tensor([scores]),) * 2)
     old = QK(*(torch.tensor([before]),) * 2)
-    for hysteresis in (0.0, 0.25, 1.0, 100.0):
+    for hysteresis in (0.0, 0.25, 1.0, 100.0, 1e30):
         config = LongActConfig(ratio=0.4, hysteresis=hysteresis)
         wanted = naive_hysteresis(scores, before, ratio=0.4, hysteresis=hysteresis)
         for mask in select_masks(pair, layout=layout, config=config, before=old):

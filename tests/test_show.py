@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_longact.commands.report import main as report
 from megatron_longact.commands.show import main
 from megatron_longact.rl.answers import as_markdown, spread_out
 
@@ -101,6 +102,28 @@ def test_what_is_not_there_is_said(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", [b'{"iteration": 1, "st\n', b'{"response": "\xff"}\n'])
+def test_a_line_that_is_no_row_is_named(run: Path, line: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run / "rollouts.jsonl"
+    rows.write_bytes(line + rows.read_bytes())
+    for command in (main, report):
+        assert command([str(run)]) == 1
+        assert f"{rows}, line 1: no row of a run" in capsys.readouterr().err
+
+
+def test_no_name_of_a_task_reaches_a_terminal_or_a_page_raw(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = answer(iteration=9, step=9, prompt=0, sample=0, task="t\x1b[2J", source="s\x07", response="\ud800\x1b")
+    write(run / "rollouts.jsonl", [said])
+    out = shown(capsys, str(run))
+    assert "== t\\x1b[2J" in out
+    assert "s\\x07" in out
+    assert "\x1b" not in out
+    assert report([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "\\xd800\\x1b" in page
+    assert "\x1b" not in page
 
 
 def test_answers_are_taken_from_all_over() -> None:

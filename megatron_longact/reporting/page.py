@@ -120,4 +120,4 @@ def write(page: Page, path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(page), encoding="utf-8")
+    path.write_text(render(page), encoding="utf-8", errors="backslashreplace")

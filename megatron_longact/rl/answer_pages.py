@@ -78,12 +78,15 @@ def pages(run: Path, flags: ShowFlags) -> Iterator[str]:
     yield "\n".join(why_wrong(summarised) or ["All answers written are right."])
 
 
-def rows_of(path: Path) -> Iterator[Row]:
-    """The whole rows of a file that may be being written."""
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a file that may be being written; `ValueError` for a line that is none."""
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: no row of a run, it is not JSON in UTF-8") from error
 
 
 def heading(rows: Sequence[Row], total: Row | None, *, name: str) -> str:
@@ -108,10 +111,10 @@ def answer(row: Row, *, full: bool) -> str:
     sample = f", answer {row['sample']}" if "sample" in row else f" ({row['length']} tokens)"
     used = "" if row.get("used", True) else "; not trained on"
     ended = "ended by itself" if row["ended"] == "eod" else "ended by length"
-    source = f", {row['source']}" if row["source"] else ""
+    task, source = printable(row["task"]), printable(f", {row['source']}" if row["source"] else "")
     prompt = row["prompt_end"] if full else row["prompt_end"][-PROMPT_CHARACTERS:]
     lines = [
-        f"== {row['task']}, prompt {row['prompt']}{sample}{source}: {'right' if row['correct'] else 'WRONG'}, "
+        f"== {task}, prompt {row['prompt']}{sample}{source}: {'right' if row['correct'] else 'WRONG'}, "
         f"reward {row['reward']:.3g}; {row['response_tokens']} tokens, {ended}{used}",
         f"-- the end of its {row['prompt_tokens']} tokens",
         printable(prompt).strip("\n"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_longact.conversion.torch_dist import TRACKER, iteration_folder, read_common_state
 from megatron_longact.reporting.run_log import EVALUATIONS, HELDOUT, MEGATRON_LOG, METRICS, ROLLOUTS
+from megatron_longact.rl.answer_pages import rows_of
 from megatron_longact.rl.report import REPORT
 
 VERSIONS = "versions.json"
@@ -63,8 +64,7 @@ class RunFiles:
     def _rows(self, name: str) -> list[dict[str, Any]]:
         """Whole lines: the last one of a run that is going may not be there yet in full."""
         path = self.folder / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return list(rows_of(path)) if path.is_file() else []
 
     @cached_property
     def report(self) -> str:
@@ -101,7 +101,8 @@ class RunFiles:
     @cached_property
     def checkpoint(self) -> tuple[str, dict[str, Any]] | None:
         """Name and common state of the newest checkpoint."""
-        places = [self.checkpoints or self.folder / "checkpoints", Path(self.arguments.get("save", ""))]
+        places = [self.checkpoints or self.folder / "checkpoints"]
+        places += [Path(self.arguments["save"])] if self.arguments.get("save") else []
         for place in places:
             if (place / TRACKER).is_file():
                 folder = iteration_folder(place)

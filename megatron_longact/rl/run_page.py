@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_longact import metrics
 from megatron_longact.reporting.charts import Curve, curve, line_chart, number
 from megatron_longact.reporting.page import Answer, Chart, Page, Part, Picture, Section, Table, Text
+from megatron_longact.rl.answer_pages import printable
 from megatron_longact.rl.report import PICTURES, SALIENCY
 from megatron_longact.rl.run_files import RunFiles
 
@@ -233,13 +234,13 @@ def _answers(run: RunFiles, *, heldout: bool) -> list[Part]:
     kind = "Held-out" if heldout else "Training"
     return [
         Answer(
-            f"{kind} prompt {row['prompt']}, {row['task']}: {'right' if row['correct'] else 'wrong'}",
+            f"{kind} prompt {row['prompt']}, {printable(row['task'])}: {'right' if row['correct'] else 'wrong'}",
             f"reward {number(row['reward'])}, {row['prompt_tokens']} tokens of prompt, {row['response_tokens']} of "
             f"answer, ended by {'itself' if row['ended'] == 'eod' else 'the limit'}; iteration {row['iteration']}",
             [
-                ("the end of the prompt", row["prompt_end"][-_MOST_CHARACTERS:]),
-                ("answer", row["response"][:_MOST_CHARACTERS] or "(nothing)"),
-                ("wanted", json.dumps(row["reference"], ensure_ascii=False)[:_MOST_CHARACTERS]),
+                ("the end of the prompt", printable(row["prompt_end"][-_MOST_CHARACTERS:])),
+                ("answer", printable(row["response"][:_MOST_CHARACTERS]) or "(nothing)"),
+                ("wanted", printable(json.dumps(row["reference"], ensure_ascii=False)[:_MOST_CHARACTERS])),
             ],
         )
         for row in chain(right, wrong)
