@@ -210,6 +210,17 @@ def replaced(path: Path) -> Path:
     return path.with_suffix(f".replaced{path.suffix}")
 
 
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a file that may be being written; `ValueError` for a line that is none."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: no row of a run, it is not JSON in UTF-8") from error
+
+
 def _keep_rows_until(path: Path, iteration: int) -> None:
     if not path.exists():
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_longact.flags import Flag, each_once
-from megatron_longact.reporting.run_log import EVALUATIONS, HELDOUT, METRICS, ROLLOUTS
+from megatron_longact.reporting.run_log import EVALUATIONS, HELDOUT, METRICS, ROLLOUTS, rows_of
 from megatron_longact.tasks.intervals import wilson
 
 ALL = "all"
@@ -76,17 +76,6 @@ def pages(run: Path, flags: ShowFlags) -> Iterator[str]:
         yield heading(rows, totals.get(step), name=_named(flags, step))
         yield from (answer(row, full=flags.full) for row in rows if flags.wants(row))
     yield "\n".join(why_wrong(summarised) or ["All answers written are right."])
-
-
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a file that may be being written; `ValueError` for a line that is none."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: no row of a run, it is not JSON in UTF-8") from error
 
 
 def heading(rows: Sequence[Row], total: Row | None, *, name: str) -> str:

@@ -13,8 +13,7 @@ from platform import python_version
 from typing import Any
 
 from megatron_longact.conversion.torch_dist import TRACKER, iteration_folder, read_common_state
-from megatron_longact.reporting.run_log import EVALUATIONS, HELDOUT, MEGATRON_LOG, METRICS, ROLLOUTS
-from megatron_longact.rl.answer_pages import rows_of
+from megatron_longact.reporting.run_log import EVALUATIONS, HELDOUT, MEGATRON_LOG, METRICS, ROLLOUTS, rows_of
 from megatron_longact.rl.report import REPORT
 
 VERSIONS = "versions.json"
