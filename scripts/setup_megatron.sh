@@ -4,13 +4,14 @@
 # by the folder's name, and links to it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/beside_venv.sh
 
 version=${1:?usage: bash scripts/setup_megatron.sh VERSION, for example 0.16.1, or a checkout of Megatron-LM}
 folder=.venv-megatron-$(basename "$version")
 stamp=$folder/complete # written last: without it the folder counts as broken
 log=.cache/setup-megatron.log
 
-fingerprint() { { pwd; cat .venv/complete scripts/setup_megatron.sh; } 2>/dev/null | cksum; }
+fingerprint() { { pwd; cat .venv/complete scripts/beside_venv.sh scripts/setup_megatron.sh; } 2>/dev/null | cksum; }
 
 give_up() {
   if [ -f "$stamp" ]; then return; fi
@@ -24,23 +25,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then exit 0; fi
 mkdir -p .cache
 : >"$log"
 trap give_up EXIT
-rm -rf "$folder"
-python=$(.venv/bin/python -c 'import os, sys; print(os.path.realpath(sys._base_executable))')
-shared=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$python" -m venv --without-pip "$folder" >>"$log" 2>&1
-site=$("$folder"/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# Links to the packages one by one: the folder itself would bring the other Megatron into the namespace `megatron`.
-for package in "$shared"/*; do
-  name=$(basename "$package")
-  case $name in
-    megatron* | __editable__* | __pycache__) ;;
-    *) ln -s "$package" "$site/$name" ;;
-  esac
-done
+make_environment "$folder" >>"$log" 2>&1
 if [ -d "$version/megatron/core" ]; then
   ln -s "$(realpath "$version/megatron")" "$site/megatron"
 else
-  .venv/bin/python -m pip --disable-pip-version-check install --no-deps --target "$site" "megatron-core==$version" \
-    </dev/null >>"$log" 2>&1
+  install_alone "megatron-core==$version" >>"$log" 2>&1
 fi
+link_others "$shared"
 fingerprint >"$stamp"
