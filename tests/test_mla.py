@@ -95,7 +95,7 @@ def train_naively(*, spec: ModelSpec, config: LongActConfig, steps: int = 3) -> 
     result: dict[str, Any] = {"masks": [], "saliency": [], "weights": [], "norms": []}
     for step in range(steps):
         outputs.clear()
-        train_step(built, random_tokens(8, 16, vocab=spec.vocab, seed=step), step=False)
+        train_step(built, random_tokens(4, 16, vocab=spec.vocab, seed=step), step=False)
         grads = {name: p.main_grad.clone() for name, p in parameters.items()}
         seen = {n: {name: outputs[weight] for name, weight in of.items()} for n, of in weights.items()}
         if config.select == "gradient":
