@@ -101,7 +101,7 @@ def test_table_has_the_counts() -> None:
 def test_table_has_pass_at_k_where_it_was_measured() -> None:
     assert "pass@" not in render_table(SUMMARY)
     assert "held-out pass@4" in render_table(replace(SUMMARY, pass_at={"4": (0.25, 0.5)}))
-    assert "25.0% before, 50.0% after" in render_table(replace(SUMMARY, pass_at={"4": (0.25, 0.5)}))
+    assert "25.0% (18-33) before, 50.0% (41-59) after" in render_table(replace(SUMMARY, pass_at={"4": (0.25, 0.5)}))
 
 
 def test_table_without_longact_claims_no_frozen_rows() -> None:

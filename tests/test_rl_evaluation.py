@@ -12,6 +12,7 @@ import pytest
 
 from megatron_longact.generation.sampling import Sampling
 from megatron_longact.rl.pass_at_k import PassAtK, pass_at_k
+from megatron_longact.tasks.intervals import wilson
 from tests import ranks
 from tests.ranks import Layout
 
@@ -140,6 +141,7 @@ def test_rows_hold_greedy_accuracy_and_pass_at_k_by_length(tmp_path: Path) -> No
     for k in (1, 3, SAMPLES):
         values = [mean([any(s) for s in itertools.combinations(samples, k)]) for _, *samples in right]
         assert row["pass_at_k"][str(k)] == pytest.approx(mean(values), rel=1e-12)
+        assert row["pass_at_k_interval"][str(k)] == pytest.approx(wilson(mean(values), 5), rel=1e-12)
         for n, s in sizes.items():
             assert row["pass_at_k_by_length"][n][str(k)] == pytest.approx(mean(values[s]), rel=1e-12)
     assert 0 < row["pass_at_k"]["1"] < 1  # or the samples would say nothing

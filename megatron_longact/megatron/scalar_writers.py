@@ -41,12 +41,14 @@ def scalar_writer() -> ScalarWriter | None:
     return None if tensorboard is None and wandb is None else ScalarWriter(tensorboard, wandb)
 
 
-def settle_wandb(args: Namespace, *, run_dir: str) -> None:
-    """Name W&B's run and its folder where the flags do not: Megatron asserts on the one and puts the other into --save.
+def settle_wandb(args: Namespace) -> None:
+    """Name W&B's run and its folder as the run folder where the flags do not: Megatron puts them into --save.
 
-    Raises ValueError, before a rank waits for another, where the package is missing.
+    Called on parsed arguments: Megatron begins W&B's run as soon as it has validated them. Raises ValueError, before a
+    rank waits for another, where the package is missing.
     """
-    if not getattr(args, "wandb_project", None):
+    run_dir = getattr(args, "run_dir", None)
+    if not getattr(args, "wandb_project", None) or run_dir is None:
         return
     if find_spec("wandb") is None:
         raise ValueError("--wandb-project needs the package wandb: pip install wandb")

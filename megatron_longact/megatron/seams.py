@@ -2,7 +2,7 @@
 
 | seam of megatron.training | what LongAct does there |
 |---|---|
-| `arguments.parse_args` | knows the `--longact-*` flags, and refuses at once what does not work |
+| `arguments.parse_args` | knows the `--longact-*` flags, and refuses at once what does not work; names W&B's run |
 | `checkpointing.load_args_from_checkpoint` | `--use-checkpoint-args` also sets q/k-layernorm and so on; tokenizer |
 | `argument_utils.gpt_config_from_args` | `--rope-scaling-factor` reaches the model |
 | `training.get_megatron_optimizer` | attaches to the model chunks and the optimizer, before a checkpoint loads |
@@ -37,7 +37,7 @@ from megatron_longact.longact import LongAct
 from megatron_longact.megatron import telemetry
 from megatron_longact.megatron.checkpointing import carry_state, check_converted, check_load, resume_note
 from megatron_longact.megatron.run_summary import said_at_the_end
-from megatron_longact.megatron.scalar_writers import scalar_writer
+from megatron_longact.megatron.scalar_writers import scalar_writer, settle_wandb
 from megatron_longact.optimizer_shards import derive_quantized_weights
 from megatron_longact.refusals import check_settings, check_tap
 from megatron_longact.versions import seams_here
@@ -126,6 +126,7 @@ def _parsing(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
             logger.warning("%s", note)
         config = check_args(args)
         telemetry.check_telemetry_args(args)
+        settle_wandb(args)
         if config is not None:  # Megatron prints and saves the values that are in force
             vars(args).update({f"longact_{name}": value for name, value in asdict(config).items()})
         return args

@@ -113,8 +113,9 @@ def evaluate_heldout(
     are cut off (`truncated_fraction`) and that are empty (`empty_fraction`); `reward_by_task`; and `rewards` and
     `correct`, of each prompt, length after length, in an order that is the same at each evaluation, so that runs of one
     seed can be compared prompt by prompt.
-    With samples in `pass_at` also `pass_at_k` ({k: mean over all prompts}) and `pass_at_k_by_length`
-    ({length: {k: mean}}), keys as strings. Called by all ranks; the same row on each.
+    With samples in `pass_at` also `pass_at_k` ({k: mean over all prompts}), its intervals over the prompts
+    (`pass_at_k_interval`) and `pass_at_k_by_length` ({length: {k: mean}}), keys as strings. Called by all ranks; the
+    same row on each.
     """
     environment, count = judge.environment, config.heldout_prompts
     groups = {length: environment.heldout_tasks(length, count=count) for length in environment.heldout_lengths}
@@ -175,13 +176,15 @@ def _pass_at_k(
     scores = judge.score([task for task in tasks for _ in range(n)], rollouts)
     right = [sum(score.correct for score in scores[i : i + n]) for i in range(0, len(scores), n)]
     overall: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
     by_length: dict[str, dict[str, float]] = {str(length): {} for length in lengths}
     for k in pass_at.measured:
         values = [pass_at_k(samples=n, correct=c, k=k) for c in right]
         overall[str(k)] = _mean(values)
+        intervals[str(k)] = list(wilson(_mean(values), len(values)))
         for length, mean in _means_by(lengths, values).items():
             by_length[length][str(k)] = mean
-    return {"pass_at_k": overall, "pass_at_k_by_length": by_length}
+    return {"pass_at_k": overall, "pass_at_k_interval": intervals, "pass_at_k_by_length": by_length}
 
 
 def _means_by(keys: Sequence[int] | Sequence[str], values: Sequence[Any]) -> dict[str, float]:

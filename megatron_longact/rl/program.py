@@ -24,7 +24,7 @@ from megatron_longact.generation.vocabulary import vocabulary_from_args
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron.checkpointing import check_load, check_schedule
 from megatron_longact.megatron.planned_attention import take_plans
-from megatron_longact.megatron.scalar_writers import scalar_writer, settle_wandb
+from megatron_longact.megatron.scalar_writers import scalar_writer
 from megatron_longact.megatron.tool_command import end_together
 from megatron_longact.reporting.run_log import RunLog
 from megatron_longact.rl.answers import AnswerLog
@@ -106,7 +106,6 @@ def run(args: Namespace, config: RLConfig, environment: Environment, *, terminal
     if args.rl_defaults:
         say(f"not given, so as this program has it: {' '.join(args.rl_defaults)}")
     check_longest(args, environment.longest_prompt)
-    settle_wandb(args, run_dir=args.run_dir)
     loop = build_loop(args, config, environment, terminal=terminal)
     if args.rank == 0:
         write_versions(Path(args.run_dir))

@@ -132,8 +132,10 @@ def fact_rows(summary: RunOutcome) -> list[tuple[str, str]]:
     moved = f"{summary.moved} of {summary.rows} ({summary.moved / summary.rows:.1%})"
     start = f"those of iteration {summary.since}" if summary.since else "the start weights"
     moved += f" since iteration {summary.since}, where it was started again" if summary.since else ""
+    prompts = summary.after.prompts if summary.after else 0
     pass_at = [
-        (f"held-out pass@{k}", f"{old:.1%} before, {new:.1%} after") for k, (old, new) in summary.pass_at.items()
+        (f"held-out pass@{k}", f"{_with_interval(old, prompts)} before, {_with_interval(new, prompts)} after")
+        for k, (old, new) in summary.pass_at.items()
     ]
     if summary.longact_time_share is None:
         return [*pass_at, ("LongAct", "off: every Q/K row trains"), ("Q/K rows that moved", moved)]
