@@ -130,6 +130,11 @@ def _program_main(command: Sequence[str], launcher: bool, environment: dict[str,
     from megatron_longact.run import main
 
     set_num_threads(1)
+    if "--save" in command:
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        # the process that a checkpoint writer's results pass through: Megatron spawns it, and it imports torch anew
+        filesystem_async.get_write_results_queue("fork")
     if launcher:
         sys.argv[:] = ["megatron_longact.run", *command]
         sys.exit(main(list(command)))
