@@ -43,6 +43,7 @@ class Trainer:
     """The file of examples/integrations that the setting names; "" if none is needed."""
 
 
+_SKYRL = "backends/skyrl_train/workers/megatron"
 TRAINERS = {
     trainer.name: trainer
     for trainer in (
@@ -102,6 +103,29 @@ TRAINERS = {
                 "vLLM, and its Ray pipeline, did not run here",
             ),
             file="swift_plugin.py",
+        ),
+        Trainer(
+            name="skyrl",
+            distribution="skyrl",
+            package="skyrl",
+            oldest="0.4",
+            newest="0.4",
+            seams=(
+                Seam("train/entrypoints/main_base.py", "trainer.override_entrypoint="),
+                Seam(f"{_SKYRL}/megatron_worker.py", "self.model.run_pending_grad_sync()"),
+                Seam(f"{_SKYRL}/megatron_model_wrapper.py", "= self._defer_finalize_model_grads"),
+                Seam(f"{_SKYRL}/megatron_model_wrapper.py", "packed_seq_params = preprocess_packed_seqs("),
+            ),
+            setting="SKYRL_PYTHONPATH_EXPORT=true in the environment\n"
+            "trainer.strategy=megatron trainer.override_entrypoint=skyrl_worker",
+            shown="its MegatronPolicyWorkerBase 0.4.0 trains and resumes on megatron-core 0.19.2 with Megatron-Bridge "
+            "0.6.2, without a GPU; not under Ray",
+            fails=(
+                "a load without scheduler states (load_lr_scheduler_states=False) starts LongAct afresh",
+                "LoRA on linear_qkv, Megatron-FSDP and Muon are refused, by name",
+                "Megatron-Bridge 0.6.2 lacks two functions that SkyRL imports: take the commit that SkyRL pins",
+            ),
+            file="skyrl_worker.py",
         ),
         Trainer(
             name="NeMo-RL",

@@ -21,6 +21,7 @@ from tests.runs import cpu
 
 sys.path.append(str(ROOT / "examples" / "integrations"))
 import nemo_rl_worker
+import skyrl_worker
 import slime_hooks
 import swift_plugin  # noqa: F401 (for test_integrations: the folder is on the path here)
 import verl_engine
@@ -212,6 +213,64 @@ def nemo_rl(*, folder: Path) -> dict[str, Any]:
         "state": LongAct.of(worker.optimizer).state_dict(),
         "resumed": LongAct.of(resumed.optimizer).state_dict(),
     }
+
+
+class SkyRLWorker:
+    """What `attach_to` needs of SkyRL's MegatronPolicyWorkerBase, and of the wrapper that defers the reduction."""
+
+    def init_model(self) -> None:
+        self.built = build(SPEC, OPTIMIZER)
+        self.actor_module, self.optimizer = self.built.chunks, self.built.optimizer
+        self.scheduler = scheduler_of(self.optimizer)
+        self.noted = self.reduced = 0
+        self.model = SimpleNamespace(run_pending_grad_sync=self.reduce)
+        self.built.config.finalize_model_grads_func = self.take_note
+
+    def take_note(self, model: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+        self.noted += 1
+
+    def reduce(self) -> None:
+        self.reduced += 1
+        finalize_model_grads(self.actor_module, None)
+
+    def forward_backward(self, seed: int) -> int:
+        """One call with one micro-batch; its tokens that are no padding."""
+        batch = slime_batch(seed)
+        packed = batch["packed_seq_params"]
+        packed.seq_lens = packed.cu_seqlens_q.diff()[:2]
+
+        def forward_step(data: Any, model: Any) -> Any:
+            logits = model(batch["input_ids"], None, None, packed_seq_params=packed)
+            return logits, lambda output: (output.float().logsumexp(-1).mean(), {})
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([]),
+            model=self.actor_module,
+            num_microbatches=1,
+            seq_length=PADDED_TO,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return int(packed.seq_lens.sum())
+
+
+def skyrl() -> None:
+    """One step of two calls, masked where the gradients are reduced; then without LongAct."""
+    worker = skyrl_worker.with_longact(SkyRLWorker)()
+    worker.init_model()
+    longact = LongAct.of(worker.optimizer)
+    assert longact is not None
+    tokens = sum(worker.forward_backward(seed) for seed in range(2))
+    assert longact.step is None
+    worker.model.run_pending_grad_sync()
+    assert longact.step.tokens.eq(tokens).all()
+    assert all(not p.main_grad[rows.host].any() for p, rows in longact.step.frozen.items())
+    assert worker.optimizer.step()[0]
+    longact.detach()
+    worker.forward_backward(seed=2)
+    worker.model.run_pending_grad_sync()
+    assert (worker.noted, worker.reduced) == (3, 2)
 
 
 def tensors_equal(a: Any, b: Any) -> bool:

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,22 @@ def test_nemo_rl_worker_goes_on(tmp_path: Path) -> None:
         assert tensors_equal(result["state"], result["resumed"])
 
 
+def test_skyrl_selects_from_all_calls_of_a_step() -> None:
+    ranks.run(integrations.skyrl, layout=Layout(tp=2), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("packed_further", "lengths"), [(None, [3, 2]), ([[1, 2], [2]], [1, 2, 2])], ids=["one a row", "several a row"]
+)
+def test_skyrl_leaves_true_lengths_beside_padded_bounds(packed_further: Any, lengths: list[int]) -> None:
+    def preprocess(ids: Any, mask: Any, *, sub_seq_lengths: Any) -> Any:
+        return ids, SimpleNamespace(cu_seqlens_q=torch.tensor([0, 4, 8, 12]))
+
+    mask = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    _, packed = integrations.skyrl_worker.with_lengths(preprocess)(None, mask, sub_seq_lengths=packed_further)
+    assert packed.seq_lens.tolist() == lengths
+
+
 def test_swift_names_the_tokens_that_are_no_padding() -> None:
     """As its collator pads: a row to a multiple, and under context parallelism each sequence too."""
     packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 8, 12, 16]), seq_lens=torch.tensor([5, 4]))
@@ -61,4 +78,5 @@ def test_swift_names_the_tokens_that_are_no_padding() -> None:
     hidden = ~torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     hidden[..., 2] = True
     assert swift_plugin.real_tokens(None, hidden).tolist() == [[True, True, False]]
+    assert swift_plugin.real_tokens(None, hidden[:, :, 2:]).tolist() == [[True, True, False]]  # as SkyRL gives it
     assert swift_plugin.real_tokens(None, None) is swift_plugin.real_tokens(SimpleNamespace(), hidden) is None

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.conversion.torch_dist import read_common_state
 from megatron_longact.megatron.checkpointing import carry_state
@@ -58,3 +61,21 @@ def restore(longact: LongAct, iteration_folder: Path, *, key: str = "opt_param_s
     if state is not None:
         longact.load_state_dict(state)
     return state is not None
+
+
+def real_tokens(packed: Any | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Which tokens of a micro-batch are no padding, before context-parallel slicing; None if nothing says so.
+
+    packed: a `PackedSeqParams` with `seq_lens`, the lengths of its sequences before the trainer padded them, in order:
+    what is behind a sequence is padding, and so are further sequences. Returns [1, t].
+    attention_mask: without it, bool [b, 1, s or 1, s], True where a token must not look. Returns [b, s].
+    """
+    if packed is None:
+        return None if attention_mask is None else (~attention_mask).any(dim=2)[:, 0]
+    if not hasattr(packed, "seq_lens"):
+        return None
+    bounds, lengths = packed.cu_seqlens_q, packed.seq_lens
+    lengths = torch.nn.functional.pad(lengths, (0, len(bounds) - 1 - len(lengths)))
+    places = torch.arange(int(bounds[-1]), device=bounds.device)
+    sequence = torch.bucketize(places, bounds[1:].to(places.dtype), right=True)
+    return (places - bounds[sequence] < lengths[sequence])[None]
