@@ -14,8 +14,8 @@ import torch
 from megatron_longact.commands import compat
 from tests import ranks
 from tests.conversion import make_hf
-from tests.integrations import tensors_equal
 from tests.ranks import Layout
+from tests.test_checkpoints import assert_bitwise
 from tests.tokenizers import save_hugging_face_tokenizer
 
 if find_spec("skyrl") is None:
@@ -54,18 +54,18 @@ def test_the_selection_is_that_of_all_calls_of_a_step(results: list[dict[str, An
     real = int(skyrl_run.batch(0)["attention_mask"].sum())
     for result in results:
         first, once = result["states"][0], result["once"]
-        assert tensors_equal(first["masks"], once["state"]["masks"])
-        assert tensors_equal(first["saliency"], once["state"]["saliency"])
-        assert not tensors_equal(first["masks"], once["half"]["masks"])
+        assert_bitwise(first["masks"], once["state"]["masks"])
+        assert_bitwise(first["saliency"], once["state"]["saliency"])
+        assert not torch.equal(first["masks"]["q"], once["half"]["masks"]["q"])
         assert all(tokens.eq(real).all() for tokens in result["tokens"])
 
 
 def test_a_resumed_worker_goes_on_bitwise(results: list[dict[str, Any]]) -> None:
     for result in results:
         resumed = result["resumed"]
-        assert tensors_equal(resumed["loaded"], result["states"][0])
-        assert tensors_equal(resumed["state"], result["states"][1])
-        assert tensors_equal(resumed["weights"], result["exported"][2])
+        assert_bitwise(resumed["loaded"], result["states"][0])
+        assert_bitwise(resumed["state"], result["states"][1])
+        assert_bitwise(resumed["weights"], result["exported"][2])
 
 
 def test_compat_says_that_it_attaches(capsys: pytest.CaptureFixture[str]) -> None:
