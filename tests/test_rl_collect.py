@@ -75,7 +75,7 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     pgs = ProcessGroupCollection.use_mpu_process_groups()
     built = build(ModelSpec(layers=2))
     scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp)
-    layout = BatchLayout(config, EOD, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=1)
+    layout = BatchLayout.of_rank(config, pgs, pad_token=EOD, multiple_of=16)
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
     folder = Path(tempfile.mkdtemp())
     log = RunLog(folder, sys.stdout, None, total=9, done=0, evaluated=-1)

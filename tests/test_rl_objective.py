@@ -148,17 +148,7 @@ def step(policy_loss: str, aggregation: str, case: Case) -> dict[str, Any]:
     built = build(ModelSpec(layers=4, config={"sequence_parallel": case.sequence_parallel}))
     batch = make_batch()
     pgs = ProcessGroupCollection.use_mpu_process_groups()
-    layout = BatchLayout(
-        config,
-        EOD,
-        16,
-        dp_rank=pgs.dp.rank(),
-        dp_size=pgs.dp.size(),
-        pp_size=pgs.pp.size(),
-        cp_rank=pgs.cp.rank(),
-        cp_size=pgs.cp.size(),
-        step_multiple=2 if case.layout.vpp else 1,
-    )
+    layout = BatchLayout.of_rank(config, pgs, pad_token=EOD, multiple_of=16, step_multiple=2 if case.layout.vpp else 1)
     [plan] = layout.plan(batch)
     scorer = ResponseScorer(temperature=0.8, vocab_size=64, tp_group=pgs.tp, cp_group=pgs.cp, chunk_size=case.chunk)
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(ratio=0.4))

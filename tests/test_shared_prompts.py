@@ -88,16 +88,7 @@ def step(policy_loss: str, share: bool) -> dict[str, Any]:
     yarn = policy_loss == "dapo"  # its table of RoPE comes with a factor
     built = build(ModelSpec(layers=2, yarn=yarn))
     longact = LongAct.attach(built.chunks, built.optimizer, LongActConfig(**RULES[policy_loss]))
-    layout = BatchLayout(
-        config,
-        EOD,
-        16,
-        dp_rank=pgs.dp.rank(),
-        dp_size=pgs.dp.size(),
-        pp_size=pgs.pp.size(),
-        cp_rank=pgs.cp.rank(),
-        cp_size=pgs.cp.size(),
-    )
+    layout = BatchLayout.of_rank(config, pgs, pad_token=EOD, multiple_of=16)
     scorer = ResponseScorer(temperature=1.0, vocab_size=64, tp_group=pgs.tp, cp_group=pgs.cp)
     trainer_log_probs = TrainerLogProbs(built.chunks, scorer, layout, pg_collection=pgs)
     batch = make_batch()

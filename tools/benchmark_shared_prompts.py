@@ -151,7 +151,7 @@ class Run:
             loss=PolicyLossConfig(),
         )
         pgs = ProcessGroupCollection.use_mpu_process_groups()
-        self.layout = BatchLayout(config, 0, 16, dp_rank=pgs.dp.rank(), dp_size=pgs.dp.size(), pp_size=1)
+        self.layout = BatchLayout.of_rank(config, pgs, pad_token=0, multiple_of=16)
         scorer = ResponseScorer(temperature=1.0, vocab_size=args.vocab_size, tp_group=pgs.tp)
         self.objective = Objective(config, scorer, None, dp_size=pgs.dp.size())
         self.trainer_log_probs = TrainerLogProbs([self.chunk], scorer, self.layout, pg_collection=pgs)

@@ -158,15 +158,11 @@ def build_loop(args: Namespace, config: RLConfig, environment: Environment, *, t
         cp_group=pgs.cp,
         chunk_size=config.logits_chunk_size,
     )
-    layout = BatchLayout(
+    layout = BatchLayout.of_rank(
         config,
+        pgs,
         pad_token=vocabulary.eod,
         multiple_of=_sequence_multiple(args),
-        dp_rank=pgs.dp.rank(),
-        dp_size=pgs.dp.size(),
-        pp_size=pgs.pp.size(),
-        cp_rank=pgs.cp.rank(),
-        cp_size=pgs.cp.size(),
         step_multiple=trainer.config.microbatch_group_size_per_vp_stage if len(trainer.model) > 1 else 1,
     )
     trainer_log_probs = TrainerLogProbs(trainer.model, scorer, layout, pg_collection=pgs)

@@ -1,7 +1,5 @@
 """Context parallelism with shared prompts on Transformer Engine's modules: its own is off for that call, then on."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,8 @@ def scored() -> tuple[Tensor, dict[str, Tensor], bool]:
     pgs = ProcessGroupCollection.use_mpu_process_groups()
     model, batch = build(GPUSpec(transformer={"context_parallel_size": pgs.cp.size()})), make_batch()
     take_plans([model.chunk])
-    parts: dict[str, Any] = {"cp_rank": pgs.cp.rank(), "cp_size": pgs.cp.size()}
     config = grpo_config(micro_batch_size=4, shared_prompts=True)
-    layout = BatchLayout(config, EOD, 16, dp_rank=0, dp_size=1, pp_size=1, **parts)
+    layout = BatchLayout.of_rank(config, pgs, pad_token=EOD, multiple_of=16)
     scorer = ResponseScorer(temperature=1.0, vocab_size=512, tp_group=pgs.tp, cp_group=pgs.cp)
     log_probs = TrainerLogProbs([model.chunk], scorer, layout, pg_collection=pgs).of_batch(batch)
     [plan] = layout.plan(batch)

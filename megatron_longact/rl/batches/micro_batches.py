@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from megatron_longact.rl.batches.rollout_batch import RolloutBatch, Row
 from megatron_longact.rl.batches.row_parts import RowPart, row_part
 from megatron_longact.rl.batches.segments import SharedRow, shared_row
 from megatron_longact.rl.config import RLConfig
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,23 @@ class BatchLayout:
     cp_size: int = 1
     step_multiple: int = 1
     """Of the micro-batches of a step on each replica: an interleaved pipeline takes them in groups."""
+
+    @classmethod
+    def of_rank(
+        cls, config: RLConfig, pgs: ProcessGroupCollection, *, pad_token: int, multiple_of: int, step_multiple: int = 1
+    ) -> BatchLayout:
+        """That of this rank in Megatron's process groups."""
+        return cls(
+            config,
+            pad_token,
+            multiple_of,
+            dp_rank=pgs.dp.rank(),
+            dp_size=pgs.dp.size(),
+            pp_size=pgs.pp.size(),
+            cp_rank=pgs.cp.rank(),
+            cp_size=pgs.cp.size(),
+            step_multiple=step_multiple,
+        )
 
     def plan(self, batch: RolloutBatch, use: Use | None = None) -> list[StepPlan]:
         """The optimizer steps on a batch; those that are left, if it is in use."""
