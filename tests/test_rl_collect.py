@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,11 @@ def collect(right: str, **settings: Any) -> dict[str, Any]:
     collector.add_log_probs(batch)
     first, *_ = layout.plan(batch)
     every = trainer_log_probs.of_batch(batch)
-    return {"batch": batch, "first": sorted(first.rows), "all": every, "answers": answers}
+    old = batch.old_log_probs.isnan() | torch.isin(torch.arange(len(batch)), torch.tensor(first.rows))[:, None]
+    begun = {"old_log_probs": torch.where(old, torch.nan, every), "ref_log_probs": every}
+    begun |= {"importance_weights": None if config.corrects_rollouts else every}
+    collector.complete(resumed := replace(batch, **begun))
+    return {"batch": batch, "first": sorted(first.rows), "all": every, "answers": answers, "resumed": resumed}
 
 
 def test_dynamic_sampling_keeps_groups_whose_rewards_differ() -> None:
@@ -188,6 +193,11 @@ def test_the_first_step_says_its_own_old_log_probs(settings: dict[str, Any], bef
     first[result["first"]] = True
     assert torch.equal(known, torch.ones_like(first) if before else ~first)
     torch.testing.assert_close(result["batch"].old_log_probs[known], result["all"][known], rtol=0, atol=0)
+    # begun with flags that need none of it, saved before its first step, and gone on with under these
+    assert result["resumed"].ref_log_probs is None
+    for name in ("old_log_probs", "importance_weights"):
+        of_resumed, wanted = (getattr(result[which], name) for which in ("resumed", "batch"))
+        torch.testing.assert_close(of_resumed, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

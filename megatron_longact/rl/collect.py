@@ -123,13 +123,34 @@ class Collector:
 
     def add_log_probs(self, batch: RolloutBatch) -> None:
         """Set `old_log_probs`, and what rests on them, and `ref_log_probs` if there is a reference."""
-        weighs = self._config.importance_level is not None
+        batch.old_log_probs = self._trainer_log_probs.before_updates(batch, first_too=self._needs_all_log_probs)
+        self._add_what_is_missing(batch)
+
+    def complete(self, batch: RolloutBatch) -> None:
+        """Fit a batch out of a checkpoint to these flags: add what it lacks, drop what none asks for, keep the rest.
+
+        Old log-probs are unknown before its first step alone, and then the model is still the one that sampled it.
+        """
+        if self._needs_all_log_probs and not batch.knows_old_log_probs(range(len(batch))):
+            old, now = batch.old_log_probs, self._trainer_log_probs.of_batch(batch)
+            batch.old_log_probs = now if old is None else torch.where(old.isnan(), now, old)
+        if self._config.importance_level is None:
+            batch.importance_weights = None
+        if self._reference is None:
+            batch.ref_log_probs = None
+        self._add_what_is_missing(batch)
+
+    @property
+    def _needs_all_log_probs(self) -> bool:
         selects = POLICY_LOSSES[self._config.policy_loss].selection is not None
-        batch.old_log_probs = self._trainer_log_probs.before_updates(batch, first_too=weighs or selects)
-        if self._reference is not None:
+        return self._config.importance_level is not None or selects
+
+    def _add_what_is_missing(self, batch: RolloutBatch) -> None:
+        if self._reference is not None and batch.ref_log_probs is None:
             with self._reference.swapped_in():
                 batch.ref_log_probs = self._trainer_log_probs.of_batch(batch)
-        if self._config.importance_level is not None:
+        if self._config.importance_level is not None and batch.importance_weights is None:
+            assert batch.old_log_probs is not None
             batch.importance_weights = truncated_importance_weights(
                 batch.old_log_probs,
                 batch.rollout_log_probs,

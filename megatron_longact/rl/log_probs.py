@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -288,7 +288,7 @@ class TrainerLogProbs:
         return any((config.hidden_dropout, config.attention_dropout, config.moe_input_jitter_eps))
 
     def _first_epoch(self, batch: RolloutBatch) -> list[StepPlan]:
-        return self._layout.plan(batch)[: len(batch) // self._layout.config.global_batch_size]
+        return self._layout.plan(batch, replace(self._layout.new_use(), epochs=1))
 
     def of_steps(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> Tensor:
         """fp32 [n, R] of the responses in these optimizer steps, 0 for the others and in the padding."""

@@ -70,6 +70,7 @@ class RLLoop:
         """Train until `--train-iters`, or until Megatron says to exit; whether it came to the end."""
         self._state.take_up(self._update.layout)
         self._trainer.begin()
+        self._complete()
         with before_each_save(self._before_save):
             exiting = self._train()
         self._trainer.finish()
@@ -78,6 +79,12 @@ class RLLoop:
             self._log.say(self.verdict)
         self._log.close()
         return not exiting
+
+    def _complete(self) -> None:
+        """A batch out of a checkpoint, which other flags can have begun."""
+        if self._state.batch is not None:
+            with self._trainer.between_steps():
+                self._collector.complete(self._state.batch)
 
     def _before_save(self) -> None:
         self._exports.wait()
