@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_longact.__main__ import main
+from megatron_longact.commands import from_hf
 from tests.conversion import make_hf
 from tests.launch import QUIET, ROOT, run
 
@@ -70,11 +72,33 @@ def test_what_cannot_go_in_one_go_is_said_in_a_line(
         refusal("--load", "x")
         == f"train: --load does not go with --hf-dir, which sets it: its folders are in --save {out}"
     )
-    out.mkdir()
+    (out / "start").mkdir(parents=True)
+    assert refusal() == f"train: {out}/start is there without source.json, which says of which model it is: " + (
+        "give another --save"
+    )
     (out / "source.json").write_text("[]")
     assert refusal().startswith(f"train: {out} was begun with another model than {tmp_path / 'hf'} is now")
+    (tmp_path / "file").touch()
+    assert refusal("--save", str(tmp_path / "file")) == f"train: {tmp_path}/file is a file: --save needs a folder there"
     (tmp_path / "hf/config.json").unlink()
     assert refusal().startswith(f"train: cannot read {tmp_path / 'hf/config.json'}")
     monkeypatch.setenv("RANK", "0")
     assert "call it without torchrun" in refusal()
-    assert [path.name for path in out.iterdir()] == ["source.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["source.json", "start"]
+
+
+def test_a_start_is_of_a_known_model_from_its_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_hf("qwen3", tmp_path / "hf")
+    args = Namespace(hf_dir=tmp_path / "hf", save=tmp_path / "out")
+    seen: list[bool] = []
+
+    def stopped(words: list[str]) -> int:
+        seen.append((args.save / "source.json").is_file())
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(from_hf._STEPS, "convert to-megatron", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        from_hf._to_megatron(args, [])
+    assert seen == [True]
+    (args.save / "source.json").write_text("[]")  # of another one, of which there is nothing yet
+    from_hf._check(args, [])

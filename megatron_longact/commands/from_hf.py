@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from shlex import join
 
@@ -24,6 +25,7 @@ from megatron_longact.conversion.hf_config import DTYPES, read_hf_config
 from megatron_longact.conversion.hf_folder import HFFolder
 from megatron_longact.conversion.staging import identity
 from megatron_longact.conversion.torch_dist import TRACKER
+from megatron_longact.megatron.tool_command import check_folder
 from megatron_longact.rl.report import REPORT
 
 _STEPS = {
@@ -69,8 +71,11 @@ def _check(args: Namespace, flags: Sequence[str]) -> None:
             "several machines do the steps that it shows one by one"
         )
     read_hf_config(args.hf_dir)
-    source = args.save / SOURCE
-    if source.is_file() and json.loads(source.read_text()) != _source(args.hf_dir):
+    check_folder(args.save, flag="--save")
+    begun, source = args.save / START, args.save / SOURCE
+    if begun.exists() and not source.is_file():
+        raise ValueError(f"{begun} is there without {SOURCE}, which says of which model it is: give another --save")
+    if begun.exists() and json.loads(source.read_text()) != _source(args.hf_dir):
         raise ValueError(f"{args.save} was begun with another model than {args.hf_dir} is now: give another --save")
 
 
@@ -92,11 +97,11 @@ def _step(name: str, *argv: object) -> int:
 def _to_megatron(args: Namespace, flags: Sequence[str]) -> int:
     if (args.save / START).exists():
         return 0
-    source = _source(args.hf_dir)
-    status = _step("convert to-megatron", "--hf-dir", args.hf_dir, "--save", args.save / START)
-    if not status:
-        (args.save / SOURCE).write_text(json.dumps(source))
-    return status
+    args.save.mkdir(parents=True, exist_ok=True)
+    partial = args.save / f"{SOURCE}.partial"
+    partial.write_text(json.dumps(_source(args.hf_dir)))
+    partial.replace(args.save / SOURCE)  # before START, which without it would be of no known model
+    return _step("convert to-megatron", "--hf-dir", args.hf_dir, "--save", args.save / START)
 
 
 def _train(args: Namespace, flags: Sequence[str]) -> int:
@@ -163,24 +168,35 @@ def _to_hf(args: Namespace, flags: Sequence[str]) -> int:
     if exported.exists():
         if exported.stat().st_mtime > tracker.stat().st_mtime:
             return 0
-        shutil.rmtree(exported)  # of this run, before it went on
+        stale = args.save / f"{EXPORTED}.stale"  # of this run, before it went on: never half of it as EXPORTED
+        shutil.rmtree(stale, ignore_errors=True)
+        exported.rename(stale)
+        shutil.rmtree(stale)
     return _step("convert to-hf", "--load", args.save / CHECKPOINTS, "--save", exported, *_dtype(args))
 
 
 def _audit(args: Namespace, flags: Sequence[str]) -> int:
     out, mask = args.save, []
-    if (out / AUDIT).is_file() and (out / AUDIT).stat().st_mtime > (out / EXPORTED).stat().st_mtime:
+    if _follows(out / AUDIT, out / EXPORTED) and (out / TABLE).is_file():
         return _tell(out)
+    (out / TABLE).unlink(missing_ok=True)  # of before; it is written last
     if not args.dense:
         rows = ("--load", out / CHECKPOINTS, "--save", out / ROWS)
         if status := _step("export-mask", "--union", *rows, "--overwrite"):
             return status
         mask = ["--mask", out / ROWS]
     words = [args.hf_dir, out / EXPORTED, *mask, "--json", out / AUDIT, "--overwrite"]
-    with (out / TABLE).open("w") as table, redirect_stdout(table):
+    with StringIO() as table, redirect_stdout(table):
         status = _step("audit", *words)
-    print((out / TABLE).read_text().partition("\n")[0])
+        text = table.getvalue()
+    print(text.partition("\n")[0])
+    if not status:
+        (out / TABLE).write_text(text)
     return status or _tell(out)
+
+
+def _follows(later: Path, earlier: Path) -> bool:
+    return later.is_file() and later.stat().st_mtime > earlier.stat().st_mtime
 
 
 def _tell(out: Path) -> int:
