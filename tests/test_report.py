@@ -90,6 +90,20 @@ def test_accuracy_and_gain_have_intervals_by_prompt() -> None:
     assert "Wilson's score interval" in table
 
 
+def test_a_run_that_went_on_with_other_lengths_claims_no_gain(tmp_path: Path) -> None:
+    other = {**AFTER, "accuracy_by_length": {"64": 0.95, "2048": 0.55}}
+    table = render_table(replace(SUMMARY, after=HeldOutAccuracy.from_row(other)))
+    lines = lines_of(table)
+    assert lines["64 tokens"] == ["90.0%", "95.0%", "+5.0"]
+    assert lines["512 tokens"] == ["30.0%", "-", "-"]
+    assert lines["2048 tokens"] == ["-", "55.0%", "-"]
+    assert lines["all 128 tasks"][-1] == "-"
+    assert table.endswith("the held-out prompts have not the context lengths that they began with.")
+    heldout = panels(reward_figure([], [BEFORE, other]))["held-out accuracy by context length"]
+    drawn = {line.get_label(): line.get_ydata() for line in heldout.lines}  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(np.array(drawn["2048 tokens"], dtype=float), [np.nan, 0.55])
+
+
 def test_table_has_the_counts() -> None:
     table = render_table(SUMMARY)
     assert "200 of 576 (34.7%)" in table

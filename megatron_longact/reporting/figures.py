@@ -198,8 +198,8 @@ def reward_figure(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mappi
         shown[0].set_alpha(0.45 if width > 2 else 1)
     iterations = [row["iteration"] for row in evaluations]
     lengths = sorted({int(length) for row in evaluations for length in row["accuracy_by_length"]})
-    curves = [
-        (f"{length} tokens", [row["accuracy_by_length"][str(length)] for row in evaluations]) for length in lengths
+    curves = [  # with a gap where others were asked
+        (f"{length} tokens", [row["accuracy_by_length"].get(str(length)) for row in evaluations]) for length in lengths
     ]
     colours = [*matplotlib.colormaps["viridis"](np.linspace(0.85, 0.15, len(lengths))), INK]
     for place, (label, values) in enumerate([*curves, ("all", [row["accuracy"] for row in evaluations])]):

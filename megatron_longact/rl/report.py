@@ -40,12 +40,15 @@ class HeldOutAccuracy:
             right[int(length)] = list(islice(answers, count))
         return cls(row["accuracy"], dict(sorted(by_length.items())), row["prompts"], right)
 
-    def of(self, length: int | None) -> tuple[float, int, Sequence[bool]]:
-        """Accuracy, prompts (0: not known) and right answers (none: not known) of a length; None: over all."""
+    def of(self, length: int | None) -> tuple[float | None, int, Sequence[bool]]:
+        """Accuracy (None: not asked), prompts (0: not known) and right answers (none: not known) of a length.
+
+        None: over all.
+        """
         if length is None:
             return self.overall, self.prompts, [*chain.from_iterable(self.right.values())]
         own = self.right.get(length, ())
-        return self.by_length[length], len(own), own
+        return self.by_length.get(length), len(own), own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +78,8 @@ class RunOutcome:
 
     @property
     def gain_points(self) -> float | None:
-        """Overall gain in percentage points, to the tenth that is shown; None if it was not measured."""
-        if self.before is None or self.after is None:
+        """Overall gain in percentage points, to the tenth that is shown; None if it was not measured on both sides."""
+        if self.before is None or self.after is None or self.before.by_length.keys() != self.after.by_length.keys():
             return None
         return round(100 * (self.after.overall - self.before.overall), 1)
 
@@ -84,9 +87,10 @@ class RunOutcome:
         """One sentence on the gain, which does not claim more than was reached."""
         gain, needed = self.gain_points, self.expected_gain
         if gain is None:
-            return (
-                f"{self.iterations} iterations; nothing was measured, for there is no held-out data (--heldout-data)."
-            )
+            why = "nothing was measured, for there is no held-out data (--heldout-data)"
+            if self.after is not None:
+                why = "no gain was measured: the held-out prompts have not the context lengths that they began with"
+            return f"{self.iterations} iterations; {why}."
         moved = f"{'rose' if gain > 0 else 'fell'} by {abs(gain):.1f} points" if gain else "did not change"
         sentence = f"Held-out accuracy {moved} in {self.iterations} iterations"
         if needed is None or gain >= needed:
@@ -99,22 +103,26 @@ def accuracy_rows(summary: RunOutcome) -> list[tuple[str, str, str, str]]:
     before, after = summary.before, summary.after
     if before is None or after is None:
         return []
-    names = {length: f"{length} tokens" for length in after.by_length} | {None: f"all {after.prompts} tasks"}
-    return [(name, *_cells(before.of(length), after.of(length))) for length, name in names.items()]
+    lengths = sorted({*before.by_length, *after.by_length})
+    rows = [(f"{length} tokens", *_cells(before.of(length), after.of(length))) for length in lengths]
+    old, new, gain = _cells(before.of(None), after.of(None))
+    return [*rows, (f"all {after.prompts} tasks", old, new, "-" if summary.gain_points is None else gain)]
 
 
-_Accuracy = tuple[float, int, Sequence[bool]]
+_Accuracy = tuple[float | None, int, Sequence[bool]]
 
 
 def _cells(before: _Accuracy, after: _Accuracy) -> tuple[str, str, str]:
-    gain = f"{100 * (after[0] - before[0]):+.1f}"
+    gain = "-" if before[0] is None or after[0] is None else f"{100 * (after[0] - before[0]):+.1f}"
     if before[2] and len(before[2]) == len(after[2]):
         low, high = (100 * end for end in paired_gain(before[2], after[2]))
         gain += f" ({low:+.0f} to {high:+.0f})"
     return _with_interval(*before[:2]), _with_interval(*after[:2]), gain
 
 
-def _with_interval(share: float, prompts: int) -> str:
+def _with_interval(share: float | None, prompts: int) -> str:
+    if share is None:
+        return "-"
     if not prompts:
         return f"{share:.1%}"
     low, high = (100 * end for end in wilson(share, prompts))
