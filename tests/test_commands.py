@@ -1,14 +1,17 @@
 """`longact` and its commands; what they do is tested with the tools of the same names."""
 
 import importlib.util
+import os
 import re
 import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from megatron_longact.__main__ import COMMANDS, main
 from megatron_longact.commands.train import launched
+from megatron_longact.megatron.tool_command import check_new
 from tests.launch import ROOT
 
 
@@ -81,6 +84,40 @@ def test_a_command_runs_and_its_tool_is_the_same_function(capsys: pytest.Capture
         loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
         assert loaded.main is import_module(f"megatron_longact.commands.{module}").main
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "observe --hf-dir x --output FILE/out",
+        "observe --hf-dir x --html FILE/page.html --output NEW",
+        "stability --hf-dir x --html FILE/page.html --output NEW",
+        "disrupt --load x --html FILE/page.html --output NEW",
+        "disrupt --load x --output FILE/out",
+        "emulate-fp8 --hf-dir x --output FILE/out",
+        "evaluate --benchmark needle --load x --output FILE/out",
+        "plan --model qwen3-8b --seq-length 8192 --global-batch-size 8 --json FILE/plan.json",
+        "audit x y --json FILE/audit.json",
+        "export-mask --load x --save FILE/mask.safetensors",
+    ],
+)
+def test_a_file_in_the_way_of_results_is_named_in_one_line(
+    argv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = argv.replace("FILE", str(tmp_path / "file")).replace("NEW", str(tmp_path / "new")).split()
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert str(tmp_path / "file") in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_that_cannot_be_written_into_is_named_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(ValueError, match="closed cannot be written into: give another --output"):
+        check_new(tmp_path / "closed" / "new" / "results.json", overwrite=True)
 
 
 def test_training_is_the_launcher_with_its_own_flags_first() -> None:

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
         result = audit(args.before, args.after, mask=args.mask)
         if args.json is not None:
             try:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(result.json() + "\n")
             except OSError as error:
                 raise ValueError(f"cannot write {args.json}: {error.strerror}") from error

@@ -15,7 +15,7 @@ Results are in --output (default: runs/disrupt): results.json, responses.jsonl, 
 import argparse
 from pathlib import Path
 
-from megatron_longact.megatron.tool_command import become_megatron_program, check_new, end_in_one_line
+from megatron_longact.megatron.tool_command import become_megatron_program, check_file, check_new, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
 
     def action() -> None:
         config_from_args(args)
+        check_file(args.html, flag="--html")
         check_new(args.output / RESULTS, overwrite=args.overwrite)
         become_megatron_program([argument for argument in argv if argument != "--cpu"], cpu=args.cpu)
         from megatron_longact.analysis.disrupt import program as disrupt_program

@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_longact.megatron.tool_command import become_megatron_program, end_in_one_line
+from megatron_longact.megatron.tool_command import become_megatron_program, check_folder, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
 
     def action() -> None:
         config = config_from_args(args)
+        check_folder(config.output, flag="--output")
         if args.predictions is not None:
             from megatron_longact.evaluation.scoring import check_replaces, score_file
 

@@ -16,7 +16,7 @@ Prompts are RULER's, made on the spot, or those of --prompts FILE. The table, th
 from megatron_longact.analysis.activations.models import ModelFlags, check_ratio, opened
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.arguments import ObserveFlags
-from megatron_longact.megatron.tool_command import check_new, end_in_one_line, tool_flags
+from megatron_longact.megatron.tool_command import check_file, check_new, end_in_one_line, tool_flags
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
 
     def action() -> None:
         check_ratio(args.ratio)
+        check_file(args.html, flag="--html")
         check_new(args.output / "observation.json", overwrite=args.overwrite)
         options = PromptOptions.from_args(args)
         with opened(args, others, output=args.output) as session:

@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         )
         print(text(plan))
         if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(plan.as_json(), indent=1) + "\n")
 
     return end_in_one_line("plan", action)

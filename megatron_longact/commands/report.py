@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_longact.megatron.tool_command import end_in_one_line
+from megatron_longact.megatron.tool_command import check_file, end_in_one_line
 
 
 def main(argv: list[str]) -> int:
@@ -36,8 +36,11 @@ def main(argv: list[str]) -> int:
             below = runs_below(args.run_dir)
         if not run.is_run and not below:
             raise ValueError(f"{args.run_dir} holds no run, nor does a folder in it: metrics.jsonl is not there")
-        page = page_of_run(run) if run.is_run else page_of_runs(args.run_dir, [RunFiles(path) for path in below])
+        if below and args.load:
+            raise ValueError(f"--load is of one run, and {args.run_dir} holds {len(below)}: give the folder of one")
         output = args.output or args.run_dir / "report.html"
+        check_file(output, flag="--output")
+        page = page_of_run(run) if run.is_run else page_of_runs(args.run_dir, [RunFiles(path) for path in below])
         write(page, output)
         print(f"{output}: {output.stat().st_size / 1000:.0f} kB", file=sys.stdout)
 

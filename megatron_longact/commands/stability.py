@@ -22,7 +22,7 @@ from megatron_longact.analysis.activations.models import ModelFlags, check_ratio
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.arguments import StabilityFlags
 from megatron_longact.config import LongActConfig
-from megatron_longact.megatron.tool_command import check_new, end_in_one_line, tool_flags
+from megatron_longact.megatron.tool_command import check_file, check_new, end_in_one_line, tool_flags
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
 
     def action() -> None:
         check_ratio(args.ratio)
+        check_file(args.html, flag="--html")
         check_new(args.output / "stability.json", overwrite=args.overwrite)
         for margin in args.hysteresis:
             LongActConfig(hysteresis=margin)

@@ -1,5 +1,6 @@
 """What the tools share: a user's mistake ends them with one line, and they start Megatron by themselves."""
 
+import errno
 import os
 import sys
 import time
@@ -13,10 +14,18 @@ from megatron_longact.flags import add_groups
 from megatron_longact.versions import check_programs
 
 _STORES: list[Any] = []
+_OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT),
+}
+"""Errors that say all of themselves with the name of the file."""
 
 
 def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
-    """The exit status of a tool: 0; or 1 with one line on stderr, from rank 0, for a `ValueError` of this package."""
+    """The exit status of a tool: 0; or 1 with one line on stderr.
+
+    For a `ValueError` of this package, from rank 0, and for a file or folder that the system does not let it have.
+    """
     try:
         action()
         end_together()
@@ -27,6 +36,13 @@ def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
             print(f"{tool}:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun ends all ranks when the first one ends
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK or error.filename is None:
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # the disk may be another one, so this rank speaks too if the first one does not
+        print(f"{tool}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -48,20 +64,28 @@ def add_overwrite_arg(parser: ArgumentParser) -> None:
 
 
 def check_new(results: Path | None, *, overwrite: bool, flag: str = "--output") -> None:
-    """Raise `ValueError` if an earlier call has left its results there; flag: the one that names another place."""
-    if results is not None:
-        check_folder(results.parent, flag=flag)
+    """`check_file`, and `ValueError` if an earlier call has left its results there."""
+    check_file(results, flag=flag)
     if results is not None and not overwrite and results.exists():
         raise ValueError(f"{results} is there already: give another {flag}, or --overwrite to replace it")
 
 
+def check_file(file: Path | None, *, flag: str) -> None:
+    """Raise `ValueError` if no file can be written there; flag: the one that names another place."""
+    if file is None:
+        return
+    check_folder(file.parent, flag=flag)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give the name of a file as {flag}")
+
+
 def check_folder(folder: Path, *, flag: str) -> None:
-    """Raise `ValueError` if there is a file where a folder is to be."""
-    for path in (folder, *folder.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise ValueError(f"{path} is a file: {flag} needs a folder there")
-            return
+    """Raise `ValueError` if there is a file where a folder is to be, or nothing can be written into it."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: {flag} needs a folder there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} cannot be written into: give another {flag}")
 
 
 def end_together() -> None:

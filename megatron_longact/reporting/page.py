@@ -116,8 +116,6 @@ def render(page: Page) -> str:
 
 
 def write(page: Page, path: Path) -> None:
-    """Write it; `ValueError` where a folder is."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
+    """Write it; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(page), encoding="utf-8", errors="backslashreplace")
