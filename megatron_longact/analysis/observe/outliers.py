@@ -115,7 +115,7 @@ def spread_table(rows: Sequence[Spread], *, ratio: float, after_norm: Mapping[tu
     header = [
         "layer, from 0",
         "max/median",
-        f"top {ratio:.0%} carry",
+        f"top {percent(ratio)} carry",
         f"{OUTLIER:g}x or more",
         "head",
         "channel",
@@ -143,9 +143,14 @@ def verdict(name: str, rows: Sequence[Spread], *, ratio: float) -> str:
     return (
         f"{name} {_grade(first.outlier_ratio)}: the largest channel is {first.outlier_ratio:.1f} times the median in "
         f"layer {first.layer} {first.part.upper()} ({place}); {with_outliers} of the {len(rows)} Q and K projections "
-        f"have channels of {OUTLIER:g} times their median or more, {count} channels in all; the top {ratio:.0%} of the "
-        f"channels carry {shares[0]:.0%} to {shares[-1]:.0%} of the total ({ratio:.0%} if all were alike)"
+        f"have channels of {OUTLIER:g} times their median or more, {count} channels in all; the top {percent(ratio)} "
+        f"of the channels carry {shares[0]:.0%} to {shares[-1]:.0%} of the total ({percent(ratio)} if all were alike)"
     )
+
+
+def percent(ratio: float) -> str:
+    """A share with the digits that it was given."""
+    return f"{100 * ratio:g}%"
 
 
 def _grade(outlier_ratio: float) -> str:

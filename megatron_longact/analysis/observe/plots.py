@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from megatron_longact.analysis.activations.measurement import by_layer
 from megatron_longact.analysis.observe.observation import Observation
-from megatron_longact.analysis.observe.outliers import OUTLIER, over_median
+from megatron_longact.analysis.observe.outliers import OUTLIER, over_median, percent
 from megatron_longact.config import LongActConfig, Tap
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN, saliency_figure
 from megatron_longact.selection import select_masks
@@ -72,7 +72,8 @@ def _draw_sorted(axes: Axes, observation: Observation, part: str) -> None:
             share, sorted_, color=colour, linewidth=1.6 if len(values) <= MOST_LAYERS else 0.8, label=f"layer {layer}"
         )
     axes.axvspan(0, observation.ratio, color="#000000", alpha=0.06, linewidth=0)
-    axes.text(observation.ratio / 2, 0.02, f"top {observation.ratio:.0%}", fontsize=9, color=FAINT_INK, ha="center",
+    top = f"top {percent(observation.ratio)}"
+    axes.text(observation.ratio / 2, 0.02, top, fontsize=9, color=FAINT_INK, ha="center",
               transform=axes.get_xaxis_transform())  # fmt: skip
     _times_median(axes)
     axes.set_xlim(0, 1)
@@ -182,7 +183,7 @@ def heatmap_figure(observation: Observation, tap: Tap) -> Figure:
         heads={section.name: section.heads for section in observation.layout.sections},
         statistic=f"{observation.statistic}, {TAP_NAMES[tap]}",
     )
-    for axes, label in zip(figure.axes[-2:], (f"top {observation.ratio:.0%}", "the others"), strict=True):
+    for axes, label in zip(figure.axes[-2:], (f"top {percent(observation.ratio)}", "the others"), strict=True):
         axes.texts[0].set_text(label)  # not a run's mask, which is what the figure is made for
     return figure
 
