@@ -19,6 +19,7 @@ from megatron_longact.conversion.torch_dist import COMMON, TRACKER, TorchDistWri
 from megatron_longact.reporting.charts import MOST_POINTS, Curve, curve, line_chart, number
 from megatron_longact.reporting.page import MOST_BYTES, Answer, Page, Picture, Section, Table, render
 from megatron_longact.rl.run_files import RunFiles, write_versions
+from megatron_longact.rl.run_page import _by_layer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -74,11 +75,11 @@ def write_run(folder: Path, *, dense: bool = False, steps: int = 6) -> Path:
     return folder
 
 
-def with_checkpoint(folder: Path) -> Path:
+def with_checkpoint(folder: Path, *, ratio: float = 0.3) -> Path:
     """The state of LongAct and of the RL program as a checkpoint holds them."""
     saliency = {"q": torch.rand(3, 16) + 1, "k": torch.rand(3, 8) + 1}
     masks = {part: values > 1.7 for part, values in saliency.items()}
-    state = {"longact": {"saliency": saliency, "masks": masks, "layer_numbers": [1, 2, 4], "config": {"ratio": 0.3}},
+    state = {"longact": {"saliency": saliency, "masks": masks, "layer_numbers": [1, 2, 4], "config": {"ratio": ratio}},
              "rl": {"rows": {"since": 0, "active": masks, "moved": masks}}}  # fmt: skip
     checkpoints = folder / "checkpoints"
     (checkpoints / "iter_0000005").mkdir(parents=True)
@@ -134,8 +135,68 @@ def test_a_dense_run_and_several_runs_and_none(tmp_path: Path, capsys: Any) -> N
     told = capsys.readouterr().err
     assert told.startswith(f"report: {tmp_path / 'empty'} holds no run")
     assert told.count("\n") == 1
-    assert main([str(tmp_path), "--output", str(tmp_path)]) == 1
-    assert "is a folder; give the name of a file" in capsys.readouterr().err
+    for flags, said in {
+        ("--output", str(tmp_path)): "is a folder; give the name of a file as --output",
+        ("--output", str(tmp_path / "both.html" / "page.html")): "both.html is a file: --output needs a folder there",
+        ("--output", str(tmp_path / ("x" * 300) / "page.html")): "File name too long",
+        ("--load", str(tmp_path)): "--load is of one run, and ",
+    }.items():
+        assert main([str(tmp_path), *flags]) == 1
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+
+
+def test_checkpoints_that_are_named_are_there(tmp_path: Path, capsys: Any) -> None:
+    run = with_checkpoint(write_run(tmp_path / "run"))
+    assert main([str(run), "--load", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err == (
+        f"report: --load {tmp_path / 'nowhere'} holds no checkpoint: latest_checkpointed_iteration.txt is not there\n"
+    )
+    assert main([str(run), "--load", str(run / "checkpoints")]) == 0
+
+
+def test_what_is_cut_off_or_no_number_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "versions.json").write_text('{"python": "3.')
+    (run / "report.md").write_text("# Report of the")
+    steps = "".join(json.dumps(row | {"reward_mean": None}) + "\n" for row in rows_of(3))
+    (run / "metrics.jsonl").write_text(steps + '{"itera')
+    answers = run / "heldout.jsonl"
+    answers.write_text(json.dumps(json.loads(answers.read_text()) | {"reward": None}) + "\n")
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "report.md was cut off: iteration 3 of 9." in text
+    assert "reward NaN, 90 tokens" in text
+    assert "Made with" not in text
+    assert main([str(tmp_path), "--output", str(tmp_path / "all.html")]) == 0
+    assert "<td>NaN</td>" in (tmp_path / "all.html").read_text()
+
+
+def test_a_run_that_goes_on_with_other_lengths_has_all_of_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    other = {"iteration": 9, "accuracy": 0.5, "accuracy_by_length": {"1024": 1.0, "4096": 0.0}, "prompts": 8}
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    rows = re.findall(r'<th scope="row">((?:\d+|all \d) \w+)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', text)
+    assert [(name, after, points) for name, _, after, points in rows] == [
+        ("128 tokens", "–", "–"),
+        ("1024 tokens", "100.0%", "+50.0"),
+        ("4096 tokens", "0.0%", "–"),
+        ("all 8 prompts", "50.0%", "–"),
+    ]
+    assert "4096 tokens from 0% to 0%" in text
+
+
+def test_the_share_of_a_saliency_is_that_of_the_run(tmp_path: Path) -> None:
+    run = with_checkpoint(write_run(tmp_path / "run"), ratio=0.125)
+    assert main([str(run)]) == 0
+    assert "where the upper 12.5 % begin" in (run / "report.html").read_text()
+    chart = _by_layer("Q", [0], torch.arange(16.0).view(1, 16), ratio=0.125)
+    assert chart is not None
+    assert "where the upper 12.5 % begin from 14 to 14" in chart.alt
 
 
 def test_a_report_is_read_back(tmp_path: Path) -> None:

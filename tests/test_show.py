@@ -91,6 +91,12 @@ def test_steps_prompts_and_rewards_are_chosen(run: Path, capsys: pytest.CaptureF
         ("rollouts.jsonl", [], "heldout.jsonl is there: with --heldout"),
         ("", ["--step", "9"], "has no answers of rollout step 9; it has those of 0-2"),
         ("", ["--step", "last"], "--step is last; give numbers, or all"),
+        ("", ["--prompt", "99"], "has no answers to prompt 99 of rollout step 2; it has those to 0-1"),
+        (
+            "",
+            ["--step", "all", "--prompt", "7", "8"],
+            "has no answers to prompt 7-8 of these steps; it has those to 0-1",
+        ),
     ],
 )
 def test_what_is_not_there_is_said(
@@ -104,7 +110,20 @@ def test_what_is_not_there_is_said(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("line", [b'{"iteration": 1, "st\n', b'{"response": "\xff"}\n'])
+def test_a_reward_that_is_no_number_is_called_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = answer(iteration=9, step=9, prompt=0, response="?")
+    rows = [known | {"sample": i, "reward": reward} for i, reward in enumerate((None, 0.5))]
+    write(run / "rollouts.jsonl", rows)
+    write(run / "metrics.jsonl", [json.loads((run / "metrics.jsonl").read_text()) | {"reward_mean": None}])
+    out = shown(capsys, str(run))
+    assert "mean reward 0.5\n" in out
+    assert "answer 0: WRONG, reward NaN;" in out
+    assert shown(capsys, str(run), "--reward-below", "0.6").count("\n== ") == 1
+    write(run / "rollouts.jsonl", [row | {"step": 1} for row in rows])
+    assert "mean reward NaN\n" in shown(capsys, str(run))
+
+
+@pytest.mark.parametrize("line", [b'{"iteration": 1, "st\n', b'{"response": "\xff"}\n', b"3\n", b'{"step": 1}\n'])
 def test_a_line_that_is_no_row_is_named(run: Path, line: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run / "rollouts.jsonl"
     rows.write_bytes(line + rows.read_bytes())

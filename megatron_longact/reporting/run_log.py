@@ -215,10 +215,17 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: no row of a run, it is not JSON in UTF-8") from error
+                yield _row(line, where=f"{path}, line {number}")
+
+
+def _row(line: bytes, *, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: no row of a run, it is not JSON in UTF-8") from error
+    if not isinstance(row, dict) or "iteration" not in row:
+        raise ValueError(f"{where}: no row of a run, it names no iteration")
+    return row
 
 
 def _keep_rows_until(path: Path, iteration: int) -> None:

@@ -53,14 +53,14 @@ class ShowFlags:
         return (
             (not self.prompt or row["prompt"] in self.prompt)
             and (not self.wrong or not row["correct"])
-            and (self.reward_below is None or row["reward"] < self.reward_below)
+            and (self.reward_below is None or (row["reward"] is not None and row["reward"] < self.reward_below))
         )
 
 
 def pages(run: Path, flags: ShowFlags) -> Iterator[str]:
     """What is printed, piece by piece: how each step went, then its answers.
 
-    Raises `ValueError` for a folder without answers, and for a step that is not there.
+    Raises `ValueError` for a folder without answers, and for a step or prompts that are not there.
     """
     path = run / flags.file
     there = _steps(path, flags)
@@ -68,6 +68,7 @@ def pages(run: Path, flags: ShowFlags) -> Iterator[str]:
     for step in wanted:
         if step not in there:
             raise ValueError(f"{path} has no answers of {_named(flags, step)}; it has those of {_ranges(list(there))}")
+    _check_prompts(path, flags, wanted)
     totals = _totals(run, flags)
     summarised: list[Row] = []
     for step in wanted:
@@ -83,7 +84,7 @@ def heading(rows: Sequence[Row], total: Row | None, *, name: str) -> str:
     if total is None:
         count = len(rows)
         right, cut, empty = (sum(map(test, rows)) for test in (_right, _cut, _empty))
-        reward, of = sum(row["reward"] for row in rows) / count, f"{count} answers written"
+        reward, of = mean(row["reward"] for row in rows), f"{count} answers written"
     else:
         count = round(total["count"])
         right, cut, empty = (round(count * total[share]) for share in ("accuracy", "cut", "empty"))
@@ -91,8 +92,19 @@ def heading(rows: Sequence[Row], total: Row | None, *, name: str) -> str:
     low, high = (100 * end for end in wilson(right / count, count))
     return (
         f"{name}: of {of} {right} right ({right / count:.1%}; 95 %: {low:.0f}-{high:.0f}), {cut} ended by length, "
-        f"{empty} empty; mean reward {reward:.3g}\n"
+        f"{empty} empty; mean reward {three_digits(reward)}\n"
     )
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are numbers: a run's files have null for NaN."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def three_digits(value: float | None) -> str:
+    """A number out of a run's file, with three digits that count."""
+    return "NaN" if value is None else f"{value:.3g}"
 
 
 def answer(row: Row, *, full: bool) -> str:
@@ -104,7 +116,7 @@ def answer(row: Row, *, full: bool) -> str:
     prompt = row["prompt_end"] if full else row["prompt_end"][-PROMPT_CHARACTERS:]
     lines = [
         f"== {task}, prompt {row['prompt']}{sample}{source}: {'right' if row['correct'] else 'WRONG'}, "
-        f"reward {row['reward']:.3g}; {row['response_tokens']} tokens, {ended}{used}",
+        f"reward {three_digits(row['reward'])}; {row['response_tokens']} tokens, {ended}{used}",
         f"-- the end of its {row['prompt_tokens']} tokens",
         printable(prompt).strip("\n"),
         "-- answer",
@@ -196,6 +208,15 @@ def _steps(path: Path, flags: ShowFlags) -> dict[int, None]:
     if not there:
         raise ValueError(f"{path} has no answers yet, or none at all: --log-rollouts and --log-heldout say how many")
     return there
+
+
+def _check_prompts(path: Path, flags: ShowFlags, steps: Sequence[int]) -> None:
+    if flags.prompt:
+        there = {row["prompt"] for row in rows_of(path) if _step(row, flags) in steps}
+        if not there & {*flags.prompt}:
+            asked = _ranges(flags.prompt)
+            where = f"{_named(flags, steps[0])}" if len(steps) == 1 else "these steps"
+            raise ValueError(f"{path} has no answers to prompt {asked} of {where}; it has those to {_ranges(there)}")
 
 
 def _totals(run: Path, flags: ShowFlags) -> dict[int, Row]:

@@ -69,12 +69,12 @@ class RunFiles:
     def report(self) -> str:
         """report.md, of a run that has ended."""
         path = self.folder / REPORT
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     @property
     def verdict(self) -> str:
-        """What report.md says first."""
-        return self.report.split("\n\n")[1] if self.report else ""
+        """What report.md says first; nothing of one that was cut off before."""
+        return next(iter(self.report.split("\n\n")[1:2]), "")
 
     def table(self, name: str) -> list[tuple[str, str]]:
         """Rows of report.md's table of that first column."""
@@ -93,13 +93,18 @@ class RunFiles:
 
     @cached_property
     def versions(self) -> dict[str, str]:
-        """Packages that the run is made with."""
+        """Packages that the run is made with; none out of a file that was cut off."""
         path = self.folder / VERSIONS
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
 
     @cached_property
     def checkpoint(self) -> tuple[str, dict[str, Any]] | None:
-        """Name and common state of the newest checkpoint."""
+        """Name and common state of the newest checkpoint; `ValueError` if the folder that was given has none."""
+        if self.checkpoints is not None and not (self.checkpoints / TRACKER).is_file():
+            raise ValueError(f"--load {self.checkpoints} holds no checkpoint: {TRACKER} is not there")
         places = [self.checkpoints or self.folder / "checkpoints"]
         places += [Path(self.arguments["save"])] if self.arguments.get("save") else []
         for place in places:

@@ -8,15 +8,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_longact import metrics
-from megatron_longact.reporting.charts import Curve, curve, line_chart, number
+from megatron_longact.reporting.charts import Curve, curve, line_chart
 from megatron_longact.reporting.page import Answer, Chart, Page, Part, Picture, Section, Table, Text
-from megatron_longact.rl.answer_pages import printable
-from megatron_longact.rl.report import PICTURES, SALIENCY
+from megatron_longact.rl.answer_pages import mean, printable, three_digits
+from megatron_longact.rl.report import PICTURES, REPORT, SALIENCY
 from megatron_longact.rl.run_files import RunFiles
+from megatron_longact.selection import num_selected
 
 _MOST_ANSWERS = 3
 """Right ones, and wrong ones."""
@@ -49,9 +49,10 @@ def page_of_run(run: RunFiles) -> Page:
 
 def _lead(run: RunFiles) -> list[str]:
     done, wanted = run.steps[-1]["iteration"] if run.steps else 0, run.arguments.get("train_iters")
-    if run.report:
+    if run.verdict:
         return [run.verdict]
-    return [f"The run has not ended: iteration {done}{f' of {wanted}' if wanted else ''}."]
+    state = f"{REPORT} was cut off" if run.report else "The run has not ended"
+    return [f"{state}: iteration {done}{f' of {wanted}' if wanted else ''}."]
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
@@ -61,8 +62,8 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     if run.evaluations:
         ends = run.evaluations[:1] + run.evaluations[1:][-1:]
         facts.append(("held-out accuracy", " → ".join(f"{row['accuracy']:.1%}" for row in ends)))
-    tail = [row["reward_mean"] for row in run.steps[-5:]]
-    facts.append(("reward, last steps", f"{sum(tail) / len(tail):.3f}"))
+    tail = mean(row.get("reward_mean") for row in run.steps[-5:])
+    facts.append(("reward, last steps", "NaN" if tail is None else f"{tail:.3f}"))
     share = last.get(metrics.EVER_ACTIVE_FRACTION)
     if last.get(metrics.REFRESHES) is None:
         facts.append(("LongAct", "off: every row trains"))
@@ -77,30 +78,32 @@ def _heldout(run: RunFiles) -> list[Part]:
     if not rows:
         return [Text("No held-out accuracy was measured.")]
     first, last = rows[0], rows[-1]
-    lengths = sorted(last["accuracy_by_length"], key=int)
-    lines = [(f"{n} tokens", *_cells(first, last, n)) for n in lengths]
+    lengths = sorted({n for row in rows for n in row["accuracy_by_length"]}, key=int)
+    asked = [n for n in lengths if any(n in row["accuracy_by_length"] for row in (first, last))]
+    lines = [(f"{n} tokens", *_cells(first, last, n)) for n in asked]
     lines.append((f"all {last['prompts']} prompts", *_cells(first, last, None)))
     caption = f"Held-out accuracy, iteration {first['iteration']}"
     caption += f" and iteration {last['iteration']}" if len(rows) > 1 else ""
     if "accuracy_interval" in last:
         caption += "; in brackets 95 % intervals over the prompts (Wilson's)"
     header = ("context length", "before", "after", "points") if len(rows) > 1 else ("context length", "accuracy")
-    places = [row["iteration"] for row in rows]
-    curves = [
-        Curve(f"{n} tokens", [(at, row["accuracy_by_length"][n]) for at, row in zip(places, rows, strict=True)],
-              [_interval(row, n) for row in rows])
-        for n in lengths
-    ]  # fmt: skip
+    curves = [_curve_of(length, rows) for length in lengths]
     chart = line_chart("Held-out accuracy", curves, along="iteration", percent=True, span=(0, 1))
     return [Table(caption, header, lines), *_there(chart)]
+
+
+def _curve_of(length: str, rows: Sequence[dict[str, Any]]) -> Curve:
+    """Of the evaluations at that length: a run that goes on can have others."""
+    own = [row for row in rows if length in row["accuracy_by_length"]]
+    points = [(row["iteration"], row["accuracy_by_length"][length]) for row in own]
+    return Curve(f"{length} tokens", points, [_interval(row, length) for row in own])
 
 
 def _cells(first: dict[str, Any], last: dict[str, Any], length: str | None) -> tuple[str, ...]:
     """Accuracy at a length, or over all, before and after, and the points between them; of one evaluation its own."""
     if first is last:
         return (_share(last, length),)
-    before, after = (_accuracy(row, length) for row in (first, last))
-    return _share(first, length), _share(last, length), _points(before, after)
+    return _share(first, length), _share(last, length), _points(first, last, length)
 
 
 def _accuracy(row: dict[str, Any], length: str | None) -> float | None:
@@ -120,8 +123,11 @@ def _share(row: dict[str, Any], length: str | None) -> str:
     return f"{value:.1%}" + (f" ({100 * ends[0]:.0f}–{100 * ends[1]:.0f})" if ends else "")
 
 
-def _points(before: float | None, after: float | None) -> str:
-    return "–" if before is None or after is None else f"{100 * (after - before):+.1f}"
+def _points(first: dict[str, Any], last: dict[str, Any], length: str | None) -> str:
+    """None over all where these are not of the same lengths."""
+    before, after = (_accuracy(row, length) for row in (first, last))
+    alike = length is not None or first["accuracy_by_length"].keys() == last["accuracy_by_length"].keys()
+    return f"{100 * (after - before):+.1f}" if alike and before is not None and after is not None else "–"
 
 
 def _there(*charts: Chart | None) -> list[Part]:
@@ -172,8 +178,10 @@ def _saliency(run: RunFiles) -> list[Part]:
     parts: list[Part] = []
     state = run.state("longact")
     if state is not None and state["saliency"] is not None:
-        layers = [number - 1 for number in state["layer_numbers"]]
-        parts += _there(*(_by_layer(name, layers, state["saliency"][part]) for part, name in (("q", "Q"), ("k", "K"))))
+        layers, ratio = [number - 1 for number in state["layer_numbers"]], state["config"]["ratio"]
+        parts += _there(
+            *(_by_layer(name, layers, state["saliency"][part], ratio=ratio) for part, name in (("q", "Q"), ("k", "K")))
+        )
         parts.append(Text(f"Of the newest checkpoint, {run.checkpoint[0] if run.checkpoint else ''}; layers from 0."))
     picture = run.folder / SALIENCY
     if picture.is_file():
@@ -181,10 +189,11 @@ def _saliency(run: RunFiles) -> list[Part]:
     return parts or [Text("No checkpoint of this run holds a saliency.")]
 
 
-def _by_layer(name: str, layers: Sequence[int], saliency: Tensor) -> Chart | None:
+def _by_layer(name: str, layers: Sequence[int], saliency: Tensor, *, ratio: float) -> Chart | None:
     ordered = saliency.float().sort(dim=1, descending=True).values
     channels = ordered.shape[1]
-    columns = {"largest channel": 0, "30 % of them are above": int(0.3 * channels), "median channel": channels // 2}
+    share = f"where the upper {100 * ratio:g} % begin"
+    columns = {"largest channel": 0, share: num_selected(ratio, channels) - 1, "median channel": channels // 2}
     curves = [curve(label, layers, ordered[:, column].tolist()) for label, column in columns.items()]
     log = bool((ordered[:, channels // 2] > 0).all())
     return line_chart(f"Saliency of {name} channels", curves, along="layer", log=log)
@@ -235,8 +244,8 @@ def _answers(run: RunFiles, *, heldout: bool) -> list[Part]:
     return [
         Answer(
             f"{kind} prompt {row['prompt']}, {printable(row['task'])}: {'right' if row['correct'] else 'wrong'}",
-            f"reward {number(row['reward'])}, {row['prompt_tokens']} tokens of prompt, {row['response_tokens']} of "
-            f"answer, ended by {'itself' if row['ended'] == 'eod' else 'the limit'}; iteration {row['iteration']}",
+            f"reward {three_digits(row['reward'])}, {row['prompt_tokens']} tokens of prompt, {row['response_tokens']} "
+            f"of answer, ended by {'itself' if row['ended'] == 'eod' else 'the limit'}; iteration {row['iteration']}",
             [
                 ("the end of the prompt", printable(row["prompt_end"][-_MOST_CHARACTERS:])),
                 ("answer", printable(row["response"][:_MOST_CHARACTERS]) or "(nothing)"),
@@ -280,7 +289,7 @@ def page_of_runs(folder: Path, runs: Sequence[RunFiles]) -> Page:
         for name, run in zip(names, runs, strict=True)
     ]
     reward = [
-        curve(name, [row["iteration"] for row in run.steps], _smooth([row["reward_mean"] for row in run.steps]))
+        curve(name, [row["iteration"] for row in run.steps], _smooth([row.get("reward_mean") for row in run.steps]))
         for name, run in zip(names, runs, strict=True)
     ]
     charts = _there(
@@ -302,12 +311,12 @@ def _line(run: RunFiles) -> tuple[str, ...]:
     return (
         facts.get("iterations", "0"),
         *("–" if row is None else _share(row, None) for row in (before, after)),
-        "–" if before is None or after is None else _points(before["accuracy"], after["accuracy"]),
+        "–" if before is None or after is None else _points(before, after, None),
         facts.get("reward, last steps", "–"),
         f"{sum(overlaps) / len(overlaps):.3f}" if overlaps else "–",
         facts.get("time of a step", "–").removesuffix(" s"),
     )
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    return [float(torch.tensor(values[max(0, i - 4) : i + 1]).mean()) for i in range(len(values))]
+def _smooth(values: Sequence[float | None]) -> list[float | None]:
+    return [mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
