@@ -139,6 +139,7 @@ def test_a_dense_run_and_several_runs_and_none(tmp_path: Path, capsys: Any) -> N
         ("--output", str(tmp_path)): "is a folder; give the name of a file as --output",
         ("--output", str(tmp_path / "both.html" / "page.html")): "both.html is a file: --output needs a folder there",
         ("--output", str(tmp_path / ("x" * 300) / "page.html")): "File name too long",
+        ("--output", "/dev/full"): "report: No space left on device",
         ("--load", str(tmp_path)): "--load is of one run, and ",
     }.items():
         assert main([str(tmp_path), *flags]) == 1

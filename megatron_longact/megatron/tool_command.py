@@ -18,7 +18,7 @@ _OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT),
 }
-"""Errors that say all of themselves with the name of the file."""
+"""Errors of the system that say all of themselves."""
 
 
 def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
@@ -38,11 +38,12 @@ def end_in_one_line(tool: str, action: Callable[[], None]) -> int:
             time.sleep(2)  # torchrun ends all ranks when the first one ends
         return 1
     except OSError as error:
-        if error.errno not in _OF_THE_DISK or error.filename is None:
+        if error.errno not in _OF_THE_DISK:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # the disk may be another one, so this rank speaks too if the first one does not
-        print(f"{tool}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        where = "" if error.filename is None else f"{error.filename}: "  # a disk that is full says no name
+        print(f"{tool}: {where}{error.strerror}", file=sys.stderr, flush=True)
         return 1
     return 0
 
