@@ -131,11 +131,15 @@ TRAINERS = {
             name="NeMo-RL",
             distribution="nemo-rl",
             package="nemo_rl",
-            oldest="0.7",
+            oldest="0.6",  # what its main, 7ea279a, says of itself
             newest="0.7",
-            seams=(Seam("models/policy/lm_policy.py", "worker_extension_cls_fqn"),),
+            seams=(
+                Seam("models/policy/lm_policy.py", "worker_extension_cls_fqn"),
+                Seam("models/megatron/data.py", "def _pack_sequences_for_megatron("),
+            ),
             setting="Policy(..., worker_extension_cls_fqn='nemo_rl_worker.LongActPolicyWorker')",
-            shown="the class on real Megatron models, not inside NeMo-RL",
+            shown="its MegatronPolicyWorkerImpl (7ea279a, Megatron-LM 14346b6) trains and resumes without a GPU; not "
+            "under Ray",
             fails=(
                 "without sequence_packing.enabled padding counts as tokens",
                 "Megatron-FSDP, LoRA on linear_qkv and full-iteration CUDA graphs are refused, by name",

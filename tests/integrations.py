@@ -20,10 +20,11 @@ from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, r
 from tests.runs import cpu
 
 sys.path.append(str(ROOT / "examples" / "integrations"))
+import longact_late  # noqa: F401 (for test_integrations: the folder is on the path here)
 import nemo_rl_worker
 import skyrl_worker
 import slime_hooks
-import swift_plugin  # noqa: F401 (for test_integrations: the folder is on the path here)
+import swift_plugin  # noqa: F401 (that it can be imported)
 import verl_engine
 
 SPEC, OPTIMIZER = ModelSpec(dtype="bf16"), OptimizerSpec(distributed=True)

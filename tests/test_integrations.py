@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import integrations, ranks
-from tests.integrations import swift_plugin, tensors_equal
+from tests.integrations import longact_late, tensors_equal
 from tests.ranks import Layout
 
 
@@ -70,13 +70,18 @@ def test_skyrl_leaves_true_lengths_beside_padded_bounds(packed_further: Any, len
     assert packed.seq_lens.tolist() == lengths
 
 
-def test_swift_names_the_tokens_that_are_no_padding() -> None:
-    """As its collator pads: a row to a multiple, and under context parallelism each sequence too."""
+def test_nemo_rl_leaves_true_lengths_beside_padded_bounds() -> None:
+    given = (None, None, SimpleNamespace(), torch.tensor([0, 3, 5]), torch.tensor([0, 4, 8]))
+    assert integrations.nemo_rl_worker.with_lengths(lambda ids: given)(None)[2].seq_lens.tolist() == [3, 2]
+
+
+def test_the_tokens_that_are_no_padding_are_named() -> None:
+    """As ms-swift's collator pads: a row to a multiple, and under context parallelism each sequence too."""
     packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 8, 12, 16]), seq_lens=torch.tensor([5, 4]))
-    named = swift_plugin.real_tokens(packed, None)
+    named = longact_late.real_tokens(packed, None)
     assert named.tolist() == [[True] * 5 + [False] * 3 + [True] * 4 + [False] * 4]
     hidden = ~torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     hidden[..., 2] = True
-    assert swift_plugin.real_tokens(None, hidden).tolist() == [[True, True, False]]
-    assert swift_plugin.real_tokens(None, hidden[:, :, 2:]).tolist() == [[True, True, False]]  # as SkyRL gives it
-    assert swift_plugin.real_tokens(None, None) is swift_plugin.real_tokens(SimpleNamespace(), hidden) is None
+    assert longact_late.real_tokens(None, hidden).tolist() == [[True, True, False]]
+    assert longact_late.real_tokens(None, hidden[:, :, 2:]).tolist() == [[True, True, False]]  # as SkyRL gives it
+    assert longact_late.real_tokens(None, None) is longact_late.real_tokens(SimpleNamespace(), hidden) is None

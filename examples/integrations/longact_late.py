@@ -3,7 +3,7 @@
 Shared by the files beside it. `megatron_longact.run` needs none of this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +79,18 @@ def real_tokens(packed: Any | None, attention_mask: Tensor | None) -> Tensor | N
     places = torch.arange(int(bounds[-1]), device=bounds.device)
     sequence = torch.bucketize(places, bounds[1:].to(places.dtype), right=True)
     return (places - bounds[sequence] < lengths[sequence])[None]
+
+
+def name_tokens(longact: LongAct, *, attention_mask_of: Callable[..., Any] = lambda inputs, named: None) -> Any:
+    """A forward pre-hook of model chunks that names the `real_tokens` of each training forward.
+
+    attention_mask_of: from the positional and named arguments of such a forward.
+    """
+
+    def name(chunk: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            tokens = real_tokens(named.get("packed_seq_params"), attention_mask_of(inputs, named))
+            if tokens is not None:
+                longact.set_tokens(tokens)
+
+    return name

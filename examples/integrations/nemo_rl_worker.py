@@ -11,11 +11,12 @@
 A `pre_wrap_hook` would be too early: it is given the model before Megatron's DDP and the optimizer exist.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
-from longact_late import attach, restore
+from longact_late import attach, name_tokens, restore
 
 from megatron_longact import LongActConfig
 
@@ -32,6 +33,7 @@ def with_longact(worker_class: Any) -> Any:
             if self.optimizer is None:
                 return
             longact = attach([self.model], self.optimizer, self.scheduler, CONFIG)
+            self.model.register_forward_pre_hook(name_tokens(longact), with_kwargs=True)
             checkpoint = self.megatron_cfg.checkpoint
             if checkpoint.load and not checkpoint.finetune:
                 saved = sorted(Path(checkpoint.load).glob("iter_*/metadata.json"))
@@ -41,11 +43,25 @@ def with_longact(worker_class: Any) -> Any:
     return LongActWorker
 
 
+def with_lengths(pack: Any) -> Any:
+    """NeMo-RL's `_pack_sequences_for_megatron`, leaving the true lengths of sequences beside their padded bounds."""
+
+    @functools.wraps(pack)
+    def packed(*rest: Any, **kwargs: Any) -> Any:
+        ids, ids_of_rank, packed, bounds, padded_bounds = pack(*rest, **kwargs)
+        packed.seq_lens = bounds.diff()
+        return ids, ids_of_rank, packed, bounds, padded_bounds
+
+    return packed
+
+
 if importlib.util.find_spec("nemo_rl"):
     import ray
+    from nemo_rl.models.megatron import data
     from nemo_rl.models.policy.utils import get_runtime_env_for_policy_worker
     from nemo_rl.models.policy.workers.megatron_policy_worker import MegatronPolicyWorkerImpl
 
+    data._pack_sequences_for_megatron = with_lengths(data._pack_sequences_for_megatron)
     LongActPolicyWorker = ray.remote(runtime_env=get_runtime_env_for_policy_worker("megatron_policy_worker"))(
         with_longact(MegatronPolicyWorkerImpl)
     )

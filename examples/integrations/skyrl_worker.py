@@ -13,8 +13,7 @@ import importlib.util
 import sys
 from typing import Any
 
-import torch
-from longact_late import attach, real_tokens
+from longact_late import attach, name_tokens
 
 from megatron_longact import LongAct, LongActConfig
 
@@ -40,8 +39,9 @@ def attach_to(worker: Any) -> LongAct:
         (reduce if LongAct.of(worker.optimizer) is None else reduce_and_mask)()
 
     wrapper.run_pending_grad_sync = run_pending_grad_sync
+    hook = name_tokens(longact, attention_mask_of=lambda inputs, named: inputs[2])  # tokens, positions, [b, 1, 1, s]
     for chunk in worker.actor_module:
-        chunk.register_forward_pre_hook(_name_tokens(longact), with_kwargs=True)
+        chunk.register_forward_pre_hook(hook, with_kwargs=True)
     return longact
 
 
@@ -70,17 +70,6 @@ def with_longact(worker_class: Any) -> Any:
                 attach_to(self)
 
     return LongActWorker
-
-
-def _name_tokens(longact: LongAct) -> Any:
-    def name(chunk: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Called as SkyRL calls its models: tokens, positions, attention mask [b, 1, 1, s], packed_seq_params=."""
-        if torch.is_grad_enabled():
-            tokens = real_tokens(named.get("packed_seq_params"), inputs[2])
-            if tokens is not None:
-                longact.set_tokens(tokens)
-
-    return name
 
 
 if importlib.util.find_spec("skyrl"):

@@ -12,8 +12,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
-from longact_late import attach, real_tokens, restore
+from longact_late import attach, name_tokens, restore
 
 from megatron_longact import LongAct, LongActConfig
 from megatron_longact.conversion.torch_dist import iteration_folder
@@ -28,19 +27,10 @@ def begin(trainer: Any) -> LongAct:
     longact = attach(chunks, trainer.optimizer, trainer.opt_param_scheduler, CONFIG)
     if args.mcore_model and not args.finetune and not args.no_load_optim:
         restore(longact, iteration_folder(Path(args.mcore_model)))
+    hook = name_tokens(longact, attention_mask_of=lambda inputs, named: named.get("attention_mask"))
     for chunk in chunks:
-        chunk.register_forward_pre_hook(_name_tokens(longact), with_kwargs=True)
+        chunk.register_forward_pre_hook(hook, with_kwargs=True)
     return longact
-
-
-def _name_tokens(longact: LongAct) -> Any:
-    def name(chunk: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            tokens = real_tokens(named.get("packed_seq_params"), named.get("attention_mask"))
-            if tokens is not None:
-                longact.set_tokens(tokens)
-
-    return name
 
 
 if importlib.util.find_spec("swift"):
