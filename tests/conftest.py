@@ -1,16 +1,12 @@
 """What holds for the whole run: the order of files, `--times`, and the end of the ranks."""
 
 import gc
-import os
 from collections import Counter
 
 import pytest
 from hypothesis import settings
 
 from tests import ranks
-
-os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-"""Megatron makes two dozen groups for a layout; most are never used, and those connect no ranks then."""
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy the machine is
 settings.load_profile("any machine")

@@ -33,6 +33,8 @@ from tests.launch import meeting_place
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
 _POOLS: dict[int, "_Pool"] = {}
+_LAZILY = {"TORCH_GLOO_LAZY_INIT": "1"}
+"""Megatron makes two dozen groups for a layout; most are never used, and those connect no ranks then."""
 _MOST_THREADS = 160
 """Each gloo group has threads that wake up now and then, and Megatron keeps some groups for ever."""
 
@@ -79,7 +81,7 @@ def run_program(
     launcher: False runs `python COMMAND --cpu`, a tool; cpu: False leaves that flag out, which some tools do not have.
     """
     environment = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    environment |= {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "LONGACT_TRACEBACK": "", **_LAZILY}
     arguments = ["--cpu", *command] if launcher else [*command, *["--cpu"] * cpu]
     with tempfile.TemporaryDirectory() as folder, meeting_place() as place:
         environment |= place
@@ -164,7 +166,7 @@ def _kill(processes: Iterable[Any]) -> None:
 class _Pool:
     def __init__(self, world_size: int) -> None:
         self._connections, self._processes, self._stack = [], [], ExitStack()
-        environment = {"WORLD_SIZE": str(world_size)} | self._stack.enter_context(meeting_place())
+        environment = {"WORLD_SIZE": str(world_size), **_LAZILY} | self._stack.enter_context(meeting_place())
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
             # not a daemon: those may not start processes, and Megatron's checkpoint writer does
