@@ -301,7 +301,14 @@ def figure_of(runs: Runs) -> Figure:
     low, high = panels[0][0].get_ylim()
     panels[0][0].set_yticks([tick for tick in panels[0][0].get_yticks() if low <= tick <= min(high, 100)])
     handles, names = panels[2][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower left", ncols=min(len(names), 6), fontsize=9, frameon=False)
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower left",
+        ncols=min(len(names), 4 if columns == 1 else 6),
+        fontsize=9,
+        frameon=False,
+    )
     return figure
 
 
