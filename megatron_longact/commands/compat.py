@@ -15,13 +15,22 @@ from megatron_longact.trainers import TRAINERS, look, package_folder
 def main(argv: list[str]) -> int:
     """Look and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainer", required=True, choices=TRAINERS, help="its name")
+    parser.add_argument("--trainer", required=True, type=_name, choices=TRAINERS, help="its name")
     args = parser.parse_args(argv)
 
     def action() -> None:
         print(look(TRAINERS[args.trainer], megatron=_megatron()))
 
     return end_in_one_line("compat", action)
+
+
+def _name(given: str) -> str:
+    """As TRAINERS has it: case, - and _ do not matter."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    return next((name for name in TRAINERS if plain(name) == plain(given)), given)
 
 
 def _megatron() -> str | None:
