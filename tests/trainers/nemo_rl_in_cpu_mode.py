@@ -21,20 +21,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-importlib.import_module("tests.megatron_in_cpu_mode")
-for module in ("megatron.core.extensions.transformer_engine", "accelerate", "peft"):
-    importlib.import_module(module)  # what can do without, before it seems to be there
-importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")
-
-
-def _import_bridge() -> None:
-    names = ["transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"]
-    hidden = {name: sys.modules.get(name) for name in names}
-    sys.modules.update(dict.fromkeys(names, MagicMock()))
-    try:
-        importlib.import_module("megatron.bridge")
-    finally:
-        sys.modules.update(hidden)  # type: ignore[arg-type]
+from tests.trainers.bridge_on_cpu import import_with_bridge
 
 
 def _seen_by(prefix: str, otherwise: Any, answer: Any) -> Any:
@@ -52,9 +39,7 @@ def this_rank() -> int:
     return torch.distributed.get_rank()
 
 
-_import_bridge()
-gpt_provider = importlib.import_module("megatron.bridge.models.gpt_provider")
-gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec  # type: ignore[attr-defined]
+import_with_bridge("megatron.bridge", before=("megatron.core.dist_checkpointing.strategies.torch",))
 for name in ("mlflow", "swanlab", "wandb"):
     sys.modules[name] = MagicMock()
 for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.inprocess"):

@@ -16,11 +16,8 @@ import importlib
 import sys
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
-importlib.import_module("tests.megatron_in_cpu_mode")
-for module in ("megatron.core.extensions.transformer_engine", "accelerate", "peft"):
-    importlib.import_module(module)  # what can do without, before it seems to be there
+from tests.trainers.bridge_on_cpu import import_with_bridge
 
 
 def _stand_in(name: str, **members: Any) -> None:
@@ -31,21 +28,7 @@ def _stand_in(name: str, **members: Any) -> None:
     vars(sys.modules[name]).update(members)
 
 
-def _import_bridge() -> None:
-    names = ["transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"]
-    hidden = {name: sys.modules.get(name) for name in names}
-    sys.modules.update(dict.fromkeys(names, MagicMock()))
-    try:
-        importlib.import_module("megatron.bridge")
-    finally:
-        sys.modules.update(hidden)  # type: ignore[arg-type]
-
-
-_import_bridge()
-
-gpt_provider = importlib.import_module("megatron.bridge.models.gpt_provider")
-gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec  # type: ignore[attr-defined]
-
+import_with_bridge("megatron.bridge")
 adapters = importlib.import_module("megatron.bridge.peft.utils")
 adapters.enable_expert_parallel_grad_sync_in_finalize = lambda model: None  # type: ignore[attr-defined]
 adapters.finalize_model_grads_with_expert_adapter_sync = importlib.import_module(  # type: ignore[attr-defined]

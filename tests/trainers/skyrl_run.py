@@ -13,17 +13,9 @@ from torch import Tensor
 
 from megatron_longact import LongAct
 from tests.launch import ROOT
+from tests.trainers.bridge_on_cpu import CPU_SETTINGS
 
 PROMPT, RESPONSE, SEQUENCES, VOCABULARY = 12, 8, 8, 320
-CPU = {
-    "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-    "bias_dropout_fusion": False,
-}
 
 
 def make_worker(model: Path) -> Any:
@@ -44,7 +36,7 @@ def make_worker(model: Path) -> Any:
     parallel_state.destroy_model_parallel()
     policy = PolicyConfig(
         model=ModelConfig(path=str(model)),
-        megatron_config=MegatronConfig(tensor_model_parallel_size=2, transformer_config_kwargs=CPU),
+        megatron_config=MegatronConfig(tensor_model_parallel_size=2, transformer_config_kwargs=CPU_SETTINGS),
         optimizer_config=OptimizerConfig(lr=1e-2, weight_decay=0.1),
     )
     worker = skyrl_worker.LongActPolicyWorker(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_longact import LongAct
 from tests.launch import ROOT
+from tests.trainers.bridge_on_cpu import CPU_SETTINGS
 
 PROMPT, RESPONSE, SEQUENCES, VOCABULARY = 12, 8, 8, 64
 HF = {
@@ -65,15 +66,7 @@ def make_engine(model: Path, *, model_type: str = "language_model") -> Any:
             tensor_model_parallel_size=2,
             use_dynamic_bsz=False,
             micro_batch_size_per_gpu=4,
-            override_transformer_config={
-                "use_cpu_initialization": True,
-                "gradient_accumulation_fusion": False,
-                "masked_softmax_fusion": False,
-                "bias_activation_fusion": False,
-                "apply_rope_fusion": False,
-                "persist_layer_norm": False,
-                "bias_dropout_fusion": False,
-            },
+            override_transformer_config=CPU_SETTINGS,
         ),
         optimizer_config=McoreOptimizerConfig(
             lr=1e-2, weight_decay=0.1, total_training_steps=10, use_checkpoint_opt_param_scheduler=True
