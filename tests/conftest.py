@@ -33,6 +33,7 @@ LONGEST = [
     "test_conversion_logits",
     "test_evaluate",
     "test_apex",
+    "test_docs",
     "test_rollout",
     "test_megatron_lm",
     "test_moments",

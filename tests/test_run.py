@@ -1,4 +1,4 @@
-"""The launcher, as a user starts it: real processes, real torchrun, programs that know nothing of LongAct."""
+"""The launcher: real processes, torchrun where it has a part in the matter, programs that know nothing of LongAct."""
 
 import json
 import re
@@ -42,12 +42,8 @@ def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str
     return python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments)
 
 
-def launch(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return torchrun(*LAUNCHER, "--cpu", str(PROGRAMS / program), *arguments)
-
-
 def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return launch("pretrain_plain.py", *TRAINING, *TP2, *arguments)
+    return run_program(str(PROGRAMS / "pretrain_plain.py"), *TRAINING, *TP2, *arguments, world_size=2)
 
 
 def losses(output: str) -> list[str]:
@@ -56,7 +52,7 @@ def losses(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def without_longact() -> subprocess.CompletedProcess[str]:
-    return run_program(str(PROGRAMS / "pretrain_plain.py"), *TRAINING, *TP2, world_size=2)
+    return pretrain()
 
 
 def test_program_runs_unchanged(without_longact: subprocess.CompletedProcess[str]) -> None:
@@ -99,8 +95,7 @@ def test_what_is_only_preparation_is_left_out_unless_asked_for(
 
 
 def test_refusal_is_one_line_from_one_rank() -> None:
-    program = str(PROGRAMS / "pretrain_plain.py")
-    result = run_program(program, *TRAINING, *TP2, "--longact", "--longact-ratio", "7", world_size=2)
+    result = pretrain("--longact", "--longact-ratio", "7")
     assert result.returncode != 0
     ours = [text for text in result.stderr.splitlines() if text.startswith("megatron_longact:")]
     assert len(ours) == 1
@@ -110,7 +105,7 @@ def test_refusal_is_one_line_from_one_rank() -> None:
 
 
 def test_failing_rank_speaks_first_and_ends_all() -> None:
-    result = launch("one_rank_fails.py")
+    result = torchrun(*LAUNCHER, "--cpu", str(PROGRAMS / "one_rank_fails.py"))
     assert result.returncode != 0
     errors = re.findall(r"^(?:\[rank\d\]: ?)?(\w*Error\b.*)", result.stderr, re.MULTILINE)
     assert errors[0] == "RuntimeError: the last rank gives up"

@@ -1,8 +1,8 @@
 """Other Megatrons than the pinned one: the rules, and a few of the library's tests and the launcher on each of them."""
 
 import re
-import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from megatron_longact.__main__ import main
 from megatron_longact.versions import NEWEST_TESTED, OLDEST, check_programs, check_version, installed, version_of
 from tests.launch import run as run_command
+from tests.ranks import run_program
 
 ROOT = Path(__file__).parent.parent
 OTHERS = ["0.16.1", "0.17.1", "0.18.2"]
@@ -17,6 +18,7 @@ SUBSET = [
     "test_layouts.py::test_layout_selects_and_updates_as_the_reference[tp2-high]",
     "test_layouts.py::test_layout_selects_and_updates_as_the_reference[tp2 dp2 overlapped-high]",
     "test_longact.py::test_an_empty_or_broken_refresh_keeps_the_mask_on_every_rank",  # of two
+    "test_versions.py::test_the_launcher_works_here",
 ]
 
 pytestmark = pytest.mark.timeout(400)
@@ -84,17 +86,16 @@ def test_the_library_works_with(python: Path) -> None:
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     result = run_command(command, timeout=200, environment={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-4000:]
-    assert re.search(r"^\.{4} +\[100%\]$", result.stdout, re.MULTILINE), result.stdout
+    done = re.search(r"^([.s]+) +\[100%\]$", result.stdout, re.MULTILINE)
+    assert done is not None, result.stdout
+    assert sorted(done[1]) == [*"....", "s" if "0.16" in str(python) else "."]  # the launcher
 
 
-def test_the_launcher_works_with(python: Path) -> None:
-    if "0.16" in str(python):
-        pytest.skip("its wheel has no megatron.training")
+@pytest.mark.skipif(installed() == NEWEST_TESTED, reason="the launcher's own tests are in test_run.py")
+@pytest.mark.skipif(find_spec("megatron.training") is None, reason="0.16's wheel has no megatron.training")
+def test_the_launcher_works_here() -> None:
     from tests.test_run import TRAINING
 
-    program = ["-m", "megatron_longact.run", "--cpu", str(ROOT / "tests/programs/pretrain_older.py")]
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command = [str(python), *ranks, *program, *TRAINING, "--longact"]
-    result: subprocess.CompletedProcess[str] = run_command(command, timeout=200, environment={"OMP_NUM_THREADS": "1"})
+    result = run_program("tests/programs/pretrain_older.py", *TRAINING, "--longact")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "LongAct ends at update 2: in 2 steps" in result.stdout

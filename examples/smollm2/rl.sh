@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Which rows should be updated? GRPO on RULER's tasks with a language model that people use, SmolLM2-135M-Instruct: each
+# Which rows should be updated? RL on RULER's tasks with a language model that people use, SmolLM2-135M-Instruct: each
 # arm with each seed, one after the other. A run that broke off goes on when this is called again; one that ended stays.
 #
 #     bash examples/smollm2/rl.sh                           results in runs/smollm2-rl; on two CPU cores, days
 #     ARMS="dense high" SEEDS="1 2" bash examples/smollm2/rl.sh --train-iters 10       smaller; flags go to every run
+#     OBJECTIVES="dapo kl_cov" ARMS="dense high low" bash examples/smollm2/rl.sh       other objectives than grpo
 #     MINUTES=90 bash examples/smollm2/rl.sh                each run saves and pauses after so long, and the next begins
 #     JOBS=2 nice -n 19 bash examples/smollm2/rl.sh         two runs at a time
 #     python tools/report_ablation.py runs/smollm2-rl       table, paired differences, picture
@@ -11,10 +12,12 @@
 #
 # Arms: dense updates every row; high is LongAct; low, random and gradient choose other rows (docs/ablation.md), high-fixed
 # keeps the first selection. A seed sets the tasks, the held-out ones too, and the rollouts, alike for all arms.
+# Objectives: grpo takes one optimizer step a rollout batch; dapo and kl_cov two, so that their clip and penalty act.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export OUT=${OUT:-runs/smollm2-rl}
+OBJECTIVES=${OBJECTIVES:-grpo}
 ARMS=${ARMS:-dense high low random gradient high-fixed}
 SEEDS=${SEEDS:-1 2}
 JOBS=${JOBS:-1}                            # runs at a time; each takes 8 GB
@@ -66,6 +69,12 @@ if [[ $GPUS != 0 ]]; then                  # has not run: nobody lent a GPU
 fi
 FLAGS+=("$@")
 
+for objective in $OBJECTIVES; do
+    case $objective in
+        grpo | dapo | kl_cov) ;;
+        *) echo "OBJECTIVES has $objective; known: grpo dapo kl_cov" >&2; exit 2 ;;
+    esac
+done
 for arm in $ARMS; do
     case $arm in
         dense | high | low | random | gradient | weight-norm | high-fixed | random-fixed) ;;
@@ -86,12 +95,24 @@ if [[ -f $OUT/settings.txt && "$(cat "$OUT/settings.txt")" != "$settings" ]]; th
 fi
 echo "$settings" >"$OUT/settings.txt"
 
-one() {                                    # arm, seed, flags
-    local dir="$OUT/grpo/$1/seed-$2" own=(--seed "$2") launch=(--nproc-per-node 1 -m megatron_longact.run --cpu)
+one() {                                    # objective, arm, seed, flags
+    local dir="$OUT/$1/$2/seed-$3" own=(--seed "$3") launch=(--nproc-per-node 1 -m megatron_longact.run --cpu)
+    local special=()
     case $1 in
+        grpo) ;;
+        dapo)                              # its clip-higher is above
+            special=(--policy-loss dapo --loss-aggregation token-mean --grpo-iterations 2)
+            special+=(--grpo-filter-groups-with-same-reward --max-sampling-rounds 3)  # dynamic sampling
+            ;;
+        kl_cov)                            # the paper's share of tokens, 0.0002, is not one token of this small batch
+            special=(--policy-loss kl-cov --kl-cov-ratio 0.02 --kl-cov-coef 1.0)
+            special+=(--loss-aggregation token-mean --grpo-iterations 2)
+            ;;
+    esac
+    case $2 in
         dense) ;;
-        *-fixed) own+=(--longact --longact-select "${1%-fixed}" --longact-refresh-interval 0 --longact-seed "$2") ;;
-        *) own+=(--longact --longact-select "$1" --longact-seed "$2") ;;
+        *-fixed) own+=(--longact --longact-select "${2%-fixed}" --longact-refresh-interval 0 --longact-seed "$3") ;;
+        *) own+=(--longact --longact-select "$2" --longact-seed "$3") ;;
     esac
     [[ -f $dir/report.md ]] && return
     [[ $MINUTES == 0 ]] || own+=(--exit-duration-in-mins "$MINUTES")
@@ -101,14 +122,16 @@ one() {                                    # arm, seed, flags
     CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
         torchrun --standalone "${launch[@]}" examples/train_grpo.py \
         --use-checkpoint-args --pretrained-checkpoint "$START" --load "$dir/checkpoints" --save "$dir/checkpoints" \
-        --run-dir "$dir" --tensorboard-dir "$dir/tensorboard" "${@:3}" "${own[@]}" >>"$dir/output.log" 2>&1 </dev/null ||
+        --run-dir "$dir" --tensorboard-dir "$dir/tensorboard" "${special[@]}" "${@:4}" "${own[@]}" >>"$dir/output.log" 2>&1 </dev/null ||
         echo "$dir did not come to its end: see $dir/output.log"
 }
 export -f one
 
 # a seed at a time: what is there after a while is a smaller comparison, not half of one
 for seed in $SEEDS; do
-    for arm in $ARMS; do
-        echo "$arm $seed"
+    for objective in $OBJECTIVES; do
+        for arm in $ARMS; do
+            echo "$objective $arm $seed"
+        done
     done
 done | xargs -P "$JOBS" -L 1 bash -c "one \"\$@\" $(printf '%q ' "${FLAGS[@]}")" one

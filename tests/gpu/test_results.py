@@ -1,14 +1,15 @@
 """The page of the GPU tier, written by real sessions of pytest, and what the tier says without a GPU."""
 
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import launch
 from tests.launch import ROOT
+from tests.ranks import run_program
+
+PYTEST = str(Path(pytest.__file__).with_name("__main__.py"))
 
 CONFTEST = """
 from pathlib import Path
@@ -44,10 +45,7 @@ def test_of_a_broken_fixture(broken):
 
 
 def run_pytest(*arguments: str) -> tuple[int, str]:
-    environment = {**launch.QUIET, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = launch.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments], timeout=100, environment=environment
-    )
+    done = run_program(PYTEST, "-p", "no:cacheprovider", *arguments, launcher=False, cpu=False)
     return done.returncode, done.stdout + done.stderr
 
 
