@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from megatron_longact.analysis.activations import hf as activations_hf
-from megatron_longact.analysis.activations.checkpoints import run_name
+from megatron_longact.analysis.activations.checkpoints import run_name, run_names
 from megatron_longact.analysis.activations.measurement import Measurement, measure, pooled
 from megatron_longact.analysis.activations.prompts import PromptOptions
 from megatron_longact.analysis.observe.outliers import RopeFrequencies, rope_profile, spreads
@@ -107,6 +107,15 @@ def plain_statistics(folder: Path) -> dict[tuple[str, str], list[tuple[torch.Ten
 )
 def test_a_model_is_called_by_its_own_name(tmp_path: Path, folder: str, name: str) -> None:
     assert run_name(tmp_path / folder) == name
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = ["high/seed-1/checkpoints", "low/seed-1/checkpoints", "low/seed-2/checkpoints", "low/seed-2/checkpoints"]
+    names = ["high/seed-1", "low/seed-1", "seed-2", "seed-2"]
+    assert run_names([tmp_path / folder for folder in folders]) == names
+    snapshots = [tmp_path / f"models--{owner}--Qwen3-8B/snapshots/{owner}" for owner in "ab"]
+    assert run_names(snapshots) == ["a/Qwen3-8B", "b/Qwen3-8B"]
+    assert run_names([]) == []
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])

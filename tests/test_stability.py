@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -212,6 +213,11 @@ def test_masks_of_a_run_are_read_out_of_its_checkpoints(tmp_path: Path) -> None:
     assert [len(line.get_xdata()) for line in rows.lines] == [3]
     assert layers == (0, 1)
     assert torch.equal(choices[0].masks.k, masks["k"])
+    other = tmp_path / "other" / "run"
+    shutil.copytree(tmp_path / "run", other)
+    _, moved_of_each = _of_runs([checkpoints, other / "checkpoints"], [])  # one name, two runs
+    assert [each.axis for each in moved_of_each] == [f"masks of {tmp_path.name}/run", "masks of other/run"]
+    assert all(each.with_before == (1 / 3,) * 2 for each in moved_of_each)
 
 
 def run_tool(*arguments: str | Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,29 @@ def run_name(path: Path) -> str:
 
     A snapshot in Hugging Face's cache, .../models--OWNER--NAME/snapshots/HASH, is called NAME.
     """
+    return _parts(path)[-1]
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """What to call several: those of one `run_name` by more of their path, as high/seed-1 and low/seed-1."""
+    parts = [_parts(path) for path in paths]
+    taken = [1] * len(parts)
+    while True:
+        names = ["/".join(each[-n:]) for each, n in zip(parts, taken, strict=True)]
+        alike = [
+            any(name == other and mine != theirs for other, theirs in zip(names, parts, strict=True))
+            for name, mine in zip(names, parts, strict=True)
+        ]
+        if not any(alike):
+            return names
+        taken = [n + same for n, same in zip(taken, alike, strict=True)]
+
+
+def _parts(path: Path) -> tuple[str, ...]:
     folder = path.resolve()
     if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.parent.name if folder.name in _NO_NAMES else folder.name
+        return (*folder.parts[1:-3], folder.name, folder.parent.parent.name.rpartition("--")[2])
+    return folder.parts[1:-1] if folder.name in _NO_NAMES else folder.parts[1:]
 
 
 @dataclass(frozen=True)
@@ -30,11 +50,11 @@ class Checkpoint:
     name: str
 
     @classmethod
-    def find(cls, load: Path, step: int | None) -> Checkpoint:
-        """Raises `ValueError` where there is none."""
+    def find(cls, load: Path, step: int | None, *, run: str) -> Checkpoint:
+        """A checkpoint of the run so called. Raises `ValueError` where there is none."""
         latest = latest_iteration(load)
         name = latest if step is None else str(step)
         if name.isdecimal() and not (load / f"iter_{int(name):07d}").is_dir():
             there = sorted(int(path.name[5:]) for path in load.glob("iter_*"))
             raise ValueError(f"--load {load} has no iteration {name}, it has {', '.join(map(str, there))}")
-        return cls(load, step, f"{run_name(load)} {name}")
+        return cls(load, step, f"{run} {name}")

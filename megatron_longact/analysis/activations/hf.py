@@ -154,12 +154,18 @@ def _tokens_first(x: Tensor, *, channels: int) -> Tensor:
 
 
 def open_folder(
-    folder: Path, *, tokenizer: Path | None = None, device: str = "cpu", dtype: str = "float32"
+    folder: Path,
+    *,
+    name: str | None = None,
+    tokenizer: Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> HFSource:
     """Load a model folder from local files.
 
-    tokenizer: another folder, or a SentencePiece file; None: the folder's own. Raises `ValueError`, in one line, for
-    what is no model folder, and for attention without separate `q_proj` and `k_proj` of one size.
+    name: what to call it; None: as `run_name` does. tokenizer: another folder, or a SentencePiece file; None: the
+    folder's own. Raises `ValueError`, in one line, for what is no model folder, and for attention without separate
+    `q_proj` and `k_proj` of one size.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json")
@@ -179,7 +185,7 @@ def open_folder(
     )
     embeddings = int(model.get_input_embeddings().weight.shape[0])
     return HFSource(
-        name=run_name(folder),
+        name=name or run_name(folder),
         model=model.to(device).eval(),
         tokenizer=LocalTokenizer(tokenizer or folder, vocab_size=embeddings),
         layout=layout,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
-from megatron_longact.analysis.activations.checkpoints import Checkpoint
+from megatron_longact.analysis.activations.checkpoints import Checkpoint, run_names
 from megatron_longact.analysis.activations.measurement import ModelSource
 from megatron_longact.flags import Flag, config_from_flags
 from megatron_longact.megatron.tool_command import megatron_flags
@@ -81,13 +81,17 @@ def _hugging_face(models: ModelFlags) -> Iterator[ModelSource]:
     from megatron_longact.analysis.activations.hf import open_folder
 
     device = models.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for folder in models.hf_dir:
-        yield open_folder(folder, tokenizer=models.tokenizer, device=device, dtype=models.dtype)
+    for folder, name in zip(models.hf_dir, run_names(models.hf_dir), strict=True):
+        yield open_folder(folder, name=name, tokenizer=models.tokenizer, device=device, dtype=models.dtype)
 
 
 @contextmanager
 def _megatron(models: ModelFlags, flags: list[str], output: Path) -> Iterator[Session]:
-    checkpoints = [Checkpoint.find(load, step) for load in models.load for step in (models.ckpt_step or [None])]
+    checkpoints = [
+        Checkpoint.find(load, step, run=run)
+        for load, run in zip(models.load, run_names(models.load), strict=True)
+        for step in (models.ckpt_step or [None])
+    ]
     flags = megatron_flags(flags, cpu=models.cpu)
     from megatron_longact.analysis.activations.megatron import megatron_sources
     from megatron_longact.reporting.run_log import MEGATRON_LOG, output_in_file
