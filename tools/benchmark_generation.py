@@ -4,7 +4,8 @@ r"""How fast the evaluation's engine answers, against `transformers.generate`: t
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER
 
 Prompts are RULER's, greedy, fp32, of nearly one length. Seconds are those that the process had a core for: other work
-on the machine does not count. `alone`: the engine with one prompt at a time; `together`: --inference-max-requests.
+on the machine does not count. `first`: `transformers` up to the first token of each answer, what a batch cannot save;
+`alone`: the engine with one prompt at a time; `together`: --inference-max-requests.
 """
 
 import argparse
@@ -19,7 +20,16 @@ import torch
 
 from megatron_longact.megatron.tool_command import become_megatron_program, end_in_one_line
 
-HEADS = ("tokens", "prompts", "transformers, s", "alone, s", "together, s", "together / transformers", "same tokens")
+HEADS = (
+    "tokens",
+    "prompts",
+    "first, s",
+    "transformers, s",
+    "alone, s",
+    "together, s",
+    "together / transformers",
+    "same tokens",
+)
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -79,10 +89,10 @@ def main(argv: list[str]) -> None:
         return [row[:length].tolist() for row, length in zip(made.tokens, made.lengths.tolist(), strict=True)]
 
     @torch.no_grad()
-    def theirs(prompts: list[list[int]]) -> list[list[int]]:
+    def theirs(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         ends = list(vocabulary.stop_ids)
         settings = {
-            "max_new_tokens": args.new_tokens,
+            "max_new_tokens": new_tokens,
             "do_sample": False,
             "eos_token_id": ends,
             "pad_token_id": ends[0],
@@ -100,15 +110,16 @@ def main(argv: list[str]) -> None:
         [group] = asked.samples(MegatronEncoder(get_tokenizer()), positions=args.max_position_embeddings)
         prompts = [list(sample.tokens) for sample in group.make()]
         arms: list[Callable[[], list[list[int]]]] = [
-            lambda prompts=prompts: theirs(prompts),  # type: ignore[misc]
+            lambda prompts=prompts: theirs(prompts, 1),  # type: ignore[misc]
+            lambda prompts=prompts: theirs(prompts, args.new_tokens),  # type: ignore[misc]
             lambda prompts=prompts: ours(prompts, 1),  # type: ignore[misc]
             lambda prompts=prompts: ours(prompts, args.inference_max_requests),  # type: ignore[misc]
         ]
         runs = [[core_seconds(arm) for arm in arms] for _ in range(args.repeats)]
         best = [min(run[arm][0] for run in runs) for arm in range(len(arms))]
         tokens = [answer for _, answer in runs[0]]
-        same = sum(one == other for one, other in zip(tokens[0], tokens[2], strict=True))
-        cells = [f"{seconds:.1f}" for seconds in best] + [f"{best[2] / best[0]:.2f}", f"{same} of {len(prompts)}"]
+        same = sum(one == other for one, other in zip(tokens[1], tokens[3], strict=True))
+        cells = [f"{seconds:.1f}" for seconds in best] + [f"{best[3] / best[1]:.2f}", f"{same} of {len(prompts)}"]
         print(f"| {length} | {len(prompts)} | " + " | ".join(cells) + " |", flush=True)
 
 

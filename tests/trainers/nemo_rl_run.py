@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_longact import LongAct
 from tests.launch import ROOT
+from tests.trainers.two_updates import two_updates
 
 SEQUENCES, LENGTH, VOCABULARY = 8, 24, 320
 SETTINGS = [
@@ -121,17 +122,11 @@ def run(*, folder: Path) -> dict[str, Any]:
     from tests.trainers import nemo_rl_in_cpu_mode  # noqa: F401
 
     worker = make_worker(folder)
-    longact = LongAct.of(worker.optimizer)
-    assert longact is not None
-    exported, norms, states, tokens = [weights(worker)], [], [], []
-    for update in range(2):
-        norms.append(train(worker, seed=update))
-        states.append(longact.state_dict())
-        tokens.append(longact.step.tokens)
-        exported.append(weights(worker))
-        if update == 0:
-            worker.save_checkpoint(str(folder / "saved"), optimizer_path=str(folder / "saved"))
-    return {"norms": norms, "states": states, "tokens": tokens, "exported": exported}
+
+    def save() -> None:
+        worker.save_checkpoint(str(folder / "saved"), optimizer_path=str(folder / "saved"))
+
+    return two_updates(worker, train=train, weights=weights, save=save)
 
 
 def resume(*, folder: Path) -> dict[str, Any]:

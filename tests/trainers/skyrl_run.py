@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_longact import LongAct
 from tests.launch import ROOT
 from tests.trainers.bridge_on_cpu import CPU_SETTINGS
+from tests.trainers.two_updates import two_updates
 
 PROMPT, RESPONSE, SEQUENCES, VOCABULARY = 12, 8, 8, 320
 
@@ -108,24 +109,12 @@ def run(*, folder: Path) -> dict[str, Any]:
     from tests.trainers import skyrl_in_cpu_mode  # noqa: F401
 
     worker = make_worker(folder / "model")
-    longact = LongAct.of(worker.optimizer)
-    assert longact is not None
-    exported, norms, states, tokens = [weights(worker)], [], [], []
-    for update in range(2):
-        norms.append(train(worker, seed=update))
-        states.append(longact.state_dict())
-        tokens.append(longact.step.tokens)
-        exported.append(weights(worker))
-        if update == 0:
-            worker.save_checkpoint(str(folder / "checkpoint"), tokenizer=worker.tokenizer)
-    return {
-        "norms": norms,
-        "states": states,
-        "tokens": tokens,
-        "exported": exported,
-        "once": once(folder),
-        "resumed": resumed(folder),
-    }
+
+    def save() -> None:
+        worker.save_checkpoint(str(folder / "checkpoint"), tokenizer=worker.tokenizer)
+
+    done = two_updates(worker, train=train, weights=weights, save=save)
+    return {**done, "once": once(folder), "resumed": resumed(folder)}
 
 
 def resumed(folder: Path) -> dict[str, Any]:
