@@ -37,6 +37,7 @@ SELECTORS = {
 REFERENCE = "high"
 TOGETHER = "all objectives"
 INK = "#222222"
+LONG = "interval of two seeds"
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,10 @@ def verdict(found: Sequence[Difference]) -> str:
 
 
 def figure_of(runs: Runs) -> Figure:
-    """A column an objective: accuracy by selector, differences from `high`, and the reward on the way."""
+    """A column an objective: accuracy by selector, differences from `high`, and the reward on the way.
+
+    Dots are seeds, thin lines 95 % intervals over them, broad ones those of the held-out prompts alone.
+    """
     columns = len(runs)
     figure = Figure(figsize=(max(3.2 * columns, 4.5), 8.4), layout="constrained", facecolor="white")
     panels = figure.subplots(3, columns, sharey="row", squeeze=False)
@@ -291,15 +295,18 @@ def figure_of(runs: Runs) -> Figure:
         _draw_accuracies(panels[0][column], arms, selectors_of(runs))
         panels[0][column].set_title(objective.replace("_", "-"), fontsize=11, fontweight="bold", color=INK)
         own = [each for each in differences(runs) if each.objective == objective]
-        _draw_differences(panels[1][column], own, arms)
+        by_prompt = {each.selector: each.points for each in paired_by_prompt(runs) if each.objective == objective}
+        _draw_differences(panels[1][column], own, arms, by_prompt)
         _draw_rewards(panels[2][column], arms, selectors_of(runs))
     labels = ("held-out accuracy, percent", f"{REFERENCE} minus other, points", "reward, mean over seeds")
     for row, label in zip(panels, labels, strict=True):
         row[0].set_ylabel(label, fontsize=10, color=INK)
         for axes in row:
             _finish(axes)
+    for row in panels[:2]:
+        _leave_out_long_lines(row[0])
     low, high = panels[0][0].get_ylim()
-    panels[0][0].set_yticks([tick for tick in panels[0][0].get_yticks() if low <= tick <= min(high, 100)])
+    panels[0][0].set_ylim(max(low, 0), min(high, 102))
     handles, names = panels[2][0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -323,10 +330,16 @@ def _draw_accuracies(axes: Axes, arms: Mapping[str, Mapping[int, Run]], names: S
     axes.set_xlim(-0.6, len(names) - 0.4)
 
 
-def _draw_differences(axes: Axes, found: Sequence[Difference], arms: Mapping[str, Mapping[int, Run]]) -> None:
+def _draw_differences(
+    axes: Axes, found: Sequence[Difference], arms: Mapping[str, Mapping[int, Run]], by_prompt: Mapping[str, Mean]
+) -> None:
     axes.axhline(0, color="#777777", linestyle=":", linewidth=1.2)
     for place, each in enumerate(found):
         high, other = arms[REFERENCE], arms[each.selector]
+        of_prompts = by_prompt.get(each.selector)
+        if of_prompts and of_prompts.low is not None and of_prompts.high is not None:
+            ends = (of_prompts.low, of_prompts.high)
+            axes.plot([place + 0.22] * 2, ends, color=SELECTORS[each.selector][0], linewidth=5, alpha=0.4)
         _draw_mean(axes, place, [high[s].after - other[s].after for s in set(high) & set(other)], each.selector)
     axes.set_xticks(range(len(found)), [each.selector for each in found], rotation=30, ha="right")
     axes.set_xlim(-0.6, max(len(found), 1) - 0.4)
@@ -337,8 +350,22 @@ def _draw_mean(axes: Axes, place: int, values: Sequence[float], name: str) -> No
     mean = mean_of(values)
     axes.plot([place - 0.22] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
     if mean.low is not None and mean.high is not None:
-        axes.plot([place, place], [mean.low, mean.high], color=colour, linewidth=1.6)
+        long = "" if mean.n > 2 else LONG
+        axes.plot([place, place], [mean.low, mean.high], color=colour, linewidth=1.6, gid=long)
     axes.plot(place, mean.mean, marker, color=colour, markersize=7)
+
+
+def _leave_out_long_lines(axes: Axes) -> None:
+    """Limits of a row of panels, in which the intervals of two seeds, 12.7 standard errors, run out of the picture."""
+    ends = [
+        float(y)
+        for panel in axes.get_shared_y_axes().get_siblings(axes)
+        for line in panel.lines
+        if line.get_gid() != LONG
+        for y in line.get_ydata()
+    ]
+    room = 0.12 * (max(ends) - min(ends)) or 1.0
+    axes.set_ylim(min(ends) - room, max(ends) + room)
 
 
 def _draw_rewards(axes: Axes, arms: Mapping[str, Mapping[int, Run]], names: Sequence[str]) -> None:
