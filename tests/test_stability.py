@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from megatron_longact.mask_history import MaskHistory
 from megatron_longact.qkv_layout import QKVLayout
 from megatron_longact.safetensors_files import SafetensorsWriter
 from megatron_longact.selection import QK, select_masks, select_salient_channels
-from tests import launch
+from tests.ranks import run_program
 from tests.test_observe import ROOT, load_tool
 from tests.tokenizers import SENTENCEPIECE
 
@@ -246,11 +244,6 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: Any, arguments: list[str]
     assert said in error
 
 
-def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the tool."""
-    return launch.run([sys.executable, "tools/stability.py", *arguments], timeout=150)
-
-
 def two_models(folder: Path) -> None:
     """Models a and b: a Qwen3 and the same with other K projections, in both formats."""
     import transformers
@@ -282,9 +275,8 @@ def test_a_folder_and_its_megatron_checkpoint_give_the_same_overlaps(tmp_path: P
     assert status == 0
     flags = ["--use-checkpoint-args", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
     loads = [str(tmp_path / "a-megatron"), str(tmp_path / "b-megatron")]
-    result = process(
-        "--load", *loads, *flags, str(SENTENCEPIECE), *map(str, common), "--output", str(tmp_path / "megatron")
-    )
+    given = ["--load", *loads, *flags, str(SENTENCEPIECE), *map(str, common), "--output", str(tmp_path / "megatron")]
+    result = run_program("tools/stability.py", *given, launcher=False)
     assert result.returncode == 0, result.stderr[-3000:]
     hf, megatron = (json.loads((tmp_path / n / "stability.json").read_text())["axes"] for n in ("hf", "megatron"))
     assert set(hf) == set(megatron) == {"context lengths", "seeds", "checkpoints", "statistics and taps"}
