@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from megatron_longact.reporting.figures import DPI, FAINT_INK, INK, WIDTH_IN
 from megatron_longact.tasks.intervals import percent_interval
@@ -88,7 +88,7 @@ def _draw_by_share(axes: Axes, undisturbed: Results, runs: Sequence[Results], me
     if metric == "accuracy":
         axes.set_ylim(-3, 103)
     if metric == "perplexity":
-        axes.set_yscale("log")
+        _log_y(axes)
     _finish(axes, "")
 
 
@@ -123,11 +123,18 @@ def _draw_bars(axes: Axes, runs: Sequence[Results], metric: str, *, label: str, 
         )
     values = [run[metric] for run in runs]
     if min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
+        _log_y(axes)
     axes.margins(y=0.15)
     axes.set_xticks(range(len(runs)), [STYLES[run["channels"]][0] for run in runs], rotation=25, ha="right")
     axes.set_ylabel(label, fontsize=10)
     _finish(axes, title)
+
+
+def _log_y(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _finish(axes: Axes, title: str) -> None:
