@@ -307,9 +307,10 @@ def figure_of(runs: Runs) -> Figure:
         _leave_out_long_lines(row[0])
     low, high = panels[0][0].get_ylim()
     panels[0][0].set_ylim(max(low, 0), min(high, 102))
-    handles, names = panels[2][0].get_legend_handles_labels()
+    curves = {line.get_label(): line for axes in panels[2] for line in axes.lines}
+    names = [name for name in selectors_of(runs) if name in curves]
     figure.legend(
-        handles,
+        [curves[name] for name in names],
         names,
         loc="outside lower left",
         ncols=min(len(names), 4 if columns == 1 else 6),
