@@ -288,14 +288,14 @@ def figure_of(runs: Runs) -> Figure:
 
     Dots are seeds, thin lines 95 % intervals over them, broad ones those of the held-out prompts alone.
     """
-    columns = len(runs)
+    columns, found, paired = len(runs), differences(runs), paired_by_prompt(runs)
     figure = Figure(figsize=(max(3.2 * columns, 4.5), 8.4), layout="constrained", facecolor="white")
     panels = figure.subplots(3, columns, sharey="row", squeeze=False)
     for column, (objective, arms) in enumerate(runs.items()):
         _draw_accuracies(panels[0][column], arms, selectors_of(runs))
         panels[0][column].set_title(objective.replace("_", "-"), fontsize=11, fontweight="bold", color=INK)
-        own = [each for each in differences(runs) if each.objective == objective]
-        by_prompt = {each.selector: each.points for each in paired_by_prompt(runs) if each.objective == objective}
+        own = [each for each in found if each.objective == objective]
+        by_prompt = {each.selector: each.points for each in paired if each.objective == objective}
         _draw_differences(panels[1][column], own, arms, by_prompt)
         _draw_rewards(panels[2][column], arms, selectors_of(runs))
     labels = ("held-out accuracy, percent", f"{REFERENCE} minus other, points", "reward, mean over seeds")
@@ -351,8 +351,8 @@ def _draw_mean(axes: Axes, place: int, values: Sequence[float], name: str) -> No
     mean = mean_of(values)
     axes.plot([place - 0.22] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
     if mean.low is not None and mean.high is not None:
-        long = "" if mean.n > 2 else LONG
-        axes.plot([place, place], [mean.low, mean.high], color=colour, linewidth=1.6, gid=long)
+        gid = LONG if mean.n == 2 else None
+        axes.plot([place, place], [mean.low, mean.high], color=colour, linewidth=1.6, gid=gid)
     axes.plot(place, mean.mean, marker, color=colour, markersize=7)
 
 

@@ -122,7 +122,8 @@ one() {                                    # objective, arm, seed, flags
     CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TORCH_LOGS=-all TORCH_CPP_LOG_LEVEL=ERROR \
         torchrun --standalone "${launch[@]}" examples/train_grpo.py \
         --use-checkpoint-args --pretrained-checkpoint "$START" --load "$dir/checkpoints" --save "$dir/checkpoints" \
-        --run-dir "$dir" --tensorboard-dir "$dir/tensorboard" "${special[@]}" "${@:4}" "${own[@]}" >>"$dir/output.log" 2>&1 </dev/null ||
+        --run-dir "$dir" --tensorboard-dir "$dir/tensorboard" "${special[@]}" "${@:4}" "${own[@]}" \
+        >>"$dir/output.log" 2>&1 </dev/null ||
         echo "$dir did not come to its end: see $dir/output.log"
 }
 export -f one
