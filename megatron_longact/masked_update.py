@@ -5,12 +5,11 @@ is the flat slice [start, end) of a parameter that this rank's optimizer owns; i
 row.
 """
 
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +22,11 @@ class RowIndex:
     Masters need not lie on the parameter's device: those of a CPU-offloaded optimizer are on the host.
     """
 
-    def __init__(self, rows: Tensor, device: torch.device) -> None:
-        """rows: int64 on the host, ascending; device: that of the parameter."""
+    def __init__(self, rows: Tensor, device: torch.device, *, copy: Tensor | None = None) -> None:
+        """rows: int64 on the host, ascending; device: that of the parameter; copy: if there is one there already."""
         self.host = rows
-        self.device = rows.to(device, non_blocking=True)
-        self._sorted = array("q", rows.tolist())
+        self.device = rows.to(device, non_blocking=True) if copy is None else copy
+        self._sorted = np.array(rows.tolist(), np.int64) if copy is None else rows.numpy()
         self._on = {rows.device: self.host, self.device.device: self.device}
 
     def __len__(self) -> int:
@@ -41,8 +40,9 @@ class RowIndex:
 
     def within(self, first: int, num_rows: int, device: torch.device) -> Tensor:
         """Those in [first, first + num_rows), counted from `first`; int64 on the device of what they cut."""
-        low, high = (bisect_left(self._sorted, row) for row in (first, first + num_rows))
-        return self.on(device)[low:high] - first
+        low, high = self._sorted.searchsorted((first, first + num_rows))
+        rows = self.on(device)[low:high]
+        return rows - first if first else rows
 
 
 FrozenRows = Mapping[nn.Parameter, RowIndex]
@@ -79,15 +79,25 @@ def mask_gradients(frozen: FrozenRows) -> None:
 
 
 def gradient_squares(shards: Sequence["Shard"], row_sets: Sequence[FrozenRows], device: torch.device) -> Tensor:
-    """Squared gradient norm of each set of rows, over this rank's shards: fp32 [number of sets]."""
-    sums = torch.zeros(len(row_sets), dtype=torch.float32, device=device)
+    """Squared gradient norm of each set of rows, over this rank's shards: fp32 [number of sets].
+
+    Each gradient is read once, by one kernel a view; all else is done for all of them together.
+    """
+    norms: list[Tensor] = []
+    places: list[list[Tensor]] = [[] for _ in row_sets]
+    seen = 0
     for shard in shards:
         flat = gradient_of(shard.parameter).view(-1)[shard.start : shard.end]
         for view, first in row_views(flat, shard.start, shard.row_width):
-            squares = view.float().square().sum(1)
-            for index, rows in enumerate(row_sets):
-                sums[index] += squares[rows[shard.parameter].within(first, view.shape[0], view.device)].sum()
-    return sums
+            norms.append(torch.linalg.vector_norm(view, dim=1, dtype=torch.float32))
+            for found, rows in zip(places, row_sets, strict=True):
+                index = rows[shard.parameter]
+                found.append(index.within(first, view.shape[0], index.host.device) + seen)
+            seen += view.shape[0]
+    if not norms:
+        return torch.zeros(len(row_sets), dtype=torch.float32, device=device)
+    squares = torch.cat(norms).square()
+    return torch.stack([squares[torch.cat(found).to(device, non_blocking=True)].sum() for found in places])
 
 
 def add_gradient_rows(sums: Tensor, shard: "Shard") -> None:

@@ -134,17 +134,29 @@ class QKVModel:
 
     def frozen_rows(self, active: QK) -> FrozenRows:
         """The local rows of each parameter of this rank that are Q or K and not active; no other row is ever frozen."""
-        moves = torch.cat(
-            [*active, torch.ones_like(active.q[:, :1])], dim=1
-        ).cpu()  # the last one is that of no channel
-        frozen = ~moves[:, self.sharded.channels(self.groups.tp.rank())]  # [L, n]
+        moves = torch.cat([*active, torch.ones_like(active.q[:, :1])], dim=1)  # the last is that of no channel
+        frozen = ~moves.cpu()[:, self.sharded.channels(self.groups.tp.rank())][self._places]  # [L_r, n]
+        columns = self.sharded.columns
+        sizes = torch.stack([frozen[:, part].sum(1) for part in columns.values()], dim=1).flatten().tolist()
+        host = self._row_of_column[frozen.nonzero()[:, 1]]
+        parts = zip(host.split(sizes), host.to(self.device).split(sizes), strict=True)  # one copy, not one a layer
         rows = {}
         for layer in self.layers:
-            of_layer = frozen[self.layer_numbers.index(layer.layer_number)]
-            for name, columns in self.sharded.columns.items():
-                index = of_layer[columns].nonzero().flatten()
-                rows.update({parameter: RowIndex(index, parameter.device) for parameter in layer.parameters_of(name)})
+            for name in columns:
+                of_host, of_device = next(parts)
+                index = RowIndex(of_host, self.device, copy=of_device)
+                rows.update(dict.fromkeys(layer.parameters_of(name), index))
         return rows
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Where this rank's layers stand among those of the whole model."""
+        return [self.layer_numbers.index(layer.layer_number) for layer in self.layers]
+
+    @cached_property
+    def _row_of_column(self) -> Tensor:
+        """The row of its projection that each of the n rows of a rank is: int64 [n]."""
+        return torch.cat([torch.arange(part.stop - part.start) for part in self.sharded.columns.values()])
 
     def of_rows(self, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
         """A value for each row of each weight, from [rows] of one weight; [L_r, n]."""

@@ -30,7 +30,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from megatron_longact.megatron import apex, quiet
+from megatron_longact.megatron import apex, dataset_helpers, quiet
 from megatron_longact.megatron.tool_command import is_refusal
 from megatron_longact.versions import OLDEST_OF_LAUNCHER, package_info, version_in
 
@@ -80,11 +80,13 @@ def main(argv: list[str]) -> int:
     except _UsageError as error:
         _say_once(str(error))
         return 2
-    remark = apex.settle(gpu=gpu and not cpu)
+    remark = apex.settle(program.arguments, gpu=gpu and not cpu)
     if remark and _rank() == 0:
         print("megatron_longact:", remark, file=sys.stderr, flush=True)
     if cpu or not gpu:
         program = _in_cpu_mode(program, asked_for=cpu)
+    else:
+        dataset_helpers.keep_what_is_built(of_any_megatron=False)
     return _run(program)
 
 

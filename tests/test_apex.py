@@ -91,11 +91,13 @@ def test_what_is_slower_without_it() -> None:
     assert "--no-gradient-accumulation-fusion" in str(bare)
     assert "--no-gradient-accumulation-fusion" in str(with_engine)
     assert apex.remark(None, gpu=False, transformer_engine=False) is None
+    told = [apex.remark(None, gpu=True, transformer_engine=te, wants_fusion=False) for te in (False, True)]
+    assert told == ["NVIDIA Apex is not installed: Adam, gradient norms, clipping and LayerNorm run unfused", None]
 
 
 def test_a_usable_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, {**NVIDIAS, **KERNELS}, monkeypatch)
-    assert apex.settle(gpu=False) is None
+    assert apex.settle([], gpu=False) is None
     assert "apex" not in sys.modules
 
 

@@ -699,8 +699,8 @@ def test_the_host_waits_in_a_refresh_and_when_it_is_asked_and_nowhere_else() -> 
         for part, found in ranks.run(waits)[0].items()
     }
     verdict, masks = ("tolist", torch.float32), ("cpu", torch.bool)
-    rows_of_layers = [("nonzero", torch.bool)] * 2  # of masks on the host
-    assert seen.pop(metrics.REFRESH) == [verdict, masks, *rows_of_layers]
+    rows_of_layers = ("nonzero", torch.bool)  # of masks on the host
+    assert seen.pop(metrics.REFRESH) == [verdict, masks, rows_of_layers]
     assert seen.pop("metrics") == [("tolist", torch.float32)]
     assert seen == {part: [] for part in (metrics.CAPTURE, metrics.MASK, metrics.FREEZE, metrics.RESTORE)}
 

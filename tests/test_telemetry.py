@@ -205,6 +205,7 @@ def test_absent_nvml_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU")
 def test_a_real_gpu_tells() -> None:
     source = telemetry.NvmlSource(visible_device(0, None))
     before = source.read()

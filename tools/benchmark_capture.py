@@ -10,7 +10,7 @@ is memory at the peak over the bytes of Q and K. Masked: an eighth of the tokens
     norm        torch.linalg.vector_norm, of a copy with zeros where tokens are masked
     whole       x.abs().sum(0, dtype=float32) and its like on all tokens at once
     matmul      the token mask times |x| or x²
-    compiled    "whole" through torch.compile; with a GPU, or with --compile
+    compiled    "whole" through torch.compile, seconds for each size; by --candidates alone
 """
 
 import argparse
@@ -64,15 +64,13 @@ def matmul(x: Tensor, counted: Tensor | None, statistic: str) -> Tensor:
     return (weights[None] @ values.flatten(1)).float().view(x.shape[1:])
 
 
-def candidates(*, compiled: bool) -> dict[str, Candidate]:
-    """What is measured, by name."""
-    found: dict[str, Candidate] = {
-        "reduce": lambda x, counted, statistic: STATISTICS[statistic].reduce(x, counted),
-        "norm": norm,
-        "whole": whole,
-        "matmul": matmul,
-    }
-    return found | ({"compiled": torch.compile(whole, dynamic=False)} if compiled else {})
+CANDIDATES: dict[str, Candidate] = {
+    "reduce": lambda x, counted, statistic: STATISTICS[statistic].reduce(x, counted),
+    "norm": norm,
+    "whole": whole,
+    "matmul": matmul,
+    "compiled": torch.compile(whole, dynamic=False),
+}
 
 
 @dataclass
@@ -128,8 +126,8 @@ def measure(args: argparse.Namespace) -> tuple[float, list[Result]]:
         xs = inputs(layout, tokens=tokens, tp=tp, dtype=DTYPES[args.dtype])
         read = xs[0].numel() * xs[0].element_size()
         some = torch.arange(tokens, device=DEVICE) % 8 != 7
-        each = product(STATISTICS, (False, True), candidates(compiled=ON_GPU or args.compile).items())
-        for statistic, masked, (name, candidate) in each:
+        for statistic, masked, name in product(STATISTICS, (False, True), args.candidates):
+            candidate = CANDIDATES[name]
             if name == "matmul" and statistic == "max-abs":
                 continue
             counted, turns = some if masked else None, cycle(xs)
@@ -167,7 +165,7 @@ def main() -> None:
     parser.add_argument("--kv-channels", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile without a GPU too")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=["reduce", "norm", "whole", "matmul"])
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     add_overwrite_arg(parser)
     args = parser.parse_args()

@@ -75,6 +75,7 @@ class Model:
     chunks: list[Any]
     optimizer: Any
     tokens: torch.Tensor
+    num_microbatches: int = 1
     selected: dict[str, Any] | None = None
     """LongAct's state after a selection, for steps that keep its mask."""
 
@@ -93,7 +94,7 @@ class Model:
             forward_step_func=self._forward,
             data_iterator=None,
             model=self.chunks[0],
-            num_microbatches=1,
+            num_microbatches=self.num_microbatches,
             seq_length=self.tokens.shape[1],
             micro_batch_size=self.tokens.shape[0],
             forward_only=False,
@@ -164,7 +165,7 @@ def build(args: argparse.Namespace, *, hidden_size: int, seq_length: int) -> Mod
     )
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(args.vocab_size, (1, seq_length), generator=generator).to(DEVICE)
-    return Model([chunk], optimizer, tokens)
+    return Model([chunk], optimizer, tokens, args.num_microbatches)
 
 
 @contextmanager
@@ -230,10 +231,9 @@ ARMS: dict[str, Callable[[Model], Any]] = {
 }
 
 
-def measure(model: Model, *, rounds: int) -> dict[str, Arm]:
+def measure(model: Model, names: list[str], *, rounds: int) -> dict[str, Arm]:
     """Each arm in turn, `rounds` times, beginning with another one each time, after two that are not counted."""
-    arms = {name: Arm([], []) for name in ARMS}
-    names = list(ARMS)
+    arms = {name: Arm([], []) for name in names}
     peak_bytes(model.step)  # makes the optimizer's state and what else comes with a first step, which belong to no arm
     for index in range(-1, rounds + 1):  # -1: what comes with a first time; 0: memory; the others: time
         first = index % len(names)
@@ -258,9 +258,10 @@ def measure(model: Model, *, rounds: int) -> dict[str, Arm]:
 
 def ratios(arms: dict[str, Arm], interval: int | None, times: str) -> list[float]:
     """Step time over the dense one, round by round; interval None: the naive way; times: a field of `Arm`."""
-    naive_, refresh, keep, plain = (getattr(arms[name], times) for name in ("naive", "refresh", "keep", "dense"))
+    plain = getattr(arms["dense"], times)
     if interval is None:
-        return [n / d for n, d in zip(naive_, plain, strict=True)]
+        return [n / d for n, d in zip(getattr(arms["naive"], times), plain, strict=True)]
+    refresh, keep = (getattr(arms[name], times) for name in ("refresh", "refresh" if interval == 1 else "keep"))
     return [(r + (interval - 1) * k) / interval / d for r, k, d in zip(refresh, keep, plain, strict=True)]
 
 
@@ -287,6 +288,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     """The flags of `build`."""
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[1024])
     parser.add_argument("--seq-length", type=int, nargs="+", default=[2048])
+    parser.add_argument("--num-microbatches", type=int, default=1, help="of a step, one sequence each")
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--kv-channels", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=2048)
@@ -320,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_args(parser)
     parser.add_argument("--refresh-interval", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="dense, and those beside it")
     parser.add_argument("--rounds", type=int, default=8, help="counted rounds of all arms")
     parser.add_argument("--output", type=Path, help="JSON file for the raw numbers")
     add_overwrite_arg(parser)
@@ -329,6 +332,9 @@ def main() -> None:
     if args.rounds < 2:
         parser.error(f"--rounds is {args.rounds}; quartiles need at least 2")
     check_model_args(parser, args)
+    needed = {"dense", "refresh"} | ({"keep"} if max(args.refresh_interval) > 1 else set())
+    if lacking := needed - set(args.arms):
+        parser.error(f"--arms lacks {', '.join(sorted(lacking))}, which a row of the table is made of")
     initialise(args)
     report = []
     rank0 = torch.distributed.get_rank() == 0
@@ -336,7 +342,7 @@ def main() -> None:
         for seq_length in args.seq_length:
             model = build(args, hidden_size=hidden_size, seq_length=seq_length)
             size = sum(p.numel() for p in model.chunks[0].parameters()) * args.tensor_model_parallel_size
-            arms = measure(model, rounds=args.rounds)
+            arms = measure(model, args.arms, rounds=args.rounds)
             if rank0:
                 seconds = statistics.median(arms["dense"].seconds)
                 print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {seq_length} tokens: {seconds:.3f} s")
@@ -344,7 +350,8 @@ def main() -> None:
                 print(HEADER)
                 for interval in args.refresh_interval:
                     print(row(f"refresh interval {interval}", arms, "refresh", interval))
-                print(row("naive masks and copies", arms, "naive", None), flush=True)
+                if "naive" in arms:
+                    print(row("naive masks and copies", arms, "naive", None), flush=True)
             report.append(
                 {
                     "parameters": size,

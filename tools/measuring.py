@@ -15,6 +15,8 @@ quiet_libraries()  # before a benchmark imports Megatron
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+SLEEP_CYCLES = 50_000_000
+"""Of a GPU's clock, about 30 ms: longer than the launches take that are measured together."""
 
 
 def transformer_settings(dtype: str, *, tensor_model_parallel_size: int) -> dict[str, Any]:
@@ -37,7 +39,10 @@ def transformer_settings(dtype: str, *, tensor_model_parallel_size: int) -> dict
 
 
 def seconds(action: Callable[[], object], *, repeats: int) -> float:
-    """Median time of an action, after one that is not counted; on a GPU that of its kernels."""
+    """Median time of an action, after one that is not counted; on a GPU that of its kernels.
+
+    The GPU sleeps until the host has launched them all, so that it never waits for the host between two of them.
+    """
     action()
     if not ON_GPU:
         times = []
@@ -47,6 +52,8 @@ def seconds(action: Callable[[], object], *, repeats: int) -> float:
             times.append(time.perf_counter() - begun)
         return statistics.median(times)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
     events[0].record()
     for event in events[1:]:
         action()

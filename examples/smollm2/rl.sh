@@ -61,9 +61,9 @@ FLAGS=(
 )
 if [[ $GPUS != 0 ]]; then                  # has not run: nobody lent a GPU
     FLAGS+=(
-        --bf16 --transformer-impl transformer_engine --attention-backend flash
+        --bf16 --transformer-impl transformer_engine
         --use-distributed-optimizer --no-gradient-accumulation-fusion
-        --inference-dynamic-batching --inference-dynamic-batching-buffer-size-gb 8
+        --inference-dynamic-batching --inference-dynamic-batching-buffer-size-gb 4
         --rl-kv-cache-management-mode recompute
     )
 fi

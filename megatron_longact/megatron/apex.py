@@ -6,6 +6,7 @@ Source: the `import apex`, `amp_C` and `fused_weight_gradient_mlp_cuda` of megat
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.metadata import distributions
@@ -15,7 +16,7 @@ from pathlib import Path
 _PARTS_OF_NVIDIAS = ("multi_tensor_apply", "optimizers", "normalization")
 _OUTPUT_LAYER = "the fused weight gradient of the output layer (--gradient-accumulation-fusion)"
 _UNFUSED = "Adam, gradient norms, clipping and LayerNorm run unfused"
-_WITHOUT_FUSION = "give --no-gradient-accumulation-fusion"
+_NO_FUSION = "--no-gradient-accumulation-fusion"
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,24 @@ def _spec(name: str) -> ModuleSpec | None:
     return None if name in sys.modules and sys.modules[name] is None else find_spec(name)
 
 
-def settle(*, gpu: bool) -> str | None:
+def settle(flags: Sequence[str], *, gpu: bool) -> str | None:
     """Keep a package that is of no use from Megatron, which then does without; what there is to say, in one line.
 
-    Call it before Megatron is imported. gpu: whether the run is on GPUs; without one only the wrong package is named.
+    Call it before Megatron is imported. flags: those of the program. gpu: whether the run is on GPUs; without one only
+    the wrong package is named.
     """
     found = find()
     if found is not None and not found.is_usable:
         sys.modules["apex"] = None  # type: ignore[assignment]  # `import apex` raises ModuleNotFoundError
-    return remark(found, gpu=gpu, transformer_engine=_spec("transformer_engine") is not None)
+    engine = _spec("transformer_engine") is not None
+    return remark(found, gpu=gpu, transformer_engine=engine, wants_fusion=_NO_FUSION not in flags)
 
 
-def remark(found: Apex | None, *, gpu: bool, transformer_engine: bool) -> str | None:
-    """One line on what Megatron gets from Apex, or lacks without it; None where that makes no difference."""
+def remark(found: Apex | None, *, gpu: bool, transformer_engine: bool, wants_fusion: bool = True) -> str | None:
+    """One line on what Megatron gets from Apex, or lacks without it; None where that makes no difference.
+
+    wants_fusion: without `--no-gradient-accumulation-fusion`.
+    """
     if found is not None and not found.is_nvidias:
         is_called = f"{found.version} ({found.summary})" if found.summary else found.version or "without a version"
         return (
@@ -84,7 +90,7 @@ def remark(found: Apex | None, *, gpu: bool, transformer_engine: bool) -> str | 
     lacks = "NVIDIA Apex is not installed"
     if found is not None:
         lacks = f"NVIDIA Apex {found.version} was built without its CUDA extensions, and is not used"
-    if _spec("fused_weight_gradient_mlp_cuda") is not None:
+    if not wants_fusion or _spec("fused_weight_gradient_mlp_cuda") is not None:
         return None if transformer_engine else f"{lacks}: {_UNFUSED}"
-    slower = f"{_OUTPUT_LAYER} is not there; {_WITHOUT_FUSION}"
+    slower = f"{_OUTPUT_LAYER} is not there; give {_NO_FUSION}"
     return f"{lacks}: {slower}" if transformer_engine else f"{lacks}, nor is Transformer Engine: {_UNFUSED}, {slower}"

@@ -119,14 +119,15 @@ def megatron_flags(flags: list[str], *, cpu: bool) -> list[str]:
     check_programs("this command")
     import torch
 
-    from megatron_longact.megatron import apex
+    from megatron_longact.megatron import apex, dataset_helpers
 
     keep_own_store()
     gpu = not cpu and torch.cuda.device_count() > 0
-    remark = apex.settle(gpu=gpu)
+    remark = apex.settle(flags, gpu=gpu)
     if remark and os.environ.get("RANK", "0") == "0":
         print(remark, file=sys.stderr)
     if gpu:
+        dataset_helpers.keep_what_is_built(of_any_megatron=False)
         return flags
     from megatron_longact.megatron import cpu as cpu_mode
 

@@ -95,9 +95,15 @@ def build(spec: GPUSpec, *, change_config: Callable[[Any], None] = lambda config
         post_process=not spec.hidden_states_out,
     )
     ddp = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, "fp8_param_gather": spec.fp8_param}
-    chunk = DistributedDataParallel(
-        config, DistributedDataParallelConfig(**{**ddp, **spec.ddp}), Float16Module(config, model.cuda())
-    )
+    stream = (
+        torch.cuda.Stream()
+    )  # as Megatron does: a backward is captured only where its hooks are not of the default one
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chunk = DistributedDataParallel(
+            config, DistributedDataParallelConfig(**{**ddp, **spec.ddp}), Float16Module(config, model.cuda())
+        )
+    torch.cuda.current_stream().wait_stream(stream)
     optimizer = {
         "optimizer": "adam",
         "lr": 1e-3,

@@ -52,7 +52,9 @@ def test_graphs_of_the_mlp_leave_capture_as_it_is(record_property: Any) -> None:
     assert difference < 1e-2  # bf16: the graph may choose other kernels
 
 
-@pytest.mark.parametrize("modules", [[], ["attn"], ["mlp"]], ids=["layer", "attn", "mlp"])
+@pytest.mark.parametrize(
+    "modules", [[], ["attn"]], ids=["layer", "attn"]
+)  # of the MLP alone megatron-core 0.19 makes none
 def test_megatrons_own_graphs_are_refused_before_anything_is_trained(modules: list[str]) -> None:
     from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 

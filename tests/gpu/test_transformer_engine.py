@@ -179,9 +179,10 @@ def test_a_resumed_run_derives_its_fp8_weights_from_the_masters(
     fp8_recipe: str, tmp_path: Path, record_property: Any
 ) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
 
     def sharded(model: GPUModel, *, loading: bool) -> dict[str, Any]:
-        weights = model.chunk.sharded_state_dict()
+        weights = unwrap_model(model.chunk).sharded_state_dict()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         state = model.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
         return {"model": weights, "optimizer": state}

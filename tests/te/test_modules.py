@@ -18,10 +18,12 @@ from megatron_longact.reduction import STATISTICS
 from tests import ranks
 from tests.conversion import SMALL, build_from_args, hf_logits, make_hf, megatron_logits
 from tests.gpu.models import GPUSpec, build, train_step
+from tests.launch import ROOT
 from tests.ranks import Layout
 
 TE_LAYERS = ["--transformer-impl=transformer_engine"]
 STRICT = ["--dist-ckpt-strictness", "raise_unexpected"]  # everything that the model asks for is in the checkpoint
+LENIENT = ["--dist-ckpt-strictness", "log_all"]
 TOKENS = torch.randint(SMALL["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
 
 # -- attached ------------------------------------------------------------------------------------------
@@ -170,6 +172,14 @@ def test_a_converted_model_is_the_same_function_in_these_modules(folder: Path, f
     got = ranks.run(megatron_logits, world_size=tp, layout=Layout(tp=tp), **run)[-1]
     wanted = hf_logits(path / "hf", TOKENS)
     assert got[..., : wanted.shape[-1]].allclose(wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_checkpoint_of_local_layers_is_the_same_function_in_these_modules() -> None:
+    """The demo's, made on a CPU, lacks the `_extra_state` that these modules ask for, and nothing else."""
+    run = {"load": ROOT / "examples/demo/start_checkpoint", "tokens": torch.randint(64, (2, 48)), "sizes": Layout()}
+    layers = ["--transformer-impl=local"], TE_LAYERS
+    wanted, got = (ranks.run(megatron_logits, **run, flags=[*LENIENT, *flags])[0] for flags in layers)
+    assert got.allclose(wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 # -- refusals ------------------------------------------------------------------------------------------

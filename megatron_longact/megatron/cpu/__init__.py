@@ -41,9 +41,8 @@ torch.cuda (devices.py)
 
 Megatron (replacements.py)
     `datasets.utils.compile_helpers`
-                                    runs `make` in a folder whose Makefile the wheel lacks; skipped
-                                    where the compiled helper imports, also that of an installed wheel
-                                    when Megatron itself is a checkout
+                                    skipped where the compiled helper imports, also that of an installed
+                                    wheel when Megatron itself is a checkout: ../dataset_helpers.py
     `WrappedTorchNorm`              refuses `--sequence-parallel`; here its weights are marked
                                     `sequence_parallel`, which is what the gradient reduction reads
     `DotProductAttention`           holds the scores of whole rows, and refuses packed ones; here it is torch's

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
 from typing import Any
 
 import torch
+
+from megatron_longact.megatron.dataset_helpers import keep_what_is_built
 
 
 def replace_in_megatron() -> None:
     """Imports Megatron, which must find the CPU's devices."""
     _replace_rng()
-    _replace_dataset_compilation()
+    keep_what_is_built(of_any_megatron=True)
     _replace_norm()
     _replace_inference_assertion()
     _replace_attention()
@@ -26,32 +26,6 @@ def _replace_rng() -> None:
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
-
-
-def _replace_dataset_compilation() -> None:
-    from megatron.core.datasets import utils
-
-    compile_helpers = utils.compile_helpers
-
-    def compile_unless_there() -> None:
-        if not _import_dataset_helper():
-            compile_helpers()
-
-    utils.compile_helpers = compile_unless_there
-
-
-def _import_dataset_helper() -> bool:
-    from megatron.core import datasets
-
-    here = list(datasets.__path__)
-    datasets.__path__ = [*here, *(os.path.join(folder, "megatron", "core", "datasets") for folder in sys.path)]
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:
-        return False
-    finally:
-        datasets.__path__ = here
-    return True
 
 
 def _replace_inference_assertion() -> None:
