@@ -29,7 +29,7 @@ MEGATRON = {
     "chat_template": None,
     "inference_dynamic_batching": False,
     "cuda_graph_impl": "none",
-    "fp8_param_gather": False,
+    "fp8": None,
     "fp8_recipe": "delayed",
     "perform_rl_step": False,
     "global_batch_size": 16,
@@ -152,10 +152,10 @@ def test_sampling_flags_become_the_run() -> None:
     assert (config.overlong_buffer_length, config.policy_loss) == (4, "kl-cov")
 
 
-def test_a_reference_in_fp8_needs_scales_that_the_weights_alone_decide() -> None:
+def test_fp8_needs_scales_of_the_tensor_at_hand() -> None:
     for recipe in ("tensorwise", "blockwise", "mxfp8"):
-        rl_config_from_args(parse(fp8_param_gather=True, fp8_recipe=recipe))
-    rl_config_from_args(parse(fp8_param_gather=True, grpo_kl_beta=0.0))
+        rl_config_from_args(parse(fp8="hybrid", fp8_recipe=recipe))
+    rl_config_from_args(parse(fp8=None, fp8_recipe="delayed"))  # Megatron's default, without FP8
 
 
 def test_prompts_are_shared_where_they_can_be() -> None:
@@ -239,7 +239,7 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
         ((), VIRTUAL | {"pipeline_model_parallel_size": 3, "rl_use_sequence_packing": True}, "a multiple of 6: 1"),
         ((), {"calculate_per_token_loss": True}, "--calculate-per-token-loss"),
         ((), {"grpo_entropy_term_weight": 0.1}, "--grpo-entropy-term-weight"),
-        ((), {"fp8_param_gather": True}, "--grpo-kl-beta, --fp8-param-gather and --fp8-recipe delayed"),
+        ((), {"fp8": "hybrid"}, "--fp8-recipe delayed: the rollouts after its first step"),
         ((), {"rl_sequence_packing_max_sequences_per_bin": 0}, "max-sequences-per-bin is 0"),
         (("--overlong-buffer-length", "17"), {}, "buffer_length is 17"),
         (("--logits-chunk-size", "0"), {}, "logits-chunk-size is 0"),

@@ -329,6 +329,37 @@ def test_generation_leaves_nothing_behind(fail: bool) -> None:
         assert all(kept.values()), kept
 
 
+def kept_by_fp8_layers(fp8: bool) -> tuple[bool, list[int], bool]:
+    """Whether a scale made in a rollout is of inference mode, weights in FP8 inside and after, if that mode is back.
+
+    The module stands for one of Transformer Engine: it makes its scale in its first forward, and keeps its weight.
+    """
+    from types import SimpleNamespace
+
+    from megatron_longact.generation.engine import generation_mode
+
+    module = torch.nn.Linear(1, 1)
+    module.config = SimpleNamespace(fp8="hybrid" if fp8 else None)
+    module._fp8_workspaces = {"weight": torch.zeros(1)}
+    model = torch.nn.ModuleList([module])
+    kept = []
+    with generation_mode(model):
+        kept.append(len(module._fp8_workspaces))
+        with torch.inference_mode():
+            scale = torch.ones(1)
+            module._fp8_workspaces["weight"] = scale
+            assert not torch.is_grad_enabled()
+    kept.append(len(module._fp8_workspaces))
+    with torch.inference_mode():
+        back = torch.ones(1).is_inference()
+    return scale.is_inference(), kept, back
+
+
+def test_rollouts_and_training_share_nothing_of_layers_in_fp8() -> None:
+    assert ranks.run(kept_by_fp8_layers, fp8=True)[0] == (False, [0, 0], True)
+    assert ranks.run(kept_by_fp8_layers, fp8=False)[0] == (True, [1, 1], True)
+
+
 def test_draw_follows_the_distribution() -> None:
     probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniforms = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]

@@ -82,6 +82,7 @@ class Result:
     statistic: str
     masked: bool
     candidate: str
+    seconds: float
     gb_per_s: float
     of_the_copy: float
     temporaries: float
@@ -135,9 +136,10 @@ def measure(args: argparse.Namespace) -> tuple[float, list[Result]]:
             def action(c: Candidate = candidate, m: Tensor | None = counted, s: str = statistic, t: Any = turns) -> Any:
                 return c(next(t), m, s)
 
-            speed = read / seconds(action, repeats=args.repeats) / 1e9
+            took = seconds(action, repeats=args.repeats)
+            speed = read / took / 1e9
             off, share = error(candidate, xs[0], counted, statistic), peak_bytes(action) / read
-            results.append(Result(tokens, tp, statistic, masked, name, speed, speed / copy, share, off))
+            results.append(Result(tokens, tp, statistic, masked, name, took, speed, speed / copy, share, off))
     return copy, results
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
     Enters the engine's `InferenceMode` and `eval()` without gradients. On the way out, also when an
     exception flies: the flag, every module's mode, every generator (python, numpy, torch CPU and
     device, Megatron's tracker), and nothing made under `torch.inference_mode` stays cached: RoPE tables, Megatron's
-    global buffers, into which sequence parallelism gathers.
+    global buffers, into which sequence parallelism gathers, what layers in FP8 keep.
     """
     was_training = {module: module.training for module in model.modules()}
     _forget_rope_tables(model)  # those of training may be cut for context parallelism
@@ -117,7 +118,7 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
     InferenceMode.set_active()
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _fp8_apart(model):
             yield
     finally:
         if not was_active:
@@ -127,6 +128,31 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
         _forget_rope_tables(model)
         _forget_inference_buffers()
         _restore_generators(generators)
+
+
+@contextmanager
+def _fp8_apart(model: nn.Module) -> Iterator[None]:
+    """Keep what layers in FP8 make for generation and for training apart.
+
+    Transformer Engine's modules keep their scales, made in the first forward, and their weights in FP8, which it
+    quantises anew in a step's first micro-batch alone. Without this the scales would be tensors of
+    `torch.inference_mode`, which no training step can write to, and rollouts would take the weights before the last
+    step. So that mode, which Megatron's engines enter by themselves, is `torch.no_grad` inside.
+    """
+    if not any(getattr(getattr(module, "config", None), "fp8", None) for module in model.modules()):
+        yield
+        return
+    _forget_fp8_weights(model)
+    try:
+        with patch.object(torch._C, "_InferenceMode", lambda enabled: torch.no_grad()):
+            yield
+    finally:
+        _forget_fp8_weights(model)
+
+
+def _forget_fp8_weights(model: nn.Module) -> None:
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _forget_rope_tables(model: nn.Module) -> None:

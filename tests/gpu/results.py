@@ -54,7 +54,7 @@ class ResultsPage:
         yield from ("# GPU results", "", f"{counts}. Written by `{COMMAND}`.", "", "| | |", "|---|---|")
         yield from self._machine_rows()
         yield from ("", "| test | outcome | measured, or why not |", "|---|---|---|")
-        yield from rows.values()
+        yield from (row for _, row in sorted(rows.items()))  # ranks of pytest-xdist end in any order
 
     def _machine_rows(self) -> list[str]:
         return [f"| {name} | {_cell(value)} |" for name, value in self.machine.items()]
