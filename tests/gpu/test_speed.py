@@ -13,7 +13,9 @@ from tests.launch import on_ranks
 
 pytestmark = [*GPU_TIER, pytest.mark.timeout(600)]
 
-OF_THE_COPY = 0.7
+SECONDS_BEYOND_A_COPY = 20e-6
+"""Of as many bytes: two kernels and what stands between them; on an H100 it took 11 to 14 µs at every size."""
+
 TEMPORARIES = 1 / 8
 OVER_DENSE = 1.005
 
@@ -33,10 +35,10 @@ def test_capture_reads_q_and_k_nearly_as_fast_as_a_copy(tmp_path: Path, record_p
     for result in ours:
         tokens = "masked" if result["masked"] else "all"
         case = f"{result['tokens']} tokens, TP {result['tp']}, {result['statistic']}, {tokens}"
-        record_property(case, f"{result['of_the_copy']:.0%}, temporaries {result['temporaries']:.1%}")
+        record_property(case, f"{result['seconds'] * 1e6:.0f} µs, {result['of_the_copy']:.0%} of a copy's speed")
     assert max(result["temporaries"] for result in ours) <= TEMPORARIES
     assert max(result["error"] for result in ours) < 1e-5
-    assert min(result["of_the_copy"] for result in ours) >= OF_THE_COPY
+    assert max(result["seconds"] * (1 - result["of_the_copy"]) for result in ours) <= SECONDS_BEYOND_A_COPY
 
 
 @pytest.mark.parametrize(
