@@ -211,8 +211,8 @@ def _refuse_unsupported(args: Namespace) -> None:
         "--grpo-entropy-term-weight": (args.grpo_entropy_term_weight != 0, "not implemented"),
         "--fp8-recipe delayed": (
             args.fp8 is not None and args.fp8_recipe == "delayed",
-            "the rollouts after its first step had logits that were no numbers (H100, Transformer Engine 2.11); choose "
-            "tensorwise, blockwise or mxfp8, whose scales are those of the tensor at hand",
+            "the rollouts after its first step ended in an assertion on the device (H100, Transformer Engine 2.11); "
+            "choose tensorwise, blockwise or mxfp8, whose scales are those of the tensor at hand",
         ),
     }
     for flag, (given, reason) in refused.items():
