@@ -39,7 +39,7 @@ class RowIndex:
         return self._on[device]
 
     def within(self, first: int, num_rows: int, device: torch.device) -> Tensor:
-        """Those in [first, first + num_rows), counted from `first`; int64 on the device of what they cut."""
+        """Those in [first, first + num_rows), counted from `first`; int64 on the device of what they cut. Read only."""
         low, high = self._sorted.searchsorted((first, first + num_rows))
         rows = self.on(device)[low:high]
         return rows - first if first else rows
@@ -81,7 +81,7 @@ def mask_gradients(frozen: FrozenRows) -> None:
 def gradient_squares(shards: Sequence["Shard"], row_sets: Sequence[FrozenRows], device: torch.device) -> Tensor:
     """Squared gradient norm of each set of rows, over this rank's shards: fp32 [number of sets].
 
-    Each gradient is read once, by one kernel a view; all else is done for all of them together.
+    Each gradient is read once, by one kernel a view. device: of the gradients.
     """
     norms: list[Tensor] = []
     places: list[list[Tensor]] = [[] for _ in row_sets]
@@ -91,13 +91,12 @@ def gradient_squares(shards: Sequence["Shard"], row_sets: Sequence[FrozenRows], 
         for view, first in row_views(flat, shard.start, shard.row_width):
             norms.append(torch.linalg.vector_norm(view, dim=1, dtype=torch.float32))
             for found, rows in zip(places, row_sets, strict=True):
-                index = rows[shard.parameter]
-                found.append(index.within(first, view.shape[0], index.host.device) + seen)
+                found.append(rows[shard.parameter].within(first, view.shape[0], view.device) + seen)
             seen += view.shape[0]
     if not norms:
         return torch.zeros(len(row_sets), dtype=torch.float32, device=device)
     squares = torch.cat(norms).square()
-    return torch.stack([squares[torch.cat(found).to(device, non_blocking=True)].sum() for found in places])
+    return torch.stack([squares[torch.cat(found)].sum() for found in places])
 
 
 def add_gradient_rows(sums: Tensor, shard: "Shard") -> None:

@@ -138,7 +138,8 @@ class QKVModel:
         frozen = ~moves.cpu()[:, self.sharded.channels(self.groups.tp.rank())][self._places]  # [L_r, n]
         columns = self.sharded.columns
         sizes = torch.stack([frozen[:, part].sum(1) for part in columns.values()], dim=1).flatten().tolist()
-        host = self._row_of_column[frozen.nonzero()[:, 1]]
+        row_of = torch.cat([torch.arange(part.stop - part.start) for part in columns.values()])  # of its projection
+        host = row_of[frozen.nonzero()[:, 1]]
         parts = zip(host.split(sizes), host.to(self.device).split(sizes), strict=True)  # one copy, not one a layer
         rows = {}
         for layer in self.layers:
@@ -152,11 +153,6 @@ class QKVModel:
     def _places(self) -> list[int]:
         """Where this rank's layers stand among those of the whole model."""
         return [self.layer_numbers.index(layer.layer_number) for layer in self.layers]
-
-    @cached_property
-    def _row_of_column(self) -> Tensor:
-        """The row of its projection that each of the n rows of a rank is: int64 [n]."""
-        return torch.cat([torch.arange(part.stop - part.start) for part in self.sharded.columns.values()])
 
     def of_rows(self, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
         """A value for each row of each weight, from [rows] of one weight; [L_r, n]."""

@@ -85,9 +85,7 @@ def main(argv: list[str]) -> int:
         print("megatron_longact:", remark, file=sys.stderr, flush=True)
     if cpu or not gpu:
         program = _in_cpu_mode(program, asked_for=cpu)
-    else:
-        dataset_helpers.keep_what_is_built(of_any_megatron=False)
-    return _run(program)
+    return _run(program, gpu=gpu and not cpu)
 
 
 def _parse(argv: list[str]) -> tuple[_Program, bool]:
@@ -146,7 +144,7 @@ def _in_cpu_mode(program: _Program, *, asked_for: bool) -> _Program:
     return _Program(program.name, program.is_module, [*program.arguments, *flags])
 
 
-def _run(program: _Program) -> int:
+def _run(program: _Program, *, gpu: bool) -> int:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()
@@ -154,6 +152,8 @@ def _run(program: _Program) -> int:
     try:
         from megatron_longact.megatron import seams
 
+        if gpu:
+            dataset_helpers.keep_what_is_built(of_any_megatron=False)
         with seams.attached(), quiet.quiet_program():
             program.run()
     except Exception as error:

@@ -414,6 +414,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--inference-dynamic-batching-async-sched-mode": ({"async_sched_mode": "async"}, {}),
     "--rl-kv-cache-management-mode offload": ({"kv_cache_management_mode": "offload"}, {}),
     "--expert-model-parallel-size": ({}, {"expert_model_parallel_size": 2}),
+    "--cuda-graph-impl local and --fp8-format": ({}, {"cuda_graph_impl": "local", "fp8": "hybrid"}),
     "--inference-dynamic-batching-max-requests is 15": ({"max_requests": 15}, {"tensor_model_parallel_size": 2}),
     "--inference-dynamic-batching-max-tokens is 100; steps are padded to a multiple, choose 128": (
         {"max_tokens": 100},

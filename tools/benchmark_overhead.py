@@ -332,9 +332,12 @@ def main() -> None:
     if args.rounds < 2:
         parser.error(f"--rounds is {args.rounds}; quartiles need at least 2")
     check_model_args(parser, args)
+    args.arms = list(dict.fromkeys(args.arms))
+    if min([*args.refresh_interval, args.num_microbatches]) < 1:
+        parser.error("--refresh-interval and --num-microbatches are 1 or more")
     needed = {"dense", "refresh"} | ({"keep"} if max(args.refresh_interval) > 1 else set())
     if lacking := needed - set(args.arms):
-        parser.error(f"--arms lacks {', '.join(sorted(lacking))}, which a row of the table is made of")
+        parser.error(f"--arms lacks {', '.join(sorted(lacking))}, of which the rows of --refresh-interval are made")
     initialise(args)
     report = []
     rank0 = torch.distributed.get_rank() == 0
@@ -345,7 +348,8 @@ def main() -> None:
             arms = measure(model, args.arms, rounds=args.rounds)
             if rank0:
                 seconds = statistics.median(arms["dense"].seconds)
-                print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {seq_length} tokens: {seconds:.3f} s")
+                tokens = f"{args.num_microbatches} x {seq_length} tokens"
+                print(f"\n{size / 1e6:.0f} M parameters, hidden {hidden_size}, {tokens}: {seconds:.3f} s")
                 print(f"{memory(arms['dense'])}\n")
                 print(HEADER)
                 for interval in args.refresh_interval:

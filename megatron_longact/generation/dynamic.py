@@ -319,6 +319,10 @@ def _check(config: InferenceConfig, model_config: Any) -> None:
             config.kv_cache_management_mode == KVCacheManagementMode.OFFLOAD,
             "it would keep a cache of old weights; choose persist or recompute",
         ),
+        "--cuda-graph-impl local and --fp8-format without --fp8-param-gather": (
+            model_config.cuda_graph_impl == "local" and bool(model_config.fp8) and not model_config.fp8_param,
+            "its graphs would replay the weights as they were quantised when they were captured",
+        ),
         "--expert-model-parallel-size": (
             model_config.expert_model_parallel_size > 1,
             "a replica that has finished would leave the others waiting for its experts",

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -137,22 +136,29 @@ def _fp8_apart(model: nn.Module) -> Iterator[None]:
     Transformer Engine's modules keep their scales, made in the first forward, and their weights in FP8, which it
     quantises anew in a step's first micro-batch alone. Without this the scales would be tensors of
     `torch.inference_mode`, which no training step can write to, and rollouts would take the weights before the last
-    step. So that mode, which Megatron's engines enter by themselves, is `torch.no_grad` inside.
+    step. So that mode, which Megatron's engines enter by themselves, is `torch.no_grad` inside, for the whole process.
     """
-    if not any(getattr(getattr(module, "config", None), "fp8", None) for module in model.modules()):
+    configs = (getattr(module, "config", None) for module in model.modules())
+    if not any(getattr(config, name, None) for config in configs for name in ("fp8", "fp4")):
         yield
         return
-    _forget_fp8_weights(model)
+    mode = torch._C._InferenceMode
+    _forget_quantized_weights(model)
+    torch._C._InferenceMode = _no_inference_mode  # type: ignore[misc,assignment]
     try:
-        with patch.object(torch._C, "_InferenceMode", lambda enabled: torch.no_grad()):
-            yield
+        yield
     finally:
-        _forget_fp8_weights(model)
+        torch._C._InferenceMode = mode  # type: ignore[misc]
+        _forget_quantized_weights(model)
 
 
-def _forget_fp8_weights(model: nn.Module) -> None:
+def _no_inference_mode(enabled: bool = True) -> Any:
+    return torch.no_grad() if enabled else torch.enable_grad()
+
+
+def _forget_quantized_weights(model: nn.Module) -> None:
     for module in model.modules():
-        getattr(module, "_fp8_workspaces", {}).clear()
+        getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's name, for FP4 as well
 
 
 def _forget_rope_tables(model: nn.Module) -> None:

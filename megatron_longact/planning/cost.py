@@ -127,7 +127,6 @@ def held(
     on_gpu False: as without a GPU, where the row indices of the host serve as those of the device too.
     """
     channels = attention.num_layers * attention.num_channels
-    index = _INT64 * (1 + attention.qkv_bias)  # one on the device for each parameter
     every = float(qk_rows(attention, parallel, place.tp_rank) * place.layers)
     frozen = _frozen_of_rank(attention, parallel, config, place)
     exact = {
@@ -145,8 +144,8 @@ def held(
     parts = {name: Bytes(n, n) for name, n in exact.items()}
     parts["host: frozen rows"] = Bytes(*(n * _INT64 for n in frozen))
     if on_gpu:
-        parts["all Q and K rows"] = Bytes(every * index, every * index)
-        parts["frozen rows"] = Bytes(*(n * index for n in frozen))
+        parts["all Q and K rows"] = Bytes(every * _INT64, every * _INT64)
+        parts["frozen rows"] = Bytes(*(n * _INT64 for n in frozen))
     return parts
 
 
@@ -246,7 +245,8 @@ def mask_work(attention: Attention, parallel: Parallel, config: LongActConfig, *
     rows = place.layers * attention.layout.rows_per_partition(parallel.tp)
     shard = rows * attention.parameters_per_row / parallel.optimizer_shards
     saved = saved_masters(attention, parallel, config, place=place).mean
-    squares = 3 * _FP32 * shard  # read, squares written, squares read
     parameters = place.layers * (1 + attention.qkv_bias)
-    largest = attention.layout.rows_per_partition(parallel.tp) * attention.hidden_size
-    return MaskWork(squares + _FP32 * frozen + 4 * saved, parameters * (12 + 1 + 4), largest * _FP32)
+    kernels = 3 + 1 + 2  # norms and the places of two sets of rows; zeroes; saved and put back
+    every = place.layers * qk_rows(attention, parallel, place.tp_rank)
+    temporary = 3 * _FP32 * rows + (3 * _INT64 + _FP32) * every  # norms, joined, squared; places of both sets, joined
+    return MaskWork(_FP32 * (shard + frozen) + 4 * saved, parameters * kernels, temporary * (1 + attention.qkv_bias))

@@ -105,6 +105,22 @@ def test_the_hook_of_a_fused_layer_reads_what_comes_out_of_it() -> None:
     torch.testing.assert_close(seen["k"], groups[:, 128:192].flatten(), rtol=5e-3, atol=1e-4)
 
 
+def kept_weights() -> list[bool]:
+    from megatron_longact.generation.engine import generation_mode
+
+    model = build(GPUSpec())
+    model.config.fp8 = "hybrid"
+    modules = [model.layers[0].self_attention.linear_qkv, model.layers[0].mlp.linear_fc1]
+    for module in modules:
+        module._fp8_workspaces["weight"] = torch.zeros(1)
+    with generation_mode(model.chunk):
+        return [bool(module._fp8_workspaces) for module in modules]
+
+
+def test_generation_forgets_the_weights_that_these_modules_keep_in_fp8() -> None:
+    assert ranks.run(kept_weights) == [[False, False]]
+
+
 def taps() -> set[int]:
     model = build(GPUSpec())
     with LongAct.attach([model.chunk], model.optimizer, LongActConfig(tap="norm")) as longact:
