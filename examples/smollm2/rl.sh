@@ -59,7 +59,7 @@ FLAGS=(
     --save-interval 20
     --save-retain-interval 1000            # of the earlier checkpoints none stays
 )
-if [[ $GPUS != 0 ]]; then                  # a run takes 7 GB of the GPU
+if [[ $GPUS != 0 ]]; then                  # with a buffer of 1 GB a run took 7 GB of an H100
     FLAGS+=(
         --bf16 --transformer-impl transformer_engine
         --use-distributed-optimizer --no-gradient-accumulation-fusion

@@ -14,7 +14,7 @@ from tests.launch import on_ranks
 pytestmark = [*GPU_TIER, pytest.mark.timeout(600)]
 
 SECONDS_BEYOND_A_COPY = 20e-6
-"""Of as many bytes: two kernels and what stands between them; on an H100 it took 11 to 14 µs at every size."""
+"""Beyond reading as many bytes at a copy's rate: two kernels and what is between them (an H100: 11 to 14 µs)."""
 
 TEMPORARIES = 1 / 8
 OVER_DENSE = 1.005

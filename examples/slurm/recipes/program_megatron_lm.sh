@@ -1,5 +1,5 @@
 # Flags of NVIDIA's train_rl.py, unedited, with LongAct; to be sourced by a recipe that has set MODEL_ARGS, TP, PP, CP,
-# SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had. docs/megatron_rl.md: that program with LongAct;
+# SEQ_LENGTH, RUN_DIR. Not run yet. docs/megatron_rl.md: that program with LongAct;
 # examples/megatron_lm/qwen3_8b.sh: without Slurm.
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 [[ $DRY_RUN == 1 ]] && HF_DIR=${HF_DIR:-HF_DIR} START=${START:-START} MEGATRON_LM=${MEGATRON_LM:-MEGATRON_LM}

@@ -1,5 +1,5 @@
 # Flags of examples/train_grpo.py for a model of several billion parameters; to be sourced by a recipe that has set
-# MODEL_ARGS, TP, PP, CP, SEQ_LENGTH, RUN_DIR. Not run yet: no such GPUs were to be had.
+# MODEL_ARGS, TP, PP, CP, SEQ_LENGTH, RUN_DIR. Not run yet.
 # shellcheck shell=bash disable=SC2034     # common.sh reads them
 [[ $DRY_RUN == 1 ]] && HF_DIR=${HF_DIR:-HF_DIR} START=${START:-START}
 SAVE=${SAVE:-$RUN_DIR/checkpoints}
