@@ -124,8 +124,8 @@ class QKVModel:
 
     def global_saliency(self, config: LongActConfig) -> GlobalSaliency:
         """What turns the sums of this rank's layers into the saliency of the whole model."""
-        local = [layer.layer_number for layer in self.layers]
-        return GlobalSaliency(self.groups, self.sharded, config, layer_numbers=self.layer_numbers, local_layers=local)
+        places = self._places
+        return GlobalSaliency(self.groups, self.sharded, config, num_layers=len(self.layer_numbers), places=places)
 
     def channels(self, value: bool) -> QK:
         """A mask of all channels of the whole model: [L, nq] and [L, nk]."""

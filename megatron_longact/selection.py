@@ -148,14 +148,14 @@ class GlobalSaliency:
         sharded: ShardedLayout,
         config: LongActConfig,
         *,
-        layer_numbers: Sequence[int],
-        local_layers: Sequence[int],
+        num_layers: int,
+        places: Sequence[int],
     ) -> None:
-        """layer_numbers: all of the model, ascending; local_layers: those of this rank, in its order."""
+        """num_layers: of the whole model; places: of this rank's layers among them, in its order."""
         self._groups, self._sharded, self._config = groups, sharded, config
         self._norm = config.tap == "norm" and config.reads_activations
-        self._num_layers = len(layer_numbers)
-        self._places = [list(layer_numbers).index(number) for number in local_layers]
+        self._num_layers = num_layers
+        self._places = places
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def from_sums(self, sums: Tensor) -> QK:

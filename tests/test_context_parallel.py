@@ -68,7 +68,7 @@ def reduced(rules: dict[str, int], statistic: Any) -> dict[str, Tensor]:
     sums.add(sums.sums[0, :rows_here], mine.flatten(0, 1), kept.flatten())
     sums.count(slice(0, 1), kept.sum())
     sharded = ShardedLayout(QKV, groups.tp.size())
-    saliency = GlobalSaliency(groups, sharded, config, layer_numbers=[1], local_layers=[1]).from_sums(sums.sums)
+    saliency = GlobalSaliency(groups, sharded, config, num_layers=1, places=[0]).from_sums(sums.sums)
     assert is_usable(saliency)
     return {"q": saliency.q[0], "k": saliency.k[0]}
 
