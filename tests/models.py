@@ -4,6 +4,7 @@ Fresh Megatron initialisations differ by tensor-parallel size, so each parameter
 its name, and every rank takes its shard.
 """
 
+import pickle
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +29,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
+
+from tests.pickling import dumps
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -369,10 +372,10 @@ def full_weights(built: Built, *, masters: bool = False) -> dict[str, Tensor]:
             value = getattr(parameter, "main_param", parameter) if masters else parameter
             local.append((name, shard, value.detach().view(parameter.shape).clone()))
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, local)
+    dist.all_gather_object(everywhere, dumps(local))
     parts: dict[str, dict[int, Tensor]] = {}
     dims: dict[str, int | None] = {}
-    for name, shard, value in (entry for rank in everywhere for entry in rank):
+    for name, shard, value in (entry for rank in everywhere for entry in pickle.loads(rank)):
         known = parts.setdefault(name, {}).setdefault(shard.rank if shard.dim is not None else 0, value)
         assert torch.equal(known, value), f"replicas of {name} differ"
         dims[name] = shard.dim

@@ -14,6 +14,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import subprocess
@@ -189,7 +190,7 @@ class _Pool:
                 )
             for connection in ready:
                 rank = self._connections.index(connection)
-                ok, results[rank] = connection.recv()
+                ok, results[rank] = pickle.loads(connection.recv_bytes())
                 if not ok:
                     raise RuntimeError(f"rank {rank}:\n{results[rank]}")
         return [results[rank] for rank in range(len(results))]
@@ -209,29 +210,39 @@ def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     from torch import distributed, set_num_threads
 
+    from tests.pickling import dumps
+
     set_num_threads(1)
     store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    world_size = int(os.environ["WORLD_SIZE"])
+    laid_out: Layout | None = None
     for call in itertools.count():
         try:
             function, layout, kwargs = connection.recv()
         except EOFError:
             return
-        groups = distributed.PrefixStore(str(call), store)
-        distributed.init_process_group("gloo", store=groups, rank=rank, world_size=world_size)
         try:
+            if layout != laid_out:
+                _lay_out(layout, distributed.PrefixStore(str(call), store), again=laid_out is not None)
+                laid_out = layout
             result = _call(function, layout, kwargs)
             distributed.barrier()  # a rank that closes its connections early breaks the others' last collective
-            connection.send((True, result))
+            connection.send_bytes(dumps((True, result)))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            connection.send_bytes(dumps((False, traceback.format_exc())))
         gc.collect()
+
+
+def _lay_out(layout: Layout, store: Any, *, again: bool) -> None:
+    """Megatron's groups; those of the layout before are destroyed."""
+    from megatron.core import parallel_state
+    from torch import distributed
+
+    if again:
+        parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
-
-
-def _call(function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any]) -> Any:
-    from megatron.core import parallel_state, tensor_parallel
-
+    distributed.init_process_group(
+        "gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -239,8 +250,12 @@ def _call(function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any]) 
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
     )
-    try:
-        tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-        return function(**kwargs)
-    finally:
-        parallel_state.destroy_model_parallel()
+
+
+def _call(function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any]) -> Any:
+    from megatron.core import parallel_state, tensor_parallel
+
+    if layout.vpp is not None:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    return function(**kwargs)

@@ -36,8 +36,8 @@ def train(
     optimizer: OptimizerSpec | None = None,
     config: LongActConfig | None = None,
     steps: int = 3,
-    sequences: int = 4,
-    length: int = 16,
+    sequences: int = 2,
+    length: int = 32,
     micro_batch_size: int = 1,
     set_tokens: Callable[[LongAct, Tensor], None] | None = None,
 ) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def train_naively(
     optimizer: OptimizerSpec | None = None,
     config: LongActConfig,
     steps: int = 3,
-    sequences: int = 4,
-    length: int = 16,
+    sequences: int = 2,
+    length: int = 32,
 ) -> dict[str, Any]:
     """The reference: one process, whole activations, dense masks, AdamW written out; fp32 only."""
     optimizer = optimizer or OptimizerSpec()
@@ -139,7 +139,7 @@ def frozen_rows_stay(
     counts = {"frozen": 0, "frozen changed": 0, "model frozen changed": 0, "active": 0, "active same": 0, "owned": 0}
     for step in range(steps):
         before, weights = masters(built), full_weights(built)
-        success, _ = train_step(built, random_tokens(4, 16, seed=step), before_forward=name_all(longact))
+        success, _ = train_step(built, random_tokens(2, 32, seed=step), before_forward=name_all(longact))
         assert success
         after = full_weights(built)
         for freeze in longact.freezes:

@@ -170,12 +170,12 @@ def resume(spec: ModelSpec, optimizer: OptimizerSpec, sharding: str, path: str, 
 
     def go_on(built: Built) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         for seed in (10, 11):
-            train_step(built, random_tokens(4, 16, seed=seed))
+            train_step(built, random_tokens(2, 32, seed=seed))
         return inner_state(built), full_weights(built)
 
     straight = build(spec, optimizer)
     for seed in range(trained):
-        train_step(straight, random_tokens(4, 16, seed=seed))
+        train_step(straight, random_tokens(2, 32, seed=seed))
     dist_checkpointing.save(sharded(straight, sharding, loading=False), path)
     wanted = go_on(straight)
 

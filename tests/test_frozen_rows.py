@@ -51,7 +51,7 @@ def train(*, freeze: str) -> dict[str, Any]:
     named = [longact.frozen_rows_by_hf_name()]
     weights = [exported(full_weights(built))]
     for step in range(UPDATES):
-        assert train_step(built, random_tokens(8, 16, seed=step), before_forward=name_all(longact))[0]
+        assert train_step(built, random_tokens(2, 32, seed=step), before_forward=name_all(longact))[0]
         weights.append(exported(full_weights(built)))
     named += [longact.frozen_rows_by_hf_name(since=since) for since in range(UPDATES + 1)]
     saved = longact.state_dict()
@@ -59,7 +59,7 @@ def train(*, freeze: str) -> dict[str, Any]:
     resumed = [longact.frozen_rows_by_hf_name(since=since) for since in range(UPDATES + 1)]
     longact.load_state_dict({name: value for name, value in saved.items() if name != "history"})
     older = [longact.frozen_rows_by_hf_name(since=since) for since in (UPDATES - 1, UPDATES)]
-    assert train_step(built, random_tokens(8, 16, seed=9), before_forward=name_all(longact))[0]
+    assert train_step(built, random_tokens(2, 32, seed=9), before_forward=name_all(longact))[0]
     older += [longact.frozen_rows_by_hf_name(since=since) for since in (UPDATES - 1, UPDATES)]
     with pytest.raises(ValueError, match="since is 6; updates 0 to 5 have been"):
         longact.frozen_rows_by_hf_name(since=UPDATES + 2)

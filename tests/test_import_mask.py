@@ -100,7 +100,7 @@ def resume(*, state: dict[str, Any], config: LongActConfig) -> Any:
     built = build(SPEC)
     with LongAct.attach(built.chunks, built.optimizer, config) as longact:
         longact.load_state_dict(state)
-        assert train_step(built, random_tokens(4, 16), before_forward=runs.name_all(longact))[0]
+        assert train_step(built, random_tokens(2, 32), before_forward=runs.name_all(longact))[0]
         return runs.cpu(longact.masks)
 
 

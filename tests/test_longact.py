@@ -31,7 +31,7 @@ def both(spec: ModelSpec = SPEC, config: LongActConfig | None = None, optimizer:
 
 def step(built: Built, longact: LongAct, seed: int = 0, **kwargs: Any) -> bool:
     kwargs.setdefault("before_forward", name_all(longact))
-    return train_step(built, random_tokens(4, 16, seed=seed), **kwargs)[0]
+    return train_step(built, random_tokens(2, 32, seed=seed), **kwargs)[0]
 
 
 def one_step(**config: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def same(a: dict[int, dict[str, Tensor]], b: dict[int, dict[str, Tensor]]) -> bo
 def test_option_agrees_with_the_reference(config: dict[str, Any]) -> None:
     from tests.runs import train_naively
 
-    run: dict[str, Any] = {"spec": SPEC, "config": LongActConfig(**config), "steps": 1, "sequences": 8}
+    run: dict[str, Any] = {"spec": SPEC, "config": LongActConfig(**config), "steps": 1, "sequences": 4}
     result = ranks.run(train, layout=Layout(tp=2), world_size=2, **run)[0]
     wanted = ranks.run(train_naively, **run)[0]
     assert same(result["masks"][0], wanted["masks"][0])
@@ -106,7 +106,7 @@ def norm_outputs() -> dict[int, dict[str, Tensor]]:
                 layer = int(name.split("layers.")[1].split(".")[0]) + 1
                 keep = outputs.setdefault((layer, part), [])
                 module.register_forward_hook(lambda m, a, out, keep=keep: keep.append(out.detach().flatten(0, 1)))
-    train_step(built, random_tokens(4, 16, seed=0), step=False)
+    train_step(built, random_tokens(2, 32, seed=0), step=False)
     mean = {key: torch.cat(parts).double().abs().mean(0).flatten() for key, parts in outputs.items()}
     return {n: {"q": mean[n, "q"], "k": mean[n, "k"]} for n in (1, 2)}
 
@@ -114,7 +114,7 @@ def norm_outputs() -> dict[int, dict[str, Tensor]]:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_tap_norm_reads_after_the_layernorm(tp: int) -> None:
     wanted = ranks.run(norm_outputs)[0]
-    run = {"layout": Layout(tp=tp), "world_size": 4, "spec": SPEC, "steps": 1}
+    run = {"layout": Layout(tp=tp), "world_size": tp, "spec": SPEC, "steps": 1}
     result = ranks.run(train, **run, config=LongActConfig(tap="norm"))[0]
     for layer, parts in wanted.items():
         for part, scores in parts.items():
@@ -597,13 +597,13 @@ def after_faults() -> dict[str, Any]:
     results["rows moved after a step that failed"] = torch.equal(moved, active)
 
     rejected = longact.state.rejected
-    negative = torch.arange(16)[None].expand(1, 16) - 9.0
+    negative = torch.arange(32)[None] - 9.0
     step(built, longact, before_forward=lambda inputs: longact.set_tokens(negative))
     results["weights below 0"] = longact.state.rejected - rejected
     spoilt = projection.register_forward_hook(lambda m, a, out: (out[0] * float("nan"), out[1]), prepend=True)
     if torch.distributed.get_rank() == 0:
         spoilt.remove()
-    train_step(built, random_tokens(4, 16), before_forward=name_all(longact), step=False)
+    train_step(built, random_tokens(2, 32), before_forward=name_all(longact), step=False)
     spoilt.remove()
     results["NaN of one rank"] = longact.step.pending.rejected - longact.state.rejected
     step(built, longact, seed=4)
@@ -785,9 +785,9 @@ def profiled() -> dict[str, int]:
 
 def test_a_profile_names_what_longact_does() -> None:
     counts = ranks.run(profiled)[0]
-    # four micro-batches: the beginning and the end of each, and two layers
+    # two micro-batches: the beginning and the end of each, and two layers
     assert {name: counts.get(name) for name in metrics.RANGES} == {
-        metrics.CAPTURE: 4 * 4,
+        metrics.CAPTURE: 2 * 4,
         metrics.REFRESH: 1,
         metrics.MASK: 1,
         metrics.FREEZE: 1,

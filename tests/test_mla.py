@@ -95,7 +95,7 @@ def train_naively(*, spec: ModelSpec, config: LongActConfig, steps: int = 3) -> 
     result: dict[str, Any] = {"masks": [], "saliency": [], "weights": [], "norms": []}
     for step in range(steps):
         outputs.clear()
-        train_step(built, random_tokens(4, 16, vocab=spec.vocab, seed=step), step=False)
+        train_step(built, random_tokens(2, 32, vocab=spec.vocab, seed=step), step=False)
         grads = {name: p.main_grad.clone() for name, p in parameters.items()}
         seen = {n: {name: outputs[weight] for name, weight in of.items()} for n, of in weights.items()}
         if config.select == "gradient":
@@ -215,7 +215,7 @@ def resume(spec: ModelSpec, config: LongActConfig, state: dict[str, Any]) -> dic
     with LongAct.attach(built.chunks, built.optimizer, config) as longact:
         longact.load_state_dict(state)
         start = full_weights(built)
-        assert train_step(built, random_tokens(4, 16), before_forward=name_all(longact))[0]
+        assert train_step(built, random_tokens(2, 32), before_forward=name_all(longact))[0]
         moved = {name: (weight != start[name]).any(-1) for name, weight in full_weights(built).items()}
         named = longact.frozen_rows_by_hf_name(since=state["updates"])
         return {"masks": cpu(longact.masks), "saliency": cpu(longact.saliency), "moved": moved, "named": named}

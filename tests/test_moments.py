@@ -22,7 +22,7 @@ def frozen_moments(moments: str, optimizer: OptimizerSpec) -> list[dict[str, flo
     for step in range(4):
         states = [(f, s, f.inner.state.get(s.inner_parameter, {})) for f in longact.freezes for s in f.shards]
         before = [{k: v.clone() for k, v in state.items() if k.startswith("exp_avg")} for *_, state in states]
-        assert train_step(built, random_tokens(4, 16, seed=step), before_forward=name_all(longact))[0]
+        assert train_step(built, random_tokens(2, 32, seed=step), before_forward=name_all(longact))[0]
         if step == 0:
             continue
         worst = {"held": 0.0, "decayed": 0.0, "zero": 0.0}
@@ -61,7 +61,7 @@ def returning(moments: str) -> dict[str, Any]:
     returned, stayed, was = [], [], None
     for step in range(30):
         old = weight.detach().clone()
-        train_step(built, random_tokens(8, 16, seed=step), before_forward=name_all(longact))
+        train_step(built, random_tokens(2, 64, seed=step), before_forward=name_all(longact))
         frozen = torch.zeros(weight.shape[0], dtype=torch.bool)
         frozen[longact.step.frozen[weight].device] = True
         size = (weight.detach() - old).abs().mean(1) / 1e-3  # in units of the learning rate

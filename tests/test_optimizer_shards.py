@@ -85,7 +85,7 @@ def reload_the_model() -> dict[str, bool]:
         ("fresh", 0, None, False),
     ):
         if updates and not longact.state.updates:
-            train_step(built, random_tokens(4, 16))
+            train_step(built, random_tokens(2, 32))
         longact.load_state_dict({**longact.state_dict(), "updates": updates})
         wanted = weights_of(built)
         with pytest.MonkeyPatch.context() as patch:

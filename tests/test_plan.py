@@ -132,7 +132,7 @@ def measured(spec: ModelSpec, optimizer: OptimizerSpec, config: LongActConfig) -
         "pp": parallel_state.get_pipeline_model_parallel_group(),
     }
     names = {id(group): name for name, group in groups.items()}
-    tokens = random_tokens(8, 16)
+    tokens = random_tokens(2, 32)
     train_step(built, tokens)  # makes the optimizer's state
     with counted(names) as dense:
         train_step(built, tokens)

@@ -102,7 +102,7 @@ def swap_after_training(offload: bool) -> dict[str, Any]:
     start, reference = weights(), ReferenceWeights(built.chunks, offload=offload)
     seen: dict[str, Any] = {"trained": [], "swapped": [], "after": []}
     for step in range(2):
-        train_step(built, random_tokens(4, 16, seed=step))
+        train_step(built, random_tokens(2, 32, seed=step))
         own = weights()
         seen["trained"].append(differ(start))
         for _ in range(2):

@@ -42,7 +42,7 @@ def selected(spec: ModelSpec) -> dict[str, Any]:
     steps = []
     for step in range(3):
         before = {id(p): p.detach().clone() for layer in longact.model.layers for p in layer.parameters}
-        assert train_step(built, random_tokens(4, 16, seed=step), before_forward=name_all(longact))[0]
+        assert train_step(built, random_tokens(2, 32, seed=step), before_forward=name_all(longact))[0]
         for chunk in built.chunks:
             chunk.start_param_sync(force_sync=True)
         for parameter, rows in longact.step.frozen.items():
