@@ -9,6 +9,7 @@ a time-out the pool is killed, with everything it started, and made anew at the 
 """
 
 import atexit
+import ctypes
 import gc
 import itertools
 import logging
@@ -36,6 +37,7 @@ _CONTEXT.set_forkserver_preload(["tests.megatron_in_cpu_mode"])
 _POOLS: dict[int, "_Pool"] = {}
 _LAZILY = {"TORCH_GLOO_LAZY_INIT": "1"}
 """Megatron makes two dozen groups for a layout; most are never used, and those connect no ranks then."""
+_PR_SET_PDEATHSIG = 1
 _MOST_THREADS = 160
 """Each gloo group has threads that wake up now and then, and Megatron keeps some groups for ever."""
 
@@ -167,6 +169,7 @@ def _kill(processes: Iterable[Any]) -> None:
 class _Pool:
     def __init__(self, world_size: int) -> None:
         self._connections, self._processes, self._stack = [], [], ExitStack()
+        self._stopped = False
         environment = {"WORLD_SIZE": str(world_size), **_LAZILY} | self._stack.enter_context(meeting_place())
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
@@ -178,16 +181,26 @@ class _Pool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any], timeout: float) -> list[Any]:
+        if self._stopped:
+            self._signal(signal.SIGCONT)
         for connection in self._connections:
             connection.send((function, layout, kwargs))
+        results = self._results(function.__name__, timeout)
+        self._signal(signal.SIGSTOP)  # each group has a thread that looks for work a hundred times a second
+        self._stopped = True
+        return results
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            os.killpg(process.pid, number)
+
+    def _results(self, name: str, timeout: float) -> list[Any]:
         deadline, results = time.monotonic() + timeout, {}
         while len(results) < len(self._connections):
             left = [c for i, c in enumerate(self._connections) if i not in results]
             ready = wait(left, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TimeoutError(
-                    f"{function.__name__}: ranks {sorted(set(range(len(self._connections))) - set(results))}"
-                )
+                raise TimeoutError(f"{name}: ranks {sorted(set(range(len(self._connections))) - set(results))}")
             for connection in ready:
                 rank = self._connections.index(connection)
                 ok, results[rank] = pickle.loads(connection.recv_bytes())
@@ -207,6 +220,9 @@ class _Pool:
 
 def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -> None:
     os.setsid()  # so that what a rank starts ends with it
+    ctypes.CDLL(None).prctl(
+        _PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a stopped rank does not notice that nobody calls any more
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     from torch import distributed, set_num_threads
 
