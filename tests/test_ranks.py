@@ -1,6 +1,8 @@
 """The ranks that the distributed tests run on: a failure is told as it was, and leaves nothing behind."""
 
+import ctypes
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests import ranks
@@ -39,6 +42,43 @@ def hang(folder: str) -> None:
 def test_layouts_follow_each_other_in_one_pool() -> None:
     assert ranks.run(place, layout=Layout(tp=2), world_size=2) == [(0, 0, 2), (1, 1, 2)]
     assert ranks.run(place, layout=Layout(pp=2), world_size=2) == [(0, 0, 2), (1, 0, 2)]
+
+
+def ends_with_its_parent() -> int:
+    number = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+    return number.value
+
+
+def test_ranks_that_nobody_calls_are_stopped_and_end_with_the_test_run() -> None:
+    for _ in range(2):
+        assert ranks.run(ends_with_its_parent, world_size=2) == [signal.SIGKILL] * 2
+        idle = [psutil.Process(process.pid) for process in ranks._POOLS[2]._processes]
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and any(process.status() != psutil.STATUS_STOPPED for process in idle):
+            time.sleep(0.01)
+        assert [process.status() for process in idle] == [psutil.STATUS_STOPPED] * 2
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    weight = torch.linspace(-3, 3, 12).requires_grad_()
+    return {
+        "bf16": weight.bfloat16().view(3, 4).T,
+        "view": weight.detach()[::5],
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 3, dtype=torch.float16),
+        "graph": weight * 2,
+    }
+
+
+def test_tensors_come_back_as_they_were_without_their_graph() -> None:
+    [result] = ranks.run(some_tensors)
+    for name, wanted in some_tensors().items():
+        assert result[name].dtype == wanted.dtype
+        assert torch.equal(result[name], wanted), name
+        assert not result[name].requires_grad
+        result[name].zero_()  # memory of its own
 
 
 def test_pools_that_start_at_once_do_not_meet() -> None:
