@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -219,10 +220,8 @@ class _Pool:
 
 
 def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -> None:
+    _end_with_the_caller()
     os.setsid()  # so that what a rank starts ends with it
-    ctypes.CDLL(None).prctl(
-        _PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # a stopped rank does not notice that nobody calls any more
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     from torch import distributed, set_num_threads
 
@@ -246,6 +245,15 @@ def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -
         except BaseException:
             connection.send_bytes(dumps((False, traceback.format_exc())))
         gc.collect()
+
+
+def _end_with_the_caller() -> None:
+    """However it ends: a stopped rank sees no end of file, so it is killed when the fork server ends.
+
+    That ends when nobody holds the other end of its pipe any more; it gives one to each process that it forks.
+    """
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _lay_out(layout: Layout, store: Any, *, again: bool) -> None:

@@ -1,11 +1,12 @@
 """The ranks that the distributed tests run on: a failure is told as it was, and leaves nothing behind."""
 
-import ctypes
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import ranks
+from tests import launch, ranks
 from tests.launch import ROOT, meeting_place
 from tests.ranks import Layout
 
@@ -44,20 +45,39 @@ def test_layouts_follow_each_other_in_one_pool() -> None:
     assert ranks.run(place, layout=Layout(pp=2), world_size=2) == [(0, 0, 2), (1, 0, 2)]
 
 
-def ends_with_its_parent() -> int:
-    number = ctypes.c_int()
-    ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
-    return number.value
-
-
-def test_ranks_that_nobody_calls_are_stopped_and_end_with_the_test_run() -> None:
+def test_ranks_that_nobody_calls_are_stopped() -> None:
     for _ in range(2):
-        assert ranks.run(ends_with_its_parent, world_size=2) == [signal.SIGKILL] * 2
+        ranks.run(place, world_size=2)
         idle = [psutil.Process(process.pid) for process in ranks._POOLS[2]._processes]
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and any(process.status() != psutil.STATUS_STOPPED for process in idle):
-            time.sleep(0.01)
-        assert [process.status() for process in idle] == [psutil.STATUS_STOPPED] * 2
+        assert eventually(lambda: all(process.status() == psutil.STATUS_STOPPED for process in idle))  # noqa: B023
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
+
+
+CALLER = """
+import os, signal, time
+from tests import ranks
+ranks._CONTEXT.set_forkserver_preload([])
+pool = ranks._Pool(2)
+pids = [process.pid for process in pool._processes]
+while any(os.getsid(pid) != pid for pid in pids):
+    time.sleep(0.01)
+pool._signal(signal.SIGSTOP)
+print(*pids, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_stopped_ranks_end_with_a_caller_that_is_killed() -> None:
+    """They write where it wrote: its output ends when the last of them has ended."""
+    done = launch.run([sys.executable, "-c", CALLER], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert len(done.stdout.split()) == 2
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
