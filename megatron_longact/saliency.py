@@ -241,6 +241,8 @@ class SaliencyCapture:
 
     def _hook(self, index: int, tap: _Tap) -> Callable[..., None]:
         """Read an output [sq, b, channels], [sq, b, heads, hn], or, of packed sequences, [t, channels]."""
+        sums = self.accumulator.sums[index, tap.columns]
+        sums_of_blocks = [(block, block.of(sums)) for block in tap.blocks]
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._forward is not None:
@@ -250,9 +252,8 @@ class SaliencyCapture:
                     weights = self._weights_of(self._forward, x, tap.parts)
                     self._forward.reads[index] += 1
                     channels = x.flatten(2).flatten(0, 1)  # [t, channels]
-                    sums = self.accumulator.sums[index, tap.columns]
-                    for block in tap.blocks:
-                        self.accumulator.add(block.of(sums), block.of(channels), weights)
+                    for block, into in sums_of_blocks:
+                        self.accumulator.add(into, block.of(channels), weights)
 
         return hook
 
