@@ -1,4 +1,4 @@
-"""What holds for the whole run: the order of files, `--times`, and the end of the ranks."""
+"""What holds for the whole run: the order of files, the cores of a worker, `--times`, and the end of the ranks."""
 
 import gc
 import os
@@ -50,12 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--times", action="store_true", help="print the time by file, and the ten slowest tests")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Each worker keeps to cores of its own, with all that it starts: waking a rank on the same core costs less."""
-    name, cores = os.environ.get("PYTEST_XDIST_WORKER", ""), sorted(os.sched_getaffinity(0))
-    if name:
-        number, workers = int(name.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        os.sched_setaffinity(0, cores[number::workers] or cores)
+    worker, cores = getattr(config, "workerinput", None), sorted(os.sched_getaffinity(0))
+    if worker is not None and worker["workercount"] <= len(cores):
+        os.sched_setaffinity(0, cores[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,8 @@
     done = ranks.run_program("program.py", "--its-flags", world_size=2)          # a fresh process a rank
 
 `function` is a module-level function. A fork server imports Megatron once, in CPU mode; the ranks of a world
-size are forked from it at first use. A rank's exception is raised here with its traceback. After an error or
+size are forked from it at first use, and stopped while nobody calls them. Calls that follow each other at one layout
+share Megatron's groups and parallel state. A rank's exception is raised here with its traceback. After an error or
 a time-out the pool is killed, with everything it started, and made anew at the next call.
 """
 
@@ -125,6 +126,7 @@ def _wait_for(processes: list[Any], *, deadline: float) -> int | None:
 
 
 def _program_main(command: Sequence[str], launcher: bool, environment: dict[str, str], out: Path, err: Path) -> None:
+    _end_with_the_caller()
     os.setsid()  # so that what a rank starts ends with it
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -193,7 +195,7 @@ class _Pool:
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
-            os.killpg(process.pid, number)
+            os.kill(process.pid, number)
 
     def _results(self, name: str, timeout: float) -> list[Any]:
         deadline, results = time.monotonic() + timeout, {}
@@ -239,21 +241,20 @@ def _rank_main(connection: Connection, rank: int, environment: dict[str, str]) -
             if layout != laid_out:
                 _lay_out(layout, distributed.PrefixStore(str(call), store), again=laid_out is not None)
                 laid_out = layout
-            result = _call(function, layout, kwargs)
-            distributed.barrier()  # a rank that closes its connections early breaks the others' last collective
-            connection.send_bytes(dumps((True, result)))
+            answer = dumps((True, _call(function, layout, kwargs)))
         except BaseException:
-            connection.send_bytes(dumps((False, traceback.format_exc())))
+            answer = dumps((False, traceback.format_exc()))
         gc.collect()
+        connection.send_bytes(answer)
 
 
 def _end_with_the_caller() -> None:
-    """However it ends: a stopped rank sees no end of file, so it is killed when the fork server ends.
+    """However it ends: a stopped rank is woken when the fork server ends, and finds that nobody can call any more.
 
-    That ends when nobody holds the other end of its pipe any more; it gives one to each process that it forks.
+    That ends when nobody holds the other end of its pipe; it gives one to each process that it forks.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _lay_out(layout: Layout, store: Any, *, again: bool) -> None:
@@ -264,6 +265,7 @@ def _lay_out(layout: Layout, store: Any, *, again: bool) -> None:
     if again:
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
+        gc.collect()  # their threads end
     distributed.init_process_group(
         "gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )

@@ -1,5 +1,6 @@
 """The ranks that the distributed tests run on: a failure is told as it was, and leaves nothing behind."""
 
+import multiprocessing
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -46,6 +48,7 @@ def test_layouts_follow_each_other_in_one_pool() -> None:
 
 
 def test_ranks_that_nobody_calls_are_stopped() -> None:
+    ranks.close()
     for _ in range(2):
         ranks.run(place, world_size=2)
         idle = [psutil.Process(process.pid) for process in ranks._POOLS[2]._processes]
@@ -60,22 +63,29 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 CALLER = """
-import os, signal, time
+import os, signal
 from tests import ranks
-ranks._CONTEXT.set_forkserver_preload([])
-pool = ranks._Pool(2)
-pids = [process.pid for process in pool._processes]
-while any(os.getsid(pid) != pid for pid in pids):
-    time.sleep(0.01)
-pool._signal(signal.SIGSTOP)
-print(*pids, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+from tests.test_ranks import child_of
+if __name__ == "__main__":
+    [child] = ranks.run(child_of)
+    print(ranks._POOLS[1]._processes[0].pid, child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+def child_of() -> int:
+    """The process of a manager, such as Megatron's checkpoint writer leaves behind."""
+    manager = multiprocessing.get_context("fork").Manager()
+    KEPT.append(manager)
+    return manager._process.pid
+
+
+KEPT: list[Any] = []
+
+
 def test_stopped_ranks_end_with_a_caller_that_is_killed() -> None:
-    """They write where it wrote: its output ends when the last of them has ended."""
-    done = launch.run([sys.executable, "-c", CALLER], timeout=60)
+    """With what they started. They write where it wrote: its output ends when the last of them has ended."""
+    done = launch.run([sys.executable, "-c", CALLER], timeout=90)
     assert done.returncode == -signal.SIGKILL
     assert len(done.stdout.split()) == 2
 
