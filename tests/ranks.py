@@ -172,7 +172,6 @@ def _kill(processes: Iterable[Any]) -> None:
 class _Pool:
     def __init__(self, world_size: int) -> None:
         self._connections, self._processes, self._stack = [], [], ExitStack()
-        self._stopped = False
         environment = {"WORLD_SIZE": str(world_size), **_LAZILY} | self._stack.enter_context(meeting_place())
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
@@ -184,13 +183,11 @@ class _Pool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], layout: Layout, kwargs: dict[str, Any], timeout: float) -> list[Any]:
-        if self._stopped:
-            self._signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         for connection in self._connections:
             connection.send((function, layout, kwargs))
         results = self._results(function.__name__, timeout)
         self._signal(signal.SIGSTOP)  # each group has a thread that looks for work a hundred times a second
-        self._stopped = True
         return results
 
     def _signal(self, number: signal.Signals) -> None:

@@ -12,6 +12,7 @@ from megatron_longact import LongAct, LongActConfig
 from megatron_longact.optimizer_shards import chained
 from tests import reference
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
+from tests.ranks import Layout
 
 
 def cpu(masks: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
@@ -28,6 +29,11 @@ def masters(built: Built) -> dict[int, Tensor]:
 def name_all(longact: LongAct) -> Callable[[Tensor], None]:
     """Before each forward: every token counts."""
     return lambda inputs: longact.set_tokens(torch.ones_like(inputs, dtype=torch.bool))
+
+
+def num_sequences(optimizer: OptimizerSpec, layout: Layout | None = None) -> int:
+    """Two micro-batches a data-parallel rank where a reduction overlaps with them, two rounds of a virtual pipeline."""
+    return 4 if optimizer.overlap or (layout and layout.vpp) else 2
 
 
 def train(
@@ -135,7 +141,7 @@ def frozen_rows_stay(
 ) -> dict[str, int]:
     """Count, over steps, frozen elements of masters that changed, and active rows of the model that did not."""
     built = build(spec, optimizer)
-    sequences = 4 if optimizer.overlap else 2  # of several micro-batches a rank something overlaps
+    sequences = num_sequences(optimizer)
     longact = LongAct.attach(built.chunks, built.optimizer, config)
     counts = {"frozen": 0, "frozen changed": 0, "model frozen changed": 0, "active": 0, "active same": 0, "owned": 0}
     for step in range(steps):

@@ -12,7 +12,7 @@ from megatron_longact.versions import installed
 from tests import ranks
 from tests.models import ModelSpec, OptimizerSpec, build, random_tokens, train_step
 from tests.ranks import Layout
-from tests.runs import frozen_rows_stay, name_all, train, train_naively
+from tests.runs import frozen_rows_stay, name_all, num_sequences, train, train_naively
 
 FP32_RELATIVE = 2e-5
 """Sums over tokens and shards are rounded in another order; three AdamW steps pass that on."""
@@ -74,11 +74,6 @@ CASES: dict[str, tuple[ModelSpec, Layout, int, OptimizerSpec]] = {
 }
 
 
-def num_sequences(layout: Layout, optimizer: OptimizerSpec) -> int:
-    """Two micro-batches a data-parallel rank where a reduction overlaps with them, two rounds of a virtual pipeline."""
-    return 4 if optimizer.overlap or layout.vpp else 2
-
-
 @cache
 def reference(spec_repr: str, sgd: bool, select: str, sequences: int) -> dict[str, Any]:
     spec = next(spec for spec, *_ in CASES.values() if repr(spec) == spec_repr)
@@ -99,7 +94,7 @@ def test_layout_selects_and_updates_as_the_reference(case: str, select: Any) -> 
     if case == "output gate tp4" and installed() < (0, 17):
         pytest.skip("Megatron's own gate has another shape than what it opens there")
     spec, layout, world_size, optimizer = CASES[case]
-    sequences = num_sequences(layout, optimizer)
+    sequences = num_sequences(optimizer, layout)
     wanted = reference(repr(spec), "optimizer" in optimizer.config, select, sequences)
     # the reference is its own process: at world size 1 it is compared as well
     run = {"spec": spec, "optimizer": optimizer, "config": LongActConfig(select=select), "sequences": sequences}
@@ -218,7 +213,7 @@ def test_a_mask_that_freezes_nothing_changes_no_bit(optimizer: OptimizerSpec) ->
     for dtype, ddp in (("fp32", {}), ("bf16", {}), ("bf16", BF16_GRADIENTS)):
         optimizer = replace(optimizer, ddp=ddp)
         arguments: dict[str, Any] = {"spec": ModelSpec(dtype=dtype), "optimizer": optimizer, "steps": 3}
-        run = {"layout": Layout(tp=2), "world_size": 4, "sequences": num_sequences(Layout(tp=2), optimizer)}
+        run = {"layout": Layout(tp=2), "world_size": 4, "sequences": num_sequences(optimizer)}
         dense = ranks.run(train, **run, **arguments, config=None)[0]
         whole = ranks.run(train, **run, **arguments, config=LongActConfig(ratio=1.0))[0]
         assert dense["norms"] == whole["norms"]
