@@ -8,7 +8,7 @@ WORKERS ?= 2
 VERSION ?= 0.16.1
 NAME ?= verl
 LIBRARY_TESTS := $(patsubst %,tests/test_%.py,layouts longact moments masked_update optimizer_shards \
-  context_parallel refusals integrations import_mask versions config qkv_layout selection reduction tokens)
+  context_parallel counted_tokens faults refusals integrations import_mask versions config qkv_layout selection reduction tokens)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo observe test test-gpu test-megatron test-trainer test-te lint style types suite format docs clean
 

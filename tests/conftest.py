@@ -3,6 +3,7 @@
 import gc
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -44,6 +45,15 @@ LONGEST = [
     "test_refusals",
 ]
 """Files that take long. Each runs on one worker: they come first, so that no worker is left alone with one."""
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A tiny Qwen3, as transformers saves it."""
+    from tests.conversion import make_hf
+
+    make_hf("qwen3", tmp_path / "hf")
+    return tmp_path / "hf"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

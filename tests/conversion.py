@@ -1,6 +1,7 @@
 """Tiny models of every family that is converted, and what Megatron makes of them: real files, real load path."""
 
 import io
+import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from megatron_longact.conversion import to_hf, to_megatron
 from tests.ranks import Layout
 
 SMALL: dict[str, Any] = {
@@ -285,3 +288,66 @@ def run_pipeline(model: Any, tokens: torch.Tensor, args: Any) -> torch.Tensor:
     if not parallel_state.is_pipeline_last_stage():
         torch.distributed.send(output.contiguous(), following)
     return output
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, read by the safetensors package."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def assert_bitwise(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype, name
+        assert got[name].shape == value.shape, name
+        assert torch.equal(got[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def there_and_back(hf: Path, folder: Path, **kwargs: Any) -> Path:
+    to_megatron.convert(hf, folder / "megatron")
+    to_hf.convert(folder / "megatron", None, folder / "back", **kwargs)
+    return folder / "back"
+
+
+MLP_WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def shard_of(hf: Path, name: str) -> Path:
+    """The file that has a tensor, by the index."""
+    index: dict[str, Any] = json.loads((hf / "model.safetensors.index.json").read_text())
+    return hf / index["weight_map"][name]
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change the tensors of a file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def index_of(hf: Path, change: Any) -> None:
+    """Change which tensor the index says is in which file."""
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def refused(hf: Path) -> str:
+    """Convert, which must fail: its message, of one line, with nothing left behind."""
+    save = hf.parent / "megatron"
+    with pytest.raises(ValueError, match=r"\S") as error:
+        to_megatron.convert(hf, save)
+    assert "\n" not in str(error.value)
+    assert not save.exists()
+    assert not save.with_name("megatron.partial").exists()
+    return str(error.value)
+
+
+def refused_back(load: Path, hf_config: Path, save: Path) -> str:
+    """The same on the way back."""
+    with pytest.raises(ValueError, match=r"\S") as error:
+        to_hf.convert(load, hf_config, save)
+    assert "\n" not in str(error.value)
+    assert not save.exists()
+    assert not save.with_name(save.name + ".partial").exists()
+    return str(error.value)

@@ -31,6 +31,24 @@ def name_all(longact: LongAct) -> Callable[[Tensor], None]:
     return lambda inputs: longact.set_tokens(torch.ones_like(inputs, dtype=torch.bool))
 
 
+def with_longact(
+    spec: ModelSpec | None = None, config: LongActConfig | None = None, optimizer: OptimizerSpec | None = None
+) -> tuple[Built, LongAct]:
+    built = build(spec or ModelSpec(), optimizer)
+    return built, LongAct.attach(built.chunks, built.optimizer, config or LongActConfig())
+
+
+def take_step(built: Built, longact: LongAct, seed: int = 0, **kwargs: Any) -> bool:
+    """On two sequences of random tokens, all of which count; whether Megatron took the step."""
+    kwargs.setdefault("before_forward", name_all(longact))
+    return train_step(built, random_tokens(2, 32, seed=seed), **kwargs)[0]
+
+
+def same(a: dict[int, dict[str, Tensor]], b: dict[int, dict[str, Tensor]]) -> bool:
+    """Masks or scores, by layer and part."""
+    return a.keys() == b.keys() and all(torch.equal(a[n][p], b[n][p]) for n in a for p in ("q", "k"))
+
+
 def num_sequences(optimizer: OptimizerSpec, layout: Layout | None = None) -> int:
     """Two micro-batches a data-parallel rank where a reduction overlaps with them, two rounds of a virtual pipeline."""
     return 4 if optimizer.overlap or (layout and layout.vpp) else 2

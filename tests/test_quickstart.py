@@ -13,16 +13,12 @@ from safetensors.torch import load_file
 
 from megatron_longact.__main__ import main
 from megatron_longact.commands import from_hf
-from tests.conversion import make_hf
+from tests.conversion import make_hf, tensors_of
 from tests.launch import QUIET, ROOT, run
 
 pytestmark = pytest.mark.timeout(300)
 PAGE = (ROOT / "docs/quickstart.md").read_text()
 COMMANDS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def test_the_page_leads_from_a_folder_to_a_trained_one(tmp_path: Path) -> None:

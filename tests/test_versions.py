@@ -17,7 +17,7 @@ OTHERS = ["0.16.1", "0.17.1", "0.18.2"]
 SUBSET = [
     "test_layouts.py::test_layout_selects_and_updates_as_the_reference[tp2-high]",
     "test_layouts.py::test_layout_selects_and_updates_as_the_reference[tp2 dp2 overlapped-high]",
-    "test_longact.py::test_an_empty_or_broken_refresh_keeps_the_mask_on_every_rank",  # of two
+    "test_faults.py::test_an_empty_or_broken_refresh_keeps_the_mask_on_every_rank",  # of two
     "test_versions.py::test_the_launcher_works_here",
 ]
 
