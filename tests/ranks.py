@@ -191,8 +191,11 @@ class _Pool:
         return results
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            os.kill(process.pid, number)
+        for rank, process in enumerate(self._processes):
+            try:
+                os.kill(process.pid, number)
+            except ProcessLookupError:
+                raise RuntimeError(f"rank {rank} ended while nobody called it") from None
 
     def _results(self, name: str, timeout: float) -> list[Any]:
         deadline, results = time.monotonic() + timeout, {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from tests.ranks import run_program
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+PYTHON = re.MULTILINE | re.DOTALL
 FOLDERS = "docs|examples|megatron_longact|scripts|tests|tools"
 _OTHER_PROGRAMS = """
     --hook-type --cov --numprocesses --dist --pdb --timeout --no-index --find-links --nproc-per-node --standalone
@@ -111,6 +114,23 @@ def test_tests_that_are_named_exist() -> None:
         if f"def {name}(" not in files.get(file, ""):
             missing.append((page, f"{file}::{name}"))
     assert not missing
+
+
+def test_what_python_on_the_pages_imports_is_there() -> None:
+    """Each block is Python; what it takes from here, and the attributes of modules that it takes, exist."""
+    blocks = [
+        (page, block) for page, text in TEXT.items() for block in re.findall(r"^```python\n(.*?)^```", text, PYTHON)
+    ]
+    assert len(blocks) > 6
+    for page, block in blocks:
+        names: dict[str, Any] = {}
+        nodes = list(ast.walk(ast.parse(block, filename=page)))
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megatron_longact"):
+                exec(ast.unparse(node), names)
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+                assert hasattr(names[node.value.id], node.attr), (page, ast.unparse(node))
 
 
 def test_targets_of_make_that_are_named_exist() -> None:

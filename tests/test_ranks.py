@@ -1,6 +1,7 @@
 """The ranks that the distributed tests run on: a failure is told as it was, and leaves nothing behind."""
 
 import multiprocessing
+import os
 import re
 import signal
 import socket
@@ -60,6 +61,16 @@ def eventually(holds: Callable[[], bool]) -> bool:
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
     return holds()
+
+
+def test_a_rank_that_ends_while_nobody_calls_it_is_named() -> None:
+    ranks.run(place, world_size=2)
+    process = ranks._POOLS[2]._processes[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    with pytest.raises(RuntimeError, match="rank 1 ended while nobody called it"):
+        ranks.run(place, world_size=2)
+    assert len(ranks.run(place, world_size=2)) == 2
 
 
 CALLER = """

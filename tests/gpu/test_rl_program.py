@@ -39,7 +39,7 @@ def train(run_dir: Path, *flags: str) -> list[dict[str, Any]]:
     checkpoints = ["--save", str(run_dir / "checkpoints"), "--load", str(run_dir / "checkpoints")]
     environment = launch.QUIET | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     done = launch.run([*program, *checkpoints, "--run-dir", str(run_dir), *flags], timeout=280, environment=environment)
-    said = re.findall(r"^.*(?:Error: |megatron_longact: ).*$", done.stderr, re.MULTILINE)
+    said = [*re.findall(r"^megatron_longact: .*$", done.stderr, re.M), *re.findall(r"^.*Error: .*$", done.stderr, re.M)]
     assert done.returncode == 0, (
         f"{said[-1] if said else 'it says nothing'}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )
