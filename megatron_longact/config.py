@@ -84,7 +84,8 @@ class LongActConfig:
 
     on_mismatch: OnMismatch = "error"
     """A checkpoint made with another LongAct configuration: stop, or go on with the flags given now. If those choose
-    other rows, the masks of the checkpoint are dropped, and the next step selects anew."""
+    other rows, the masks of the checkpoint are dropped, and the next step selects anew; scores of another kind are not
+    smoothed with."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

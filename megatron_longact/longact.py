@@ -42,7 +42,6 @@ from megatron_longact.state import (
     import_due,
     in_warmup,
     refresh_due,
-    selects_otherwise,
     unusable,
 )
 
@@ -364,8 +363,7 @@ class LongAct:
         self.state, self.step = LongActState.from_state_dict(state_dict, self.model.device), None
         if differ:
             _log(f"LongAct goes on with the flags given now: {differ}")
-            if selects_otherwise(state_dict["config"], self.config):
-                self.state = self.state.without_masks()  # the next step selects anew
+            self.state = self.state.to_go_on(state_dict["config"], self.config)
         self.active = self._active_of(self.state)
         self._metrics = None
         derive_quantized_weights(self._optimizer)

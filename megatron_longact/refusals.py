@@ -56,6 +56,12 @@ def _offloads_views_of_weights(setting: Setting) -> bool:
     return bool(setting("rl_offload_optimizer_during_inference") and steps_views)
 
 
+def _shards_rows_further(setting: Setting) -> bool:
+    """Source: megatron/core/model_parallel_config.py, `tensor_parallel_num_weight_shards`."""
+    shards = setting("tensor_parallel_num_weight_shards") or 1
+    return shards > (setting("tensor_model_parallel_size") or 1) or (setting("gtp_weight_remat_size") or 1) > 1
+
+
 _REFUSED: tuple[tuple[Callable[[Setting], Any], str | Callable[[Setting], str], str], ...] = (
     (lambda s: s("qk_clip"), "--qk-clip", "it writes linear_qkv after the optimizer step"),
     (lambda s: s("optimizer_cuda_graph"), "--optimizer-cuda-graph", "its replay runs no step hook"),
@@ -109,6 +115,11 @@ _REFUSED: tuple[tuple[Callable[[Setting], Any], str | Callable[[Setting], str], 
         lambda s: s("use_torch_fsdp2"),
         "--use-torch-fsdp2",
         "it keeps masters and gradients outside Megatron's DDP",
+    ),
+    (
+        _shards_rows_further,
+        "--tensor-parallel-num-weight-shards beyond the tensor parallel size",
+        "a rank's weight is then a part of its tensor-parallel rows, which LongAct has no map for",
     ),
     (
         lambda s: s("experimental_attention_variant") == "dsa",

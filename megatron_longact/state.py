@@ -14,8 +14,15 @@ from megatron_longact.selection import QK
 _NOT_COMPARED = ("on_mismatch", "import_mask")
 """Settings that a run may resume without: they say how it starts."""
 
-_SELECTING = ("ratio", "select", "statistic", "tap", "scope", "targets", "warmup_steps")
-"""Settings that say which rows are chosen; `seed` does where the choice is random."""
+_SELECTING = ("ratio", "select", "scope", "targets", "warmup_steps")
+"""Settings that say which rows are chosen by their scores."""
+
+_MEASURING = {
+    "high": ("statistic", "tap", "min_context", "skip_first_tokens"),
+    "low": ("statistic", "tap", "min_context", "skip_first_tokens"),
+    "random": ("seed",),
+}
+"""By `select`, the settings that say what the scores are of."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,13 @@ class LongActState:
     def without_masks(self) -> "LongActState":
         """As if none was chosen yet; which rows were ever active is not forgotten."""
         return replace(self, masks=None, history=replace(self.history, first=None))
+
+    def to_go_on(self, saved: dict[str, Any], config: LongActConfig) -> "LongActState":
+        """Without the masks, and without the scores to smooth with, that another configuration has other ones of."""
+        now = asdict(config)
+        if _measured(saved) != _measured(now):
+            return replace(self.without_masks(), saliency=None)
+        return self if all(saved.get(name) == now[name] for name in _SELECTING) else self.without_masks()
 
 
 @dataclass(eq=False)
@@ -158,7 +172,8 @@ def unusable(state: LongActState, config: LongActConfig) -> str:
     )
 
 
-def selects_otherwise(saved: dict[str, Any], config: LongActConfig) -> bool:
-    """Whether the masks of a checkpoint are not those that this configuration would have chosen."""
-    now, names = asdict(config), _SELECTING + (("seed",) if config.select == "random" else ())
-    return any(saved.get(name) != now[name] for name in names)
+def _measured(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """What the scores are of; high and low have the same ones."""
+    select = settings.get("select")
+    of = "activations" if select in ("high", "low") else select
+    return of, *(settings.get(name) for name in _MEASURING.get(str(select), ()))

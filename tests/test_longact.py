@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_longact import LongAct, LongActConfig, metrics
-from megatron_longact.state import LongActState, capture_due, selects_otherwise
+from megatron_longact.selection import QK
+from megatron_longact.state import LongActState, capture_due
 from tests import ranks, reference
 from tests.models import Built, ModelSpec, OptimizerSpec, build, full_weights, random_tokens, train_step
 from tests.ranks import Layout
@@ -206,9 +207,34 @@ def test_use_flags_uses_the_flags() -> None:
     assert (round(q, 1), k, stayed) == (0.6, 1.0, False)
     assert ranks.run(resumed_with, config={"warmup_steps": 9})[0] == (1.0, 1.0, False)
     assert ranks.run(resumed_with, config={"moments": "reset"})[0][2]
-    saved = asdict(LongActConfig())
-    assert not selects_otherwise(saved, LongActConfig(seed=5))  # nothing is drawn
-    assert selects_otherwise(saved | {"select": "random"}, LongActConfig(select="random", seed=5))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "masks", "scores"),
+    [
+        ({}, {"seed": 5}, True, True),  # nothing is drawn
+        ({"select": "random"}, {"select": "random", "seed": 5}, False, False),
+        ({"select": "random"}, {"select": "random", "statistic": "rms"}, True, True),  # nothing is read
+        ({}, {"select": "low"}, False, True),
+        ({}, {"ratio": 0.2, "scope": "head"}, False, True),
+        ({}, {"ema": 0.5, "refresh_interval": 7}, True, True),
+        ({"select": "weight-norm"}, {}, False, False),
+        ({}, {"statistic": "max-abs"}, False, False),
+        ({}, {"min_context": 4096}, False, False),
+        ({}, {"skip_first_tokens": 4}, False, False),
+        ({}, {"tap": "norm"}, False, False),
+    ],
+    ids=str,
+)
+def test_what_is_kept_under_other_settings(
+    before: dict[str, Any], after: dict[str, Any], masks: bool, scores: bool
+) -> None:
+    """Scores of one kind are never smoothed with those of another."""
+    part = torch.ones(2, 4)
+    state = LongActState(updates=3, saliency=QK(part, part), masks=QK(part > 0, part > 0))
+    kept = state.to_go_on(asdict(LongActConfig(**before)), LongActConfig(**after))
+    assert (kept.masks is not None, kept.saliency is not None) == (masks, scores)
+    assert kept.updates == 3
 
 
 # -- detach ------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ FLAGS = {
     "optimizer_cuda_graph": (True, "--optimizer-cuda-graph"),
     "cuda_graph_impl": ("full_iteration", "--cuda-graph-impl full_iteration"),
     "use_megatron_fsdp": (True, "--use-megatron-fsdp"),
+    "tensor_parallel_num_weight_shards": (2, "--tensor-parallel-num-weight-shards"),
     "use_torch_fsdp2": (True, "--use-torch-fsdp2"),
     "experimental_attention_variant": ("dsa", "--experimental-attention-variant dsa"),
     "hybrid_context_parallel": (True, "--hybrid-context-parallel"),

@@ -41,6 +41,7 @@ MEGATRON = {
     "tensor_model_parallel_size": 1,
     "context_parallel_size": 1,
     "hybrid_context_parallel": False,
+    "expert_model_parallel_size": 1,
     "cp_comm_type": ["p2p"],
     "virtual_pipeline_model_parallel_size": None,
     "calculate_per_token_loss": False,
@@ -180,7 +181,6 @@ def test_prompts_are_shared_where_they_can_be() -> None:
         ({"window_size": (128, 0)}, "--window-size: train without sharing"),
         ({"softmax_type": "learnable"}, "--softmax-type learnable"),
         ({"is_hybrid_model": True}, "layers that are not attention"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"num_experts": 8, "moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor, .*: leave it out"),
         ({"num_experts": 8, "moe_aux_loss_coeff": 0.01}, "expert balancing, .*: set --moe-router-load-balancing-type"),
@@ -224,6 +224,12 @@ def test_kl_cov_with_one_step_a_batch_is_remarked_on() -> None:
         ((), {"sequence_parallel": True, "tensor_model_parallel_size": 3}, "cut rows into 3 equal parts"),
         ((), {"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ((), {"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        (
+            (),
+            {"inference_dynamic_batching": True, "expert_model_parallel_size": 2},
+            "--expert-model-parallel-size and --inference-dynamic-batching",
+        ),
+        ((), {"mtp_num_layers": 1}, "--mtp-num-layers: layers that predict further tokens"),
         (
             ("--no-shared-prompts",),
             {"context_parallel_size": 2, "rl_use_sequence_packing": True, "cp_comm_type": ["all_gather"]},

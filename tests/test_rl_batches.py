@@ -99,6 +99,16 @@ def test_a_fixed_length_is_kept(batch: RolloutBatch) -> None:
     assert int(got.positions.max()) < 64
 
 
+def test_padding_asks_for_no_position_that_a_model_may_lack(batch: RolloutBatch) -> None:
+    """A table of learned positions may end with the longest sequence."""
+    rows = (0, 1)
+    got = make_micro_batch(batch, MicroBatchPlan(rows, 20), pad_token=PAD, multiple_of=16, fixed_length=64)
+    longest = max(batch.total_length(row) for row in rows)
+    assert got.position_ids[:, :longest].tolist() == 2 * [list(range(longest))]
+    assert got.position_ids.max() == longest - 1
+    assert got.token_mask.sum(1).tolist() == [batch.total_length(row) for row in rows]
+
+
 def test_state_dict_gives_the_batch_back(batch: RolloutBatch) -> None:
     state = batch.state_dict()
     back = RolloutBatch.from_state_dict(state)

@@ -42,6 +42,7 @@ def make_engine(model: Any, *later_chunks: Any, **settings: Any) -> Any:
     return StaticRolloutEngine(
         model,
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
         **{"eod": EOD, "vocab_size": 64, "max_batch_size": 16, "later_chunks": later_chunks, **settings},
     )
 
@@ -130,13 +131,22 @@ def test_greedy_is_the_argmax_of_a_full_forward(name: str) -> None:
         assert responses == expected
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "yarn"])
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_router_load_balancing_type": "none",
+}
+SPECS: dict[str, dict[str, Any]] = {"yarn": {"yarn": True}, "ep2": {"config": EXPERTS}}
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *SPECS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_trainers_forward(name: str, temperature: float) -> None:
     """Also where YaRN takes them beyond the original length."""
-    layout, world_size = LAYOUTS.get(name, (Layout(), 1))
+    layout, world_size = {**LAYOUTS, "ep2": (Layout(ep=2), 2)}.get(name, (Layout(), 1))
     sampling = Sampling(max_response_length=RESPONSE, temperature=temperature, seed=2)
-    for got in ranks.run(score, layout=layout, world_size=world_size, sampling=sampling, yarn=name == "yarn"):
+    for got in ranks.run(score, layout=layout, world_size=world_size, sampling=sampling, **SPECS.get(name, {})):
         mask = got["mask"]
         difference = (got["rollout"] - got["trainer"]).abs()[mask]
         assert difference.max() < LOG_PROB_TOLERANCE
@@ -156,6 +166,31 @@ def test_a_response_does_not_depend_on_its_batch() -> None:
         assert torch.equal(other["lengths"], together["lengths"])
         torch.testing.assert_close(other["log_probs"], together["log_probs"], rtol=0, atol=LOG_PROB_TOLERANCE)
     assert len({tuple(row.tolist()) for row in together["tokens"]}) > 10
+
+
+def generate_with_experts(sampling: Sampling, dispatcher: str) -> tuple[int, dict[str, Tensor]]:
+    """The number of replicas, and responses to prompts of three lengths, which end at different steps."""
+    from megatron_longact.generation.engine import Prompt
+
+    [chunk] = make_model(config={**EXPERTS, "moe_token_dispatcher_type": dispatcher}).chunks
+    generator = torch.Generator().manual_seed(3)
+    lengths = (9, 9, 30, 50, 9)
+    prompts = [Prompt(tuple(torch.randint(64, (n,), generator=generator).tolist()), i) for i, n in enumerate(lengths)]
+    engine = make_engine(chunk.module, max_batch_size=2, stop_ids=range(6, 20))
+    return engine.replicas.count, vars(engine.generate(prompts, sampling))
+
+
+@pytest.mark.parametrize(("dispatcher", "replicas"), [("allgather", 1), ("alltoall", 1), ("alltoall", 2)])
+def test_ranks_that_share_experts_generate_together(dispatcher: str, replicas: int) -> None:
+    """Each layer of experts waits for all of them: they take the same steps, and are one replica."""
+    sampling = Sampling(max_response_length=RESPONSE, seed=11)
+    [(_, alone)] = ranks.run(generate_with_experts, sampling=sampling, dispatcher=dispatcher)
+    assert len(set(alone["lengths"].tolist())) > 1
+    run: dict[str, Any] = {"layout": Layout(ep=2), "world_size": 2 * replicas, "dispatcher": dispatcher}
+    for count, got in ranks.run(generate_with_experts, sampling=sampling, **run):
+        assert count == replicas
+        assert torch.equal(got["tokens"], alone["tokens"])
+        torch.testing.assert_close(got["log_probs"], alone["log_probs"], rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
 def keys_rotated_once_and_anew() -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:

@@ -54,7 +54,7 @@ from megatron.training.argument_utils import inference_cfg_from_args
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_longact.generation.engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
+from megatron_longact.generation.engine import Ends, Prompt, Replicas, Rollouts, generation_mode
 from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
 from megatron_longact.generation.whole_sequences import whole_sequences
 
@@ -117,7 +117,7 @@ class DynamicRolloutEngine:
         self.eod = eod
         self.ends = Ends(eod, stop_ids)
         self.vocab_size = vocab_size
-        self.dp_group = dp_group
+        self.replicas = Replicas(dp_group)
         self.mp_group = mp_group
         # sampling kernels of its own would be captured into CUDA graphs
         self._config = replace(config, sampling_backend="torch", materialize_only_last_token_logits=True)
@@ -134,10 +134,10 @@ class DynamicRolloutEngine:
         self._check_lengths(prompts, sampling)
         own = spread(
             prompts,
-            replicas=self.dp_group.size(),
+            replicas=self.replicas.count,
             response_length=sampling.max_response_length,
             together=self._config.enable_prefix_caching,
-        )[self.dp_group.rank()]
+        )[self.replicas.index]
         tokens = torch.zeros(len(prompts), sampling.max_response_length, dtype=torch.int64)
         log_probs = torch.zeros_like(tokens, dtype=torch.float32)
         whole = whole_sequences(self.model, keep_sequence_parallel=True)
@@ -145,7 +145,7 @@ class DynamicRolloutEngine:
             self._check_blocks(engine.context, prompts, sampling)
             if own:
                 tokens[own], log_probs[own] = self._run(engine, [prompts[row] for row in own], sampling)
-        return self.ends.cut(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group))
+        return self.ends.cut(*self.replicas.gathered(tokens, log_probs))
 
     @contextmanager
     def _awake(self) -> Iterator[DynamicInferenceEngine]:
@@ -325,7 +325,7 @@ def _check(config: InferenceConfig, model_config: Any) -> None:
         ),
         "--expert-model-parallel-size": (
             model_config.expert_model_parallel_size > 1,
-            "a replica that has finished would leave the others waiting for its experts",
+            "a replica that has finished would leave the others waiting for its experts; the static one keeps step",
         ),
     }
     for flag, (given, reason) in refused.items():

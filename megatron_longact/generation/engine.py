@@ -91,14 +91,45 @@ class Ends:
         )
 
 
-def from_all_replicas(*parts: Tensor, dp_group: ProcessGroup) -> list[Tensor]:
-    """Sums over the replicas, on the CPU; each row stands on one of them and is zero elsewhere, so it is exact."""
-    if dp_group.size() == 1:
-        return list(parts)
-    on_device = [part.cuda() for part in parts]
-    for part in on_device:
-        torch.distributed.all_reduce(part, group=dp_group)
-    return [part.cpu() for part in on_device]
+class Replicas:
+    """Who makes which responses: each model replica its own, and afterwards all ranks have all of them.
+
+    dp_group: the ranks that share the prompts among them, by context parallelism too; expert_group: those that share
+    experts, `tp_ep` of Megatron's groups. Each layer of experts is a collective of the latter, so ranks that are in
+    both groups make the same responses, step by step: together they are one replica.
+    """
+
+    def __init__(self, dp_group: ProcessGroup, expert_group: ProcessGroup | None = None) -> None:
+        own = torch.distributed.get_rank()
+        sharing = [own] if expert_group is None else torch.distributed.get_process_group_ranks(expert_group)
+        together = [rank for rank in torch.distributed.get_process_group_ranks(dp_group) if rank in sharing]
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        if len(sharing) % tp_size and tp_size % len(sharing):
+            raise ValueError(
+                f"rollouts need experts over a multiple or a part of the tensor parallel size {tp_size}, not over "
+                f"{len(sharing)} ranks: change --expert-model-parallel-size or --expert-tensor-parallel-size"
+            )
+        self._dp_group = dp_group
+        self._expert_group = expert_group if len(together) > 1 else None
+        self._speaks = own == together[0]
+        self.count = dp_group.size() // len(together)
+        self.index = dp_group.rank() // len(together)
+
+    def drawn_alike(self, tokens: Tensor) -> Tensor:
+        """The tokens [b] that the replica's first rank has drawn: a last bit may differ between its ranks."""
+        if self._expert_group is not None:
+            source = torch.distributed.get_process_group_ranks(self._expert_group)[0]
+            torch.distributed.broadcast(tokens, src=source, group=self._expert_group)
+        return tokens
+
+    def gathered(self, *parts: Tensor) -> list[Tensor]:
+        """Sums over the replicas, on the CPU; each row stands on one of them and is zero elsewhere, so it is exact."""
+        if self._dp_group.size() == 1:
+            return list(parts)
+        on_device = [part.cuda() if self._speaks else torch.zeros_like(part).cuda() for part in parts]
+        for part in on_device:
+            torch.distributed.all_reduce(part, group=self._dp_group)
+        return [part.cpu() for part in on_device]
 
 
 @contextmanager

@@ -50,5 +50,6 @@ def rollout_engine(
         vocab_size=vocabulary.size,
         max_batch_size=args.inference_max_requests,
         dp_group=pgs.dp_cp,
+        expert_group=pgs.tp_ep,
         later_chunks=later,
     )

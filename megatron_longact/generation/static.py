@@ -24,7 +24,7 @@ What the static engine does behind one's back (megatron-core 0.19) and what is d
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -50,7 +50,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_longact.generation.engine import Ends, Prompt, Rollouts, from_all_replicas, generation_mode
+from megatron_longact.generation.engine import Ends, Prompt, Replicas, Rollouts, generation_mode
 from megatron_longact.generation.rotated_keys import rotated_keys
 from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
 from megatron_longact.generation.whole_sequences import whole_sequences
@@ -62,7 +62,7 @@ class StaticRolloutEngine:
     model: the unwrapped GPTModel; later_chunks: with a virtual pipeline this rank's others, in their order;
     eod: the token that ends a response, and fills what lies behind an end; stop_ids: others that end one;
     vocab_size: ids from it on, the model's padded ones, are never sampled;
-    max_batch_size: responses made at once by one model replica; dp_group: ranks that share the prompts among them.
+    max_batch_size: responses made at once by one model replica; dp_group, expert_group: see `Replicas`.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class StaticRolloutEngine:
         vocab_size: int,
         max_batch_size: int,
         dp_group: ProcessGroup,
+        expert_group: ProcessGroup | None = None,
         stop_ids: Sequence[int] = (),
         later_chunks: Sequence[nn.Module] = (),
     ) -> None:
@@ -81,7 +82,7 @@ class StaticRolloutEngine:
         self.ends = Ends(eod, stop_ids)
         self.vocab_size = vocab_size
         self.max_batch_size = max_batch_size
-        self.dp_group = dp_group
+        self.replicas = Replicas(dp_group, expert_group)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollouts:
         """See `RolloutEngine`; the model's mode and all generators are kept."""
@@ -92,7 +93,7 @@ class StaticRolloutEngine:
             for rows in self._own_batches(prompts, sampling.max_response_length):
                 draws = self._generate_batch([prompts[row] for row in rows], sampling)
                 tokens[rows], log_probs[rows] = draws.responses(fill=self.eod)
-        return self.ends.cut(*from_all_replicas(tokens, log_probs, dp_group=self.dp_group))
+        return self.ends.cut(*self.replicas.gathered(tokens, log_probs))
 
     def _own_batches(self, prompts: Sequence[Prompt], response_length: int) -> Iterator[list[int]]:
         """Rows of this replica's prompts, batch by batch, in order of length, equal prompts adjacent.
@@ -101,13 +102,13 @@ class StaticRolloutEngine:
         """
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row].tokens), prompts[row].index))
         groups = [list(rows) for _, rows in groupby(order, key=lambda r: prompts[r].tokens)]
-        own = [row for group in groups[self.dp_group.rank() :: self.dp_group.size()] for row in group]
+        own = [row for group in groups[self.replicas.index :: self.replicas.count] for row in group]
         lengths = [len(prompts[row].tokens) for row in own]
         for batch in batches_of(lengths, most=self.max_batch_size, response_length=response_length):
             yield own[batch]
 
     def _generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> _Draws:
-        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, ends=self.ends)
+        draws = _Draws(prompts, sampling, vocab_size=self.vocab_size, ends=self.ends, alike=self.replicas.drawn_alike)
         context = StaticInferenceContext(
             max_batch_size=len(prompts),
             max_sequence_length=max(len(prompt.tokens) for prompt in prompts) + sampling.max_response_length,
@@ -150,8 +151,17 @@ class _Draws:
     The first step is at the end of the shortest prompt; until a row's own prompt ends, what it draws is thrown away.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], sampling: Sampling, *, vocab_size: int, ends: Ends) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        vocab_size: int,
+        ends: Ends,
+        alike: Callable[[Tensor], Tensor],
+    ) -> None:
         self.sampling = sampling
+        self._alike = alike
         self.ends = ends
         self.vocab_size = vocab_size
         self.tokens: list[Tensor] = []
@@ -183,6 +193,7 @@ class _Draws:
         else:
             uniforms = self._uniforms.gather(1, positions.clamp(max=last)[:, None]).squeeze(1)
             tokens = draw(log_probs, uniforms.to(log_probs.device))
+        tokens = self._alike(tokens)
         self.tokens.append(tokens)
         self.log_probs.append(log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
         whole = (positions >= last).to(tokens.device)

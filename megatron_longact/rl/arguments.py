@@ -199,6 +199,11 @@ def _refuse_unsupported(args: Namespace) -> None:
             "the dynamic inference engine knows one chunk of the model a rank; leave --inference-dynamic-batching out: "
             "the static engine knows them all",
         ),
+        "--expert-model-parallel-size and --inference-dynamic-batching": (
+            args.expert_model_parallel_size > 1 and not static,
+            "a replica that has finished would leave the others waiting for its experts; leave "
+            "--inference-dynamic-batching out: with the static engine those that share experts generate together",
+        ),
         "--calculate-per-token-loss": (
             args.calculate_per_token_loss,
             "--loss-aggregation says how tokens are averaged",
@@ -206,6 +211,11 @@ def _refuse_unsupported(args: Namespace) -> None:
         "--hybrid-context-parallel": (
             args.hybrid_context_parallel,
             "each sequence then lies on another number of ranks; --context-parallel-size alone works",
+        ),
+        "--mtp-num-layers": (
+            bool(args.mtp_num_layers),
+            "layers that predict further tokens learn to imitate the responses, whatever their reward, and change the "
+            "model with it; start from a checkpoint without them",
         ),
         "--rampup-batch-size": (args.rampup_batch_size is not None, "rollout batches are fixed"),
         "--grpo-entropy-term-weight": (args.grpo_entropy_term_weight != 0, "not implemented"),

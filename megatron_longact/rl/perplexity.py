@@ -57,7 +57,7 @@ def _micro_batch(row: int, window: Sequence[int], *, length: int) -> MicroBatch:
     return MicroBatch(
         rows=(row,),
         tokens=tokens,
-        position_ids=torch.arange(tokens.shape[1]).unsqueeze(0),
+        position_ids=torch.arange(length).clamp(max=own.shape[1] - 1).unsqueeze(0),
         token_mask=everything,
         positions=predicted,
         cu_seqlens=None,

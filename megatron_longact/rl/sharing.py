@@ -55,7 +55,6 @@ def _reasons(args: Namespace) -> list[tuple[bool, str]]:
             args.experimental_attention_variant is not None or bool(args.hybrid_layer_pattern or args.is_hybrid_model),
             "layers that are not attention over all that came before: train without sharing",
         ),
-        (bool(args.mtp_num_layers), "--mtp-num-layers: train without sharing"),
         (
             moe and args.moe_expert_capacity_factor is not None,
             "--moe-expert-capacity-factor, which drops tokens by how many there are: leave it out",

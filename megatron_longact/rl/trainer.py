@@ -6,6 +6,7 @@ around them is done here, in its order. Source: megatron/training/training.py, `
 
 from __future__ import annotations
 
+import gc
 import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +116,9 @@ class MegatronTrainer:
         for chunk in self.model:
             chunk.train()
         get_rerun_state_machine().current_iteration = self.iteration
+        if args.manual_gc:
+            gc.disable()
+            gc.collect()
         config.grad_scale_func = self.optimizer.scale_loss
         config.timers = get_timers()
         if args.overlap_grad_reduce:

@@ -71,9 +71,10 @@ class MegatronSource:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad(), self._captures(configs) as captures:
-            mine = list(prompts)[self.dp_group.rank() :: self.dp_group.size()]
-            for place in range(-(-len(prompts) // self.dp_group.size())):
-                self._forward(mine[place] if place < len(mine) else (), captures)
+            for begin in range(0, len(prompts), self.dp_group.size()):
+                together = prompts[begin : begin + self.dp_group.size()]
+                mine = together[self.dp_group.rank()] if self.dp_group.rank() < len(together) else ()
+                self._forward(mine, captures, longest=max(map(len, together)))
             scores = {
                 (config.tap, config.statistic): self._saliency(config, capture)
                 for config, capture in zip(configs, captures, strict=True)
@@ -92,9 +93,12 @@ class MegatronSource:
                 stack.callback(captures[-1].remove)
             yield captures
 
-    def _forward(self, prompt: Sequence[int], captures: Sequence[SaliencyCapture]) -> None:
-        """Run one prompt through all stages; an empty one counts nothing, but joins the collectives."""
-        length = max(-(-len(prompt) // _MULTIPLE), 1) * _MULTIPLE
+    def _forward(self, prompt: Sequence[int], captures: Sequence[SaliencyCapture], *, longest: int) -> None:
+        """Run one prompt through all stages; an empty one counts nothing, but joins the collectives.
+
+        longest: of the prompts that the replicas run at this time; experts that they share may want one shape.
+        """
+        length = max(-(-longest // _MULTIPLE), 1) * _MULTIPLE
         tokens = torch.tensor([[*prompt, *[0] * (length - len(prompt))]], dtype=torch.int64).cuda()  # [b = 1, s]
         positions = torch.arange(length).cuda()[None]
         counted = torch.arange(length).cuda()[None] < len(prompt)

@@ -112,6 +112,7 @@ class Disruption:
             vocab_size=self.vocabulary.size,
             max_batch_size=args.inference_max_requests,
             dp_group=self.pgs.dp,
+            expert_group=self.pgs.tp_ep,
         )
 
     def run(self) -> None:

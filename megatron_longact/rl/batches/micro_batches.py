@@ -122,12 +122,13 @@ def _padded_rows(batch: RolloutBatch, rows: Sequence[Row], length: int, r: int, 
     tokens = torch.full((len(rows), length), pad_token, dtype=torch.int64)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
-    position_ids = torch.arange(length).expand_as(tokens).contiguous()
+    places = torch.arange(length)
+    position_ids = places.clamp(max=max(map(len, sequences)) - 1)  # padding needs no row of a table of positions
     positions = _predicting(batch, rows, torch.zeros(len(rows), dtype=torch.int64), length=length, r=r)
     return {
         "tokens": tokens,
-        "position_ids": position_ids,
-        "token_mask": position_ids < torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(-1),
+        "position_ids": position_ids.expand_as(tokens).contiguous(),
+        "token_mask": places < torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(-1),
         "positions": positions * len(rows) + torch.arange(len(rows)).unsqueeze(-1),  # [s, b] flattened
         "cu_seqlens": None,
     }
