@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node N -m megatron_longact COMMAND ...     on 
 
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 from megatron_longact.megatron.quiet import quiet_libraries
 
@@ -33,6 +34,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` begins with; its exit status, or 2, with the map, where there is none."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"megatron-longact {_version()}")
+        return 0
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
     if name is None:
         asked = [word for word in argv if word not in ("-h", "--help")]
@@ -46,6 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     sys.argv[:] = [f"longact {name}", *rest]
     status: int = import_module(f"megatron_longact.commands.{COMMANDS[name][0]}").main(rest)
     return status
+
+
+def _version() -> str:
+    try:
+        return version("megatron-longact")
+    except PackageNotFoundError:
+        return "of a checkout, not installed"
 
 
 def _map(names: list[str]) -> str:

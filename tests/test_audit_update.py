@@ -50,6 +50,14 @@ def test_nothing_changed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert changes["model.norm.weight"].changed_outside is None
 
 
+def test_without_a_mask_nothing_is_said_of_one(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    edit(folders[1], lambda tensors: tensors[f"{Q}.weight"][3].add_(1))
+    last = audit(*folders).table().splitlines()[-1]
+    assert last == f"1 of {len(by_name(*folders))} tensors changed; no mask was given to hold them against"
+    mask = mask_file(tmp_path / "mask", [3])
+    assert "inside the mask: 1, outside: 0" in audit(*folders, mask=mask).table().splitlines()[-1]
+
+
 def test_rows_inside_and_outside_are_told_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         weight = tensors[f"{Q}.weight"]

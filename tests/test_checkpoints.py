@@ -162,6 +162,8 @@ def test_checkpoint_without_the_state_starts_fresh(tmp_path: Path) -> None:
     result = done(run(tmp_path / "with", 4, *LONGACT, load=tmp_path / "dense"))
     assert "LongAct starts fresh" in result.stdout
     assert longact_of(tmp_path / "with", 4)["updates"] == 2
+    result = done(run(tmp_path / "without", 6, load=tmp_path / "with"))
+    assert "the checkpoint was trained with LongAct, and this run goes on without it" in result.stdout + result.stderr
 
 
 def test_finetune_starts_fresh(trained: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from megatron_longact.conversion import to_megatron
 from megatron_longact.conversion.hf_config import model_from_config
+from megatron_longact.conversion.model_files import check_tokenizer_is_known
+from megatron_longact.conversion.torch_dist import iteration_folder, iteration_name
 from tests.conversion import (
     FAMILIES,
     MLP_WEIGHT,
@@ -277,6 +280,28 @@ def test_checkpoint_of_another_model_is_refused(hf: Path, tmp_path: Path) -> Non
         other.mkdir(exist_ok=True)
         (other / "config.json").write_text(json.dumps(config | change))
         assert named in refused_back(tmp_path / "megatron", other, tmp_path / "back")
+
+
+def test_an_iteration_that_is_not_there_is_told_from_those_that_are(hf: Path, tmp_path: Path) -> None:
+    load = tmp_path / "megatron"
+    to_megatron.convert(hf, load)
+    assert iteration_name(load) == "release"
+    with pytest.raises(ValueError, match="no iteration 77, it has a converted model alone, which --ckpt-step does not"):
+        iteration_name(load, 77)
+    (load / "release").rename(load / "iter_0000012")
+    (load / "latest_checkpointed_iteration.txt").write_text("12")
+    assert iteration_name(load) == iteration_name(load, 12) == "12"
+    with pytest.raises(ValueError, match=r"has no iteration 7, it has 12$"):
+        iteration_folder(load, 7)
+
+
+def test_a_place_without_a_checkpoint_is_not_said_to_remember_no_tokenizer(hf: Path, tmp_path: Path) -> None:
+    args = Namespace(tokenizer_type=None, load=str(tmp_path / "run"), pretrained_checkpoint=str(tmp_path / "start"))
+    with pytest.raises(ValueError, match=f"no Megatron checkpoint in {tmp_path}/run or {tmp_path}/start, and no --tok"):
+        check_tokenizer_is_known(args)
+    to_megatron.convert(hf, tmp_path / "start")
+    with pytest.raises(ValueError, match=f"^the checkpoint {tmp_path}/start remembers no tokenizer"):
+        check_tokenizer_is_known(args)
 
 
 def test_damaged_checkpoint_is_refused(hf: Path, tmp_path: Path) -> None:

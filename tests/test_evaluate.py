@@ -482,6 +482,15 @@ def test_a_log_goes_on_only_with_the_same_settings(tmp_path):
         open_log(tmp_path, {"seed": 1})
 
 
+def test_settings_without_a_prediction_hold_nobody(tmp_path):
+    """They are what an evaluation left that failed before its first answer."""
+    open_log(tmp_path, {"lengths": [64]})
+    assert open_log(tmp_path, {"lengths": [1024]}) == []
+    (tmp_path / "predictions.jsonl").touch()
+    assert open_log(tmp_path, {"lengths": [2048]}) == []
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"lengths": [2048]}
+
+
 def evaluate(output: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the tool on the demo's checkpoint."""
     program = [str(ROOT / "tools/evaluate.py"), "--output", str(output), "--load", str(START)]

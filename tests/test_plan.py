@@ -281,6 +281,26 @@ def test_a_plan_for_1024_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert f"--{name.replace('_', '-')} " in screen
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seq-length", "0"], "--seq-length is 0; it must be 1 or more"),
+        (["--micro-batch-size", "0"], "--micro-batch-size is 0"),
+        (["--tp", "0"], "--tp is 0; it must be 1 or more"),
+        (["--mfu", "0"], "--mfu is 0.0; it must be a share in (0, 1]"),
+        (["--mfu", "40"], "--mfu is 40.0; it must be a share"),
+        (["--hbm-gbps", "-3"], "--hbm-gbps is -3.0; it must be more than 0"),
+        (["--gpus-per-node", "0"], "--gpus-per-node is 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_said_by_their_flag(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", "qwen3-8b", "--seq-length", "8192", "--global-batch-size", "64"]
+    assert plan.main([*command, *flags]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_every_assumption_counts() -> None:
     """Each assumption moves the share, all but that of the other precision and the link that is not used."""
     model, batch = find_model("qwen3-8b"), Batch(seq_length=8192, global_batch_size=64)
@@ -291,7 +311,8 @@ def test_every_assumption_counts() -> None:
         return planned.share.over_dense(1)
 
     for field in fields(Assumptions):
-        changed = over_dense(**{field.name: type(field.default)(field.default * 100)})
+        other = field.default / 100 if field.name in ("mfu", "hbm_efficiency") else field.default * 100  # of shares
+        changed = over_dense(**{field.name: type(field.default)(other)})
         assert (changed == over_dense()) == (field.name == "peak_tflops_fp8"), field.name
 
 

@@ -83,6 +83,49 @@ def test_what_cannot_go_in_one_go_is_said_in_a_line(
     assert sorted(path.name for path in out.iterdir()) == ["source.json", "start"]
 
 
+def test_values_are_judged_before_a_model_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["longact"])
+    make_hf("qwen3", tmp_path / "hf")
+    (tmp_path / "data.jsonl").write_text("")
+
+    def refusal(data: str, *flags: str) -> str:
+        command = ["train", "--hf-dir", str(tmp_path / "hf"), "--data", str(tmp_path / data), *flags]
+        assert main([*command, "--save", str(tmp_path / "out")]) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert refusal("nowhere.jsonl").startswith(f"train: --data {tmp_path}/nowhere.jsonl: no such file")
+    assert "--longact-ratio is 3.0" in refusal("data.jsonl", "--longact-ratio", "3")
+    assert "--longact-ratio given without --longact" in refusal("data.jsonl", "--dense", "--longact-ratio", "0.3")
+    assert "unknown reward 'kindness'" in refusal("data.jsonl", "--default-reward", "kindness")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_not_taken_for_the_one_that_is_there(tmp_path: Path) -> None:
+    def check(*words: str) -> None:
+        args, flags = from_hf.parser().parse_known_args(["--hf-dir", "in", "--save", str(tmp_path), "--data", *words])
+        from_hf._check_run(args, flags)
+
+    check("a.jsonl", "--dense")  # there is none
+    args, flags = from_hf.parser().parse_known_args(
+        ["--hf-dir", "in", "--save", str(tmp_path), "--data", "a.jsonl", "--lr", "1e-5", "--train-iters", "3"]
+    )
+    (tmp_path / "asked.json").write_text(json.dumps(from_hf._asked(args, flags)))
+    check("a.jsonl", "--lr", "2e-5", "--train-iters", "9")  # on the way it may go on otherwise
+    with pytest.raises(ValueError, match="holds a run with LongAct, which does not go on without it: give another"):
+        check("a.jsonl", "--lr", "1e-5", "--dense")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "report.md").touch()
+    check("a.jsonl", "--lr", "1e-5", "--train-iters", "3", "--verbose")
+    check("b.jsonl", "--lr", "2e-5", "--train-iters", "4")  # it goes on
+    check("b.jsonl", "--lr", "2e-5", "--train-iters", "3", "--overwrite")
+    for other in (["a.jsonl", "--lr", "2e-5"], ["b.jsonl", "--lr", "1e-5"], ["a.jsonl", "--lr", "1e-5", "--longct"]):
+        with pytest.raises(ValueError, match=r"holds a finished run of --data a\.jsonl --lr 1e-5, not of --data [ab]"):
+            check(*other, "--train-iters", "3")
+
+
 def test_a_start_is_of_a_known_model_from_its_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_hf("qwen3", tmp_path / "hf")
     args = Namespace(hf_dir=tmp_path / "hf", save=tmp_path / "out")

@@ -231,7 +231,8 @@ def run_tool(*arguments: str | Path) -> int:
         (["--masks", "FILE"], "--masks holds one mask, one: give another one, or a model"),
         (["--hf-dir", "nowhere", "--num-seeds", "0"], "--num-seeds is 0"),
         (["--hf-dir", "nowhere", "--ratio", "1.5"], "--ratio is 1.5; it must be a share"),
-        (["--load", "nowhere"], "--load nowhere holds no Megatron checkpoint"),
+        (["--load", "nowhere", "--use-checkpoint-args"], "nowhere holds no Megatron checkpoint"),
+        (["--load", "nowhere"], "nowhere holds no Megatron checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, capsys: Any, arguments: list[str], said: str) -> None:
@@ -273,6 +274,11 @@ def test_a_folder_and_its_megatron_checkpoint_give_the_same_overlaps(tmp_path: P
     folders = [tmp_path / "a", tmp_path / "b"]
     status = run_tool("--hf-dir", *folders, "--tokenizer", SENTENCEPIECE, *common, "--output", tmp_path / "hf")
     assert status == 0
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"text": "a prompt " * n}) + "\n" for n in (9, 12, 15)))
+    prompts = ["--prompts", few, "--num-samples", "3", "--num-seeds", "2", "--output", tmp_path / "few"]
+    assert run_tool("--hf-dir", *folders, "--tokenizer", SENTENCEPIECE, *prompts) == 0
+    assert "seeds" not in json.loads((tmp_path / "few/stability.json").read_text())["axes"]  # all draw the same three
     flags = ["--use-checkpoint-args", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
     loads = [str(tmp_path / "a-megatron"), str(tmp_path / "b-megatron")]
     given = ["--load", *loads, *flags, str(SENTENCEPIECE), *map(str, common), "--output", str(tmp_path / "megatron")]

@@ -51,6 +51,7 @@ def core_seconds(action: Callable[[], Any]) -> tuple[float, Any]:
 
 def main(argv: list[str]) -> None:
     """Measure and print a table."""
+    add_args(argparse.ArgumentParser(description=__doc__, allow_abbrev=False)).parse_known_args(argv)  # may be --help
     become_megatron_program(argv, cpu=not measuring.ON_GPU)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model

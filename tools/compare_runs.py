@@ -6,12 +6,15 @@ python tools/compare_runs.py --longact runs/demo runs/seeds/longact-2 --dense ru
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """The held-out evaluations of a run, first to last."""
+    if not (run / "evaluations.jsonl").is_file():
+        sys.exit(f"{run} is no run with held-out evaluations: it has no evaluations.jsonl")
     return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
 
 
@@ -62,4 +65,6 @@ if __name__ == "__main__":
     parser.add_argument("--longact", type=Path, nargs="+", required=True)
     parser.add_argument("--dense", type=Path, nargs="+", required=True, help="in the same order of seeds")
     args = parser.parse_args()
+    if len(args.longact) != len(args.dense):
+        parser.error(f"runs are compared in pairs: --longact has {len(args.longact)}, --dense {len(args.dense)}")
     print(table(args.longact, args.dense))

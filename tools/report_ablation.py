@@ -340,7 +340,14 @@ def _draw_differences(
         of_prompts = by_prompt.get(each.selector)
         if of_prompts and of_prompts.low is not None and of_prompts.high is not None:
             ends = (of_prompts.low, of_prompts.high)
-            axes.plot([place + 0.22] * 2, ends, color=SELECTORS[each.selector][0], linewidth=5, alpha=0.4)
+            axes.plot(
+                [place + 0.22] * 2,
+                ends,
+                color=SELECTORS[each.selector][0],
+                linewidth=5,
+                solid_capstyle="butt",
+                alpha=0.4,
+            )
         _draw_mean(axes, place, [high[s].after - other[s].after for s in set(high) & set(other)], each.selector)
     axes.set_xticks(range(len(found)), [each.selector for each in found], rotation=30, ha="right")
     axes.set_xlim(-0.6, max(len(found), 1) - 0.4)

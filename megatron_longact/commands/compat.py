@@ -25,12 +25,14 @@ def main(argv: list[str]) -> int:
 
 
 def _name(given: str) -> str:
-    """As TRAINERS has it: case, - and _ do not matter."""
+    """As TRAINERS has it: case, - and _ do not matter, nor does the ms- of ms-swift."""
 
     def plain(name: str) -> str:
         return name.lower().replace("_", "-")
 
-    return next((name for name in TRAINERS if plain(name) == plain(given)), given)
+    return next(
+        (name for name in TRAINERS if plain(name).removeprefix("ms-") == plain(given).removeprefix("ms-")), given
+    )
 
 
 def _megatron() -> str | None:

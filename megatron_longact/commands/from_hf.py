@@ -19,13 +19,16 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from shlex import join
+from typing import Any
 
+from megatron_longact.arguments import add_longact_args, longact_config_from_args
 from megatron_longact.commands import audit_update, convert_hf_to_megatron, convert_megatron_to_hf, export_mask
 from megatron_longact.conversion.hf_config import DTYPES, read_hf_config
 from megatron_longact.conversion.hf_folder import HFFolder
 from megatron_longact.conversion.staging import identity
 from megatron_longact.conversion.torch_dist import TRACKER
 from megatron_longact.megatron.tool_command import check_folder
+from megatron_longact.rl.data.arguments import add_data_args, data_config_from_args
 from megatron_longact.rl.report import REPORT
 
 _STEPS = {
@@ -40,17 +43,26 @@ _ON_GPUS = ("--use-distributed-optimizer", "--no-gradient-accumulation-fusion")
 _SET_HERE = ("--load", "--pretrained-checkpoint", "--run-dir")
 START, CHECKPOINTS, EXPORTED = "start", "checkpoints", "hf"
 ROWS, AUDIT, TABLE, SOURCE = "updated-rows.safetensors", "audit.json", "audit.txt", "source.json"
+ASKED = "asked.json"
+"""What the run that is in `--save` was asked for."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of these steps; every other one goes to the RL program."""
-    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    made.add_argument("--hf-dir", type=Path, required=True)
-    made.add_argument("--data", nargs="+", required=True)
-    made.add_argument("--save", type=Path, required=True)
-    made.add_argument("--nproc-per-node", type=int)
-    for flag in ("--dense", "--cpu", "--verbose", "--overwrite"):
-        made.add_argument(flag, action="store_true")
+    made = argparse.ArgumentParser(
+        prog="longact train",
+        usage="longact train --hf-dir IN --data FILE_OR_SPEC [...] --save OUT [flag ...]",
+        epilog="Every other flag goes to the RL program: docs/quickstart.md, docs/program-flags.md, docs/flags.md.",
+        allow_abbrev=False,
+    )
+    made.add_argument("--hf-dir", type=Path, required=True, help="The Hugging Face folder to begin with.")
+    made.add_argument("--data", nargs="+", required=True, help="JSONL files, FILE:WEIGHT, needle, ruler:TASK,TASK.")
+    made.add_argument("--save", type=Path, required=True, help="Where everything goes.")
+    made.add_argument("--nproc-per-node", type=int, help="Ranks. Default: one a GPU; without a GPU one.")
+    made.add_argument("--dense", action="store_true", help="Without LongAct.")
+    made.add_argument("--cpu", action="store_true", help="On the CPU, also where there is a GPU.")
+    made.add_argument("--verbose", action="store_true", help="With what Megatron says.")
+    made.add_argument("--overwrite", action="store_true", help="The run anew.")
     return made
 
 
@@ -58,6 +70,8 @@ def main(argv: list[str]) -> int:
     """Do the steps that are not done yet; 0, or the exit status of the one that failed."""
     args, flags = parser().parse_known_args(argv)
     _check(args, flags)
+    _check_values(args, flags)
+    _check_run(args, flags)
     return next(filter(None, (step(args, flags) for step in (_to_megatron, _train, _to_hf, _audit))), 0)
 
 
@@ -77,6 +91,48 @@ def _check(args: Namespace, flags: Sequence[str]) -> None:
         raise ValueError(f"{begun} is there without {SOURCE}, which says of which model it is: give another --save")
     if begun.exists() and json.loads(source.read_text()) != _source(args.hf_dir):
         raise ValueError(f"{args.save} was begun with another model than {args.hf_dir} is now: give another --save")
+
+
+def _check_values(args: Namespace, flags: Sequence[str]) -> None:
+    """Of data and of LongAct, which can be told before a model is converted."""
+    made = add_data_args(add_longact_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False)))
+    longact = ["--longact"] * (not args.dense)
+    known, _ = made.parse_known_args([*longact, "--train-data", *args.data, *flags])
+    try:
+        data_config_from_args(known)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--train-data", "--data")) from error
+    longact_config_from_args(known)
+
+
+def _check_run(args: Namespace, flags: Sequence[str]) -> None:
+    """Whether the run that is there is the one that is asked for, or may become it."""
+    file, now = args.save / ASKED, _asked(args, flags)
+    if args.overwrite or not file.is_file():
+        return
+    before = json.loads(file.read_text())
+    if before["dense"] != now["dense"]:
+        there, asked = ("without", "with") if before["dense"] else ("with", "without")
+        raise ValueError(
+            f"{args.save} holds a run {there} LongAct, which does not go on {asked} it: give another --save, or "
+            "--overwrite to train anew"
+        )
+    if _is_trained(args, flags) and before != now:
+        raise ValueError(
+            f"{args.save} holds a finished run of {_shown(before)}, not of {_shown(now)}: give another --save, more "
+            "--train-iters to go on with it, or --overwrite to train anew"
+        )
+
+
+def _asked(args: Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--train-iters")  # the same run, longer
+    others = early.parse_known_args(list(flags))[1]
+    return {"data": args.data, "dense": args.dense and "--longact" not in _names(flags), "flags": others}
+
+
+def _shown(asked: dict[str, Any]) -> str:
+    return join(["--data", *asked["data"], *["--dense"] * asked["dense"], *asked["flags"]])
 
 
 def _source(hf_dir: Path) -> list[object]:
@@ -117,6 +173,7 @@ def _train(args: Namespace, flags: Sequence[str]) -> int:
     module = ["-m", "torch.distributed.run", *torchrun] if ranks > 1 else []
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ  # Megatron asks for it with tensor parallelism
     command = [sys.executable, *module, "-m", "megatron_longact", *words]
+    (args.save / ASKED).write_text(json.dumps(_asked(args, flags)))
     with subprocess.Popen(command, env=environment) as run:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: run.terminate())

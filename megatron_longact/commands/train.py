@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
 
             ended.append(from_hf.main(argv))
 
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
     status = end_in_one_line("train", before_a_launch)
     if status or ended:
         return status or ended[0]

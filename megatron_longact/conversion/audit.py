@@ -109,6 +109,10 @@ class Audit:
             )
             for c in self.changes
         ]
+        if not any(change.masked for change in self.changes):
+            moved = sum(change.rows_changed > 0 for change in self.changes)
+            said = f"{moved} of {len(lines)} tensors changed; no mask was given to hold them against"
+            return f"{table(header, lines)}\n{said}"
         inside, outside = self.elements_inside_and_outside
         return (
             f"{table(header, lines)}\n"

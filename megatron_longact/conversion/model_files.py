@@ -74,11 +74,24 @@ def settle_tokenizer(args: Namespace, load: str, saved: Namespace, *, before: tu
 def check_tokenizer_is_known(args: Namespace) -> None:
     """Raise `ValueError` where neither flags nor checkpoint name a tokenizer, which Megatron cannot do without."""
     if getattr(args, "tokenizer_type", None) is None:
-        start = args.load or args.pretrained_checkpoint
+        places = [place for place in (args.load, args.pretrained_checkpoint) if place]
+        start = next(filter(_is_checkpoint, places), None)
+        if start is None and places:
+            raise ValueError(
+                f"there is no Megatron checkpoint in {' or '.join(places)}, and no --tokenizer-type and "
+                "--tokenizer-model are given for a new model"
+            )
         raise ValueError(
             f"the checkpoint {start} remembers no tokenizer, as the folder that it was made from had none: give "
             f"--tokenizer-type {TOKENIZER_TYPE} --tokenizer-model FOLDER, or NullTokenizer and --vocab-size"
         )
+
+
+def _is_checkpoint(place: str) -> bool:
+    """One, or a folder of them."""
+    from megatron_longact.conversion.torch_dist import TRACKER
+
+    return any(Path(place, name).is_file() for name in (TRACKER, "metadata.json"))
 
 
 def _is_missing(model: str | None) -> bool:

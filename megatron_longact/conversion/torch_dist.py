@@ -199,7 +199,18 @@ def latest_iteration(load: str | Path) -> str:
     try:
         return (Path(load) / TRACKER).read_text().strip()
     except OSError as error:
-        raise ValueError(f"--load {load} holds no Megatron checkpoint: {error.strerror}") from error
+        raise ValueError(f"{load} holds no Megatron checkpoint: it has no {TRACKER}") from error
+
+
+def iteration_name(load: str | Path, ckpt_step: int | None = None) -> str:
+    """What is loaded, as `latest_iteration` has it; `ValueError` where the iteration that is asked for is not there."""
+    latest = latest_iteration(load)
+    name = latest if ckpt_step is None else str(ckpt_step)
+    if name.isdecimal() and not Path(load, f"iter_{int(name):07d}").is_dir():
+        there = sorted(int(path.name[5:]) for path in Path(load).glob("iter_*"))
+        has = ", ".join(map(str, there)) or "a converted model alone, which --ckpt-step does not name"
+        raise ValueError(f"--load {load} has no iteration {name}, it has {has}")
+    return name
 
 
 def iteration_folder(load: Path, ckpt_step: int | None = None) -> Path:
@@ -209,11 +220,7 @@ def iteration_folder(load: Path, ckpt_step: int | None = None) -> Path:
     """
     folder = load
     if not (load / "metadata.json").is_file():
-        try:
-            latest = (load / TRACKER).read_text().strip()
-        except OSError as error:
-            raise ValueError(f"{load} holds no Megatron checkpoint: it has no {TRACKER}") from error
-        name = latest if ckpt_step is None else str(ckpt_step)
+        name = iteration_name(load, ckpt_step)
         folder = load / (f"iter_{int(name):07d}" if name.isdecimal() else name)
     if not (folder / "metadata.json").is_file():
         raise ValueError(f"{folder} is no torch_dist checkpoint: save it with --ckpt-format torch_dist")

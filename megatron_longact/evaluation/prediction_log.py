@@ -19,10 +19,10 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> list[Row]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / SETTINGS, json.loads(json.dumps(settings))
-    if path.exists():
+    if path.exists() and (folder / PREDICTIONS).exists():
         before = json.loads(path.read_text("utf-8"))
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-        if changed:
+        if changed and _rows_so_far(folder / PREDICTIONS):
             name = changed[0]
             raise ValueError(
                 f"{folder} holds an evaluation with another {name} ({before.get(name)!r}, not {now.get(name)!r}): "

@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
-from megatron_longact.conversion.torch_dist import latest_iteration
+from megatron_longact.conversion.torch_dist import iteration_name
 from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
 from megatron_longact.evaluation.predicting import predict
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
@@ -37,7 +37,7 @@ def main() -> None:
     config = config_from_args(add_evaluation_args(early).parse_known_args()[0])
     with output_in_file(config.output / MEGATRON_LOG) as terminal:
         args = parse_args(add_evaluation_args)
-        iteration = latest_iteration(args.load) if args.ckpt_step is None else str(args.ckpt_step)
+        iteration = iteration_name(args.load, args.ckpt_step)
         initialize_megatron()
         Evaluation(args, config, iteration=iteration, terminal=terminal).run()
 

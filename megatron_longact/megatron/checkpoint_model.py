@@ -40,9 +40,20 @@ def parse_args(add_args: Callable[[ArgumentParser], ArgumentParser] | None = Non
         return parser if add_args is None else add_args(parser)
 
     try:
-        return parse_and_validate_args(extra_args_provider=add)
+        return validated_args(add)
     finally:
         checkpointing.load_args_from_checkpoint = original
+
+
+def validated_args(add_args: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+    """Megatron's arguments, out of `sys.argv`. Raises `ValueError`, in one line, for what Megatron asserts of them."""
+    try:
+        return parse_and_validate_args(extra_args_provider=add_args)
+    except AssertionError as error:
+        given = {argument.partition("=")[0] for argument in sys.argv}
+        describe = "; --use-checkpoint-args takes what describes the model from the checkpoint"
+        hint = "" if "--use-checkpoint-args" in given else describe
+        raise ValueError(f"Megatron does not take these flags: {error or 'it does not say why'}{hint}") from error
 
 
 def load_model(args: Namespace, pg_collection: ProcessGroupCollection) -> Sequence[nn.Module]:

@@ -60,6 +60,18 @@ def carry_state(opt_param_scheduler: Any, name: str, stateful: Stateful) -> None
     opt_param_scheduler.load_state_dict = load_state_dict
 
 
+def say_if_there(opt_param_scheduler: Any, name: str, message: str) -> None:
+    """Warn, on rank 0, where a checkpoint has a state of that name, which this run does not go on with."""
+    load = opt_param_scheduler.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        if name in state_dict and os.environ.get("RANK", "0") == "0":
+            logger.warning(message)
+        load({key: value for key, value in state_dict.items() if key != name})
+
+    opt_param_scheduler.load_state_dict = load_state_dict
+
+
 def check_load(args: Namespace) -> None:
     """Before a run: mend what a killed one left in `--load`, and hold its model's shape against the flags.
 

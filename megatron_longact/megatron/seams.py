@@ -35,7 +35,7 @@ from megatron_longact.conversion.megatron_args import completing, with_rope_scal
 from megatron_longact.conversion.model_files import keep_model_files
 from megatron_longact.longact import LongAct
 from megatron_longact.megatron import telemetry
-from megatron_longact.megatron.checkpointing import carry_state, check_converted, check_load, resume_note
+from megatron_longact.megatron.checkpointing import carry_state, check_converted, check_load, resume_note, say_if_there
 from megatron_longact.megatron.run_summary import said_at_the_end
 from megatron_longact.megatron.scalar_writers import scalar_writer, settle_wandb
 from megatron_longact.optimizer_shards import derive_quantized_weights
@@ -188,6 +188,12 @@ def _name_rollout_tokens(model_chunks: Any, longact: LongAct, seams: ExitStack) 
         seams.callback(chunk.register_forward_pre_hook(name).remove)
 
 
+_DENSE_NOW = (
+    "the checkpoint was trained with LongAct, and this run goes on without it: it updates every row of Q and K; give "
+    "--longact to go on with it"
+)
+
+
 def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def get_optimizer_param_scheduler(optimizer: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -195,6 +201,8 @@ def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
         longact = LongAct.of(optimizer)
         if longact is not None:
             carry_state(scheduler, "longact", longact)
+        else:
+            say_if_there(scheduler, "longact", _DENSE_NOW)
         return scheduler
 
     return get_optimizer_param_scheduler

@@ -5,7 +5,7 @@ from math import ceil, log2
 
 from megatron_longact.conversion.hf_config import HFModel
 from megatron_longact.planning.cost import CaptureWork, Collective, MaskWork
-from megatron_longact.planning.run_shape import Batch, Parallel
+from megatron_longact.planning.run_shape import Batch, Parallel, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,16 @@ class Assumptions:
     """Least time of a kernel, its launch included."""
     host_us_per_layer: float = 100.0
     """Host work of a refresh for each layer of the model: masks to row indices, while the GPU waits."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "gpus_per_node")
+        check_least(self, 0, "hop_us", "kernel_us", "host_us_per_layer")
+        for name in ("peak_tflops", "peak_tflops_fp8", "hbm_gbps", "nvlink_gbps", "network_gbps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be more than 0")
+        for name in ("mfu", "hbm_efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a share in (0, 1]")
 
     def seconds(self, flops: float, parallel: Parallel, batch: Batch) -> float:
         """Time of so many FLOPs of a model, over all GPUs alike."""

@@ -37,6 +37,13 @@ class Attention:
         return self.hidden_size + self.qkv_bias
 
 
+def check_least(given: object, least: float, *names: str) -> None:
+    """Raise `ValueError`, by the flag, for a field that is less."""
+    for name in names:
+        if getattr(given, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be {least:g} or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """Megatron's parallel sizes. Raises `ValueError` for what Megatron would not accept."""
@@ -62,9 +69,7 @@ class Parallel:
     """Inputs of layers are cut by --tp; it counts in the training's own memory."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp", "dp", "ep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be 1 or more")
+        check_least(self, 1, "tp", "pp", "cp", "dp", "ep")
         if self.tp * self.cp * self.dp % self.ep:
             raise ValueError(
                 f"--ep is {self.ep}; it must divide the tensor x context x data parallel size, "
@@ -114,6 +119,9 @@ class Batch:
     """Type of the computation."""
     tokens_named: Annotated[bool, Flag("--all-tokens")] = True
     """The program names the tokens that count, as the RL program does; with this flag it does not."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "seq_length", "global_batch_size", "micro_batch_size")
 
     @property
     def tokens(self) -> int:

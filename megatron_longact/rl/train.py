@@ -9,14 +9,13 @@ def main() -> None:
     """Run until `--train-iters`; a mistake in the flags ends it before anything is trained."""
     check_programs("the RL program")
     # Imported here: a checkpoint writer spawns a process that imports this file, and needs no Megatron.
-    from megatron.training.arguments import parse_and_validate_args
-
+    from megatron_longact.megatron.checkpoint_model import validated_args
     from megatron_longact.rl.arguments import add_rl_args, rl_config_from_args
     from megatron_longact.rl.program import environment_of, run
     from megatron_longact.rl.run_folder import megatron_output
 
     with megatron_output(sys.argv[1:]) as terminal:
-        args = parse_and_validate_args(extra_args_provider=add_rl_args)
+        args = validated_args(add_rl_args)
         config = rl_config_from_args(args)
 
         def say(line: str) -> None:

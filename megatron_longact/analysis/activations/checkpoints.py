@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_longact.conversion.torch_dist import latest_iteration
+from megatron_longact.conversion.torch_dist import iteration_name
 
 _NO_NAMES = ("checkpoints", "hf", "model")
 
@@ -52,9 +52,4 @@ class Checkpoint:
     @classmethod
     def find(cls, load: Path, step: int | None, *, run: str) -> Checkpoint:
         """A checkpoint of the run so called. Raises `ValueError` where there is none."""
-        latest = latest_iteration(load)
-        name = latest if step is None else str(step)
-        if name.isdecimal() and not (load / f"iter_{int(name):07d}").is_dir():
-            there = sorted(int(path.name[5:]) for path in load.glob("iter_*"))
-            raise ValueError(f"--load {load} has no iteration {name}, it has {', '.join(map(str, there))}")
-        return cls(load, step, f"{run} {name}")
+        return cls(load, step, f"{run} {iteration_name(load, step)}")
