@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
+from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, check_asked, config_from_args
 from megatron_longact.evaluation.plots import curves_figure
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.scoring import checked_predictions, table_text
@@ -463,6 +463,21 @@ def test_equal_scores_are_drawn_apart_and_no_tick_is_above_100_percent() -> None
     places = [tuple(line.get_xdata()) for line in curves.lines]
     assert len(set(places)) == len(places) == 5
     assert max(curves.get_yticks()) == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--benchmark", "ruler", "--style", "cot"), "--style goes with LongBench v2, not with --benchmark ruler"),
+        (("--benchmark", "ruler", "--data", "x"), "--data goes with LongBench v2, InfiniteBench, not with"),
+        (("--benchmark", "needle", "--essays", "x"), "--essays goes with RULER, not with --benchmark needle"),
+        (("--benchmark", "longbench-v2", "--tokens-to-generate", "8"), "--tokens-to-generate goes with"),
+    ],
+)
+def test_flags_of_other_benchmarks_are_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        check_asked(config(*flags))
+    check_asked(config("--benchmark", "ruler", "--tasks", "vt", "--essays", "x", "--keep-inputs"))
 
 
 def test_a_log_goes_on_only_with_the_same_settings(tmp_path):

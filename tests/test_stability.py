@@ -231,6 +231,8 @@ def run_tool(*arguments: str | Path) -> int:
         (["--masks", "FILE"], "--masks holds one mask, one: give another one, or a model"),
         (["--hf-dir", "nowhere", "--num-seeds", "0"], "--num-seeds is 0"),
         (["--hf-dir", "nowhere", "--ratio", "1.5"], "--ratio is 1.5; it must be a share"),
+        (["--hf-dir", "nowhere", "--device", "foo"], "--device foo cannot be used here: Expected one of cpu"),
+        (["--hf-dir", "nowhere", "--ckpt-step", "3"], "--ckpt-step goes with --load, not with --hf-dir"),
         (["--load", "nowhere", "--use-checkpoint-args"], "nowhere holds no Megatron checkpoint"),
         (["--load", "nowhere"], "nowhere holds no Megatron checkpoint"),
     ],

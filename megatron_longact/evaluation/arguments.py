@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,9 @@ from megatron_longact.megatron.tool_command import add_overwrite_arg
 from megatron_longact.tasks.benchmarks import BENCHMARKS
 from megatron_longact.tasks.longbench_v2 import Style
 from megatron_longact.tasks.prompt_flags import PromptFlags
+
+_SETTLED = ("tasks", "lengths", "temperature", "model_template")
+"""Fields that each benchmark has an answer to."""
 
 STYLES: dict[str, Style] = {
     "0shot": "0shot",
@@ -72,6 +75,21 @@ def config_from_args(args: Namespace) -> EvaluationConfig:
     )
     _check(config)
     return config
+
+
+def check_asked(config: EvaluationConfig) -> None:
+    """Raise `ValueError`, when a model is asked, for a flag of other benchmarks, which this one would not read."""
+    own, kinds = BENCHMARKS[config.benchmark], {kind.TITLE: _fields_of(kind) for kind in BENCHMARKS.values()}
+    for field in fields(EvaluationConfig):
+        theirs = [title for title, names in kinds.items() if field.name in names]
+        given = field.name not in _SETTLED and getattr(config, field.name) != field.default
+        if given and theirs and own.TITLE not in theirs:
+            flag = field.name.replace("_", "-")
+            raise ValueError(f"--{flag} goes with {', '.join(theirs)}, not with --benchmark {config.benchmark}")
+
+
+def _fields_of(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
 
 
 def _check(config: EvaluationConfig) -> None:

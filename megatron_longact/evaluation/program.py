@@ -14,7 +14,7 @@ from megatron.training.global_vars import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
 from megatron_longact.conversion.torch_dist import iteration_name
-from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, config_from_args
+from megatron_longact.evaluation.arguments import EvaluationConfig, add_evaluation_args, check_asked, config_from_args
 from megatron_longact.evaluation.predicting import predict
 from megatron_longact.evaluation.prediction_log import PredictionLog, open_log
 from megatron_longact.evaluation.scoring import write_report
@@ -35,6 +35,7 @@ def main() -> None:
     """Evaluate the checkpoint of `--load`, going on from what `--output` holds of the same evaluation."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config = config_from_args(add_evaluation_args(early).parse_known_args()[0])
+    check_asked(config)
     with output_in_file(config.output / MEGATRON_LOG) as terminal:
         args = parse_args(add_evaluation_args)
         iteration = iteration_name(args.load, args.ckpt_step)

@@ -72,6 +72,8 @@ def opened(args: Namespace, megatron_flags: Sequence[str], *, output: Path) -> I
         return
     if megatron_flags:
         raise ValueError(f"unknown with --hf-dir: {' '.join(megatron_flags)}")
+    if models.ckpt_step:
+        raise ValueError("--ckpt-step goes with --load, not with --hf-dir")
     yield Session(_hugging_face(models), sys.stdout, True)
 
 
@@ -81,8 +83,18 @@ def _hugging_face(models: ModelFlags) -> Iterator[ModelSource]:
     from megatron_longact.analysis.activations.hf import open_folder
 
     device = models.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     for folder, name in zip(models.hf_dir, run_names(models.hf_dir), strict=True):
         yield open_folder(folder, name=name, tokenizer=models.tokenizer, device=device, dtype=models.dtype)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
