@@ -286,7 +286,7 @@ def test_an_iteration_that_is_not_there_is_told_from_those_that_are(hf: Path, tm
     load = tmp_path / "megatron"
     to_megatron.convert(hf, load)
     assert iteration_name(load) == "release"
-    with pytest.raises(ValueError, match="no iteration 77, it has a converted model alone, which --ckpt-step does not"):
+    with pytest.raises(ValueError, match="no iteration 77, it has a converted model, which --ckpt-step does not"):
         iteration_name(load, 77)
     (load / "release").rename(load / "iter_0000012")
     (load / "latest_checkpointed_iteration.txt").write_text("12")

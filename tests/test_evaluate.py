@@ -478,6 +478,7 @@ def test_flags_of_other_benchmarks_are_refused(flags, said):
     with pytest.raises(ValueError, match=said):
         check_asked(config(*flags))
     check_asked(config("--benchmark", "ruler", "--tasks", "vt", "--essays", "x", "--keep-inputs"))
+    check_asked(config("--benchmark", "longbench-v2", "--data", "x", "--sample-seed", "7"))  # it samples
 
 
 def test_a_log_goes_on_only_with_the_same_settings(tmp_path):

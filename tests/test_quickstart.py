@@ -103,27 +103,37 @@ def test_values_are_judged_before_a_model_is_converted(
 
 
 def test_another_run_is_not_taken_for_the_one_that_is_there(tmp_path: Path) -> None:
-    def check(*words: str) -> None:
-        args, flags = from_hf.parser().parse_known_args(["--hf-dir", "in", "--save", str(tmp_path), "--data", *words])
-        from_hf._check_run(args, flags)
+    tracker, file = tmp_path / "checkpoints/latest_checkpointed_iteration.txt", tmp_path / "asked.json"
 
-    check("a.jsonl", "--dense")  # there is none
-    args, flags = from_hf.parser().parse_known_args(
-        ["--hf-dir", "in", "--save", str(tmp_path), "--data", "a.jsonl", "--lr", "1e-5", "--train-iters", "3"]
-    )
-    (tmp_path / "asked.json").write_text(json.dumps(from_hf._asked(args, flags)))
+    def asked(*words: str) -> tuple[Namespace, list[str]]:
+        return from_hf.parser().parse_known_args(["--hf-dir", "in", "--save", str(tmp_path), "--data", *words])
+
+    def check(*words: str) -> None:
+        from_hf._check_run(*asked(*words))
+
+    run = ["a.jsonl", "--lr", "1e-5", "--train-iters", "3"]
+    file.write_text(json.dumps(from_hf._asked(*asked(*run))))
+    check("b.jsonl", "--dense")  # a run that has saved nothing
+    tracker.parent.mkdir()
+    tracker.write_text("3")
     check("a.jsonl", "--lr", "2e-5", "--train-iters", "9")  # on the way it may go on otherwise
     with pytest.raises(ValueError, match="holds a run with LongAct, which does not go on without it: give another"):
         check("a.jsonl", "--lr", "1e-5", "--dense")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("3")
     (tmp_path / "report.md").touch()
-    check("a.jsonl", "--lr", "1e-5", "--train-iters", "3", "--verbose")
+    check(*run, "--verbose")
+    check("a.jsonl", "--longact", "--train-iters=3", "--lr=1e-5")  # the same
     check("b.jsonl", "--lr", "2e-5", "--train-iters", "4")  # it goes on
     check("b.jsonl", "--lr", "2e-5", "--train-iters", "3", "--overwrite")
     for other in (["a.jsonl", "--lr", "2e-5"], ["b.jsonl", "--lr", "1e-5"], ["a.jsonl", "--lr", "1e-5", "--longct"]):
         with pytest.raises(ValueError, match=r"holds a finished run of --data a\.jsonl --lr 1e-5, not of --data [ab]"):
             check(*other, "--train-iters", "3")
+    begun = tmp_path / "asked.json.partial"  # of a run whose caller was killed
+    begun.write_text(json.dumps(from_hf._asked(*asked("b.jsonl"))))
+    os.utime(begun, (0, 0))
+    with pytest.raises(ValueError, match=r"holds a finished run of --data b\.jsonl, not of --data a"):
+        check(*run)
+    os.utime(tracker, (0, 0))  # which saved nothing
+    check(*run)
 
 
 def test_a_start_is_of_a_known_model_from_its_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ MEGATRON = {
     "context_parallel_size": 1,
     "hybrid_context_parallel": False,
     "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
     "cp_comm_type": ["p2p"],
     "virtual_pipeline_model_parallel_size": None,
     "calculate_per_token_loss": False,

@@ -180,13 +180,15 @@ def generate_with_experts(sampling: Sampling, dispatcher: str) -> tuple[int, dic
     return engine.replicas.count, vars(engine.generate(prompts, sampling))
 
 
-@pytest.mark.parametrize(("dispatcher", "replicas"), [("allgather", 1), ("alltoall", 1), ("alltoall", 2)])
-def test_ranks_that_share_experts_generate_together(dispatcher: str, replicas: int) -> None:
+@pytest.mark.parametrize(
+    ("dispatcher", "tp", "replicas"), [("allgather", 1, 1), ("alltoall", 1, 1), ("alltoall", 1, 2), ("allgather", 2, 1)]
+)
+def test_ranks_that_share_experts_generate_together(dispatcher: str, tp: int, replicas: int) -> None:
     """Each layer of experts waits for all of them: they take the same steps, and are one replica."""
     sampling = Sampling(max_response_length=RESPONSE, seed=11)
     [(_, alone)] = ranks.run(generate_with_experts, sampling=sampling, dispatcher=dispatcher)
     assert len(set(alone["lengths"].tolist())) > 1
-    run: dict[str, Any] = {"layout": Layout(ep=2), "world_size": 2 * replicas, "dispatcher": dispatcher}
+    run: dict[str, Any] = {"layout": Layout(tp=tp, ep=2), "world_size": 2 * tp * replicas, "dispatcher": dispatcher}
     for count, got in ranks.run(generate_with_experts, sampling=sampling, **run):
         assert count == replicas
         assert torch.equal(got["tokens"], alone["tokens"])

@@ -70,8 +70,9 @@ def main(argv: list[str]) -> int:
     """Do the steps that are not done yet; 0, or the exit status of the one that failed."""
     args, flags = parser().parse_known_args(argv)
     _check(args, flags)
-    _check_values(args, flags)
     _check_run(args, flags)
+    if args.overwrite or not _is_trained(args, flags):
+        _check_values(args, flags)
     return next(filter(None, (step(args, flags) for step in (_to_megatron, _train, _to_hf, _audit))), 0)
 
 
@@ -107,10 +108,9 @@ def _check_values(args: Namespace, flags: Sequence[str]) -> None:
 
 def _check_run(args: Namespace, flags: Sequence[str]) -> None:
     """Whether the run that is there is the one that is asked for, or may become it."""
-    file, now = args.save / ASKED, _asked(args, flags)
-    if args.overwrite or not file.is_file():
+    before, now = _recorded(args.save), _asked(args, flags)
+    if args.overwrite or before is None:
         return
-    before = json.loads(file.read_text())
     if before["dense"] != now["dense"]:
         there, asked = ("without", "with") if before["dense"] else ("with", "without")
         raise ValueError(
@@ -125,14 +125,32 @@ def _check_run(args: Namespace, flags: Sequence[str]) -> None:
 
 
 def _asked(args: Namespace, flags: Sequence[str]) -> dict[str, Any]:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--train-iters")  # the same run, longer
-    others = early.parse_known_args(list(flags))[1]
-    return {"data": args.data, "dense": args.dense and "--longact" not in _names(flags), "flags": others}
+    """What makes a run this one and no other: not how long it goes, nor in which order flags are given."""
+    given: dict[str, list[str]] = {}
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            given[name] = [value] if equals else []
+        elif given:
+            given[list(given)[-1]].append(word)
+    of_run = {name: values for name, values in sorted(given.items()) if name not in ("--train-iters", "--longact")}
+    data = [str(Path(item).resolve()) if Path(item).is_file() else item for item in args.data]
+    return {"data": data, "dense": args.dense and "--longact" not in given, "flags": of_run}
+
+
+def _recorded(save: Path) -> dict[str, Any] | None:
+    """What the run that has made the checkpoint was asked for; None where there is none, or nothing is known."""
+    tracker, file, begun = save / CHECKPOINTS / TRACKER, save / ASKED, save / f"{ASKED}.partial"
+    file = begun if _follows(tracker, begun) else file  # its caller was killed
+    if not tracker.is_file() or not file.is_file():
+        return None
+    asked: dict[str, Any] = json.loads(file.read_text())
+    return asked
 
 
 def _shown(asked: dict[str, Any]) -> str:
-    return join(["--data", *asked["data"], *["--dense"] * asked["dense"], *asked["flags"]])
+    flags = [word for name, values in asked["flags"].items() for word in (name, *values)]
+    return join(["--data", *asked["data"], *["--dense"] * asked["dense"], *flags])
 
 
 def _source(hf_dir: Path) -> list[object]:
@@ -173,11 +191,15 @@ def _train(args: Namespace, flags: Sequence[str]) -> int:
     module = ["-m", "torch.distributed.run", *torchrun] if ranks > 1 else []
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | os.environ  # Megatron asks for it with tensor parallelism
     command = [sys.executable, *module, "-m", "megatron_longact", *words]
-    (args.save / ASKED).write_text(json.dumps(_asked(args, flags)))
+    begun = args.save / f"{ASKED}.partial"
+    begun.write_text(json.dumps(_asked(args, flags)))
     with subprocess.Popen(command, env=environment) as run:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: run.terminate())
         status = run.wait()
+    if _follows(args.save / CHECKPOINTS / TRACKER, begun):
+        begun.replace(args.save / ASKED)
+    begun.unlink(missing_ok=True)  # of a run that saved nothing
     if not status and not _is_trained(args, flags):
         print("the run ended early: the same command goes on with it", file=sys.stderr)
         return 1
@@ -253,7 +275,7 @@ def _audit(args: Namespace, flags: Sequence[str]) -> int:
 
 
 def _follows(later: Path, earlier: Path) -> bool:
-    return later.is_file() and later.stat().st_mtime > earlier.stat().st_mtime
+    return later.is_file() and earlier.is_file() and later.stat().st_mtime > earlier.stat().st_mtime
 
 
 def _tell(out: Path) -> int:

@@ -207,9 +207,9 @@ def iteration_name(load: str | Path, ckpt_step: int | None = None) -> str:
     latest = latest_iteration(load)
     name = latest if ckpt_step is None else str(ckpt_step)
     if name.isdecimal() and not Path(load, f"iter_{int(name):07d}").is_dir():
-        there = sorted(int(path.name[5:]) for path in Path(load).glob("iter_*"))
-        has = ", ".join(map(str, there)) or "a converted model alone, which --ckpt-step does not name"
-        raise ValueError(f"--load {load} has no iteration {name}, it has {has}")
+        there = sorted(int(path.name[5:]) for path in Path(load).glob("iter_*") if path.name[5:].isdecimal())
+        release = "a converted model, which --ckpt-step does not name" if Path(load, "release").is_dir() else "none"
+        raise ValueError(f"{load} has no iteration {name}, it has {', '.join(map(str, there)) or release}")
     return name
 
 

@@ -14,8 +14,8 @@ from megatron_longact.tasks.benchmarks import BENCHMARKS
 from megatron_longact.tasks.longbench_v2 import Style
 from megatron_longact.tasks.prompt_flags import PromptFlags
 
-_SETTLED = ("tasks", "lengths", "temperature", "model_template")
-"""Fields that each benchmark has an answer to."""
+_SETTLED = ("tasks", "lengths", "temperature", "model_template", "sample_seed")
+"""Fields that each benchmark has an answer to, or that its sampled responses are drawn with."""
 
 STYLES: dict[str, Style] = {
     "0shot": "0shot",

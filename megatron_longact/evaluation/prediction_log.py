@@ -22,7 +22,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> list[Row]:
     if path.exists() and (folder / PREDICTIONS).exists():
         before = json.loads(path.read_text("utf-8"))
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-        if changed and _rows_so_far(folder / PREDICTIONS):
+        if changed and "\n" in (folder / PREDICTIONS).read_text("utf-8"):
             name = changed[0]
             raise ValueError(
                 f"{folder} holds an evaluation with another {name} ({before.get(name)!r}, not {now.get(name)!r}): "

@@ -323,8 +323,9 @@ def _check(config: InferenceConfig, model_config: Any) -> None:
             model_config.cuda_graph_impl == "local" and bool(model_config.fp8) and not model_config.fp8_param,
             "its graphs would replay the weights as they were quantised when they were captured",
         ),
-        "--expert-model-parallel-size": (
-            model_config.expert_model_parallel_size > 1,
+        "experts on ranks of several replicas": (
+            model_config.expert_model_parallel_size > 1
+            or (model_config.expert_tensor_parallel_size or 1) > model_config.tensor_model_parallel_size,
             "a replica that has finished would leave the others waiting for its experts; the static one keeps step",
         ),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
@@ -51,9 +52,10 @@ def validated_args(add_args: Callable[[ArgumentParser], ArgumentParser]) -> Name
         return parse_and_validate_args(extra_args_provider=add_args)
     except AssertionError as error:
         given = {argument.partition("=")[0] for argument in sys.argv}
-        describe = "; --use-checkpoint-args takes what describes the model from the checkpoint"
-        hint = "" if "--use-checkpoint-args" in given else describe
-        raise ValueError(f"Megatron does not take these flags: {error or 'it does not say why'}{hint}") from error
+        about_the_model = "num-layers" in str(error) and "--use-checkpoint-args" not in given
+        hint = "; --use-checkpoint-args takes what describes the model from the checkpoint" if about_the_model else ""
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron does not take these flags: {said}{hint}") from error
 
 
 def load_model(args: Namespace, pg_collection: ProcessGroupCollection) -> Sequence[nn.Module]:

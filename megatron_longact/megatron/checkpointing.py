@@ -7,6 +7,7 @@ and `--no-load-optim`. Source: megatron/training/checkpointing.py, `generate_sta
 
 import logging
 import os
+import sys
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -61,13 +62,16 @@ def carry_state(opt_param_scheduler: Any, name: str, stateful: Stateful) -> None
 
 
 def say_if_there(opt_param_scheduler: Any, name: str, message: str) -> None:
-    """Warn, on rank 0, where a checkpoint has a state of that name, which this run does not go on with."""
+    """Say, on rank 0, where a checkpoint has a state of that name, which this run does not go on with.
+
+    On stderr: the RL program's stdout is a file.
+    """
     load = opt_param_scheduler.load_state_dict
 
-    def load_state_dict(state_dict: dict[str, Any]) -> None:
+    def load_state_dict(state_dict: dict[str, Any], *rest: Any, **kwargs: Any) -> None:
         if name in state_dict and os.environ.get("RANK", "0") == "0":
-            logger.warning(message)
-        load({key: value for key, value in state_dict.items() if key != name})
+            print("megatron_longact:", message, file=sys.stderr, flush=True)
+        load(state_dict, *rest, **kwargs)
 
     opt_param_scheduler.load_state_dict = load_state_dict
 

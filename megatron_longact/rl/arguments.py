@@ -200,7 +200,11 @@ def _refuse_unsupported(args: Namespace) -> None:
             "the static engine knows them all",
         ),
         "--expert-model-parallel-size and --inference-dynamic-batching": (
-            args.expert_model_parallel_size > 1 and not static,
+            not static
+            and (
+                args.expert_model_parallel_size > 1
+                or (args.expert_tensor_parallel_size or 1) > args.tensor_model_parallel_size
+            ),
             "a replica that has finished would leave the others waiting for its experts; leave "
             "--inference-dynamic-batching out: with the static engine those that share experts generate together",
         ),

@@ -161,8 +161,8 @@ def measured(
         if not survey.checkpoints:
             survey.framing = options.framing_for(source)
             session.say(survey.framing.remark)
-            if num_seeds > 1 and prober.draws_all_alike(seeds[:2]):
-                session.say(f"{options.file} has no more prompts than --num-samples takes: seeds are not compared")
+            if num_seeds > 1 and prober.draws_all_alike(seeds):
+                session.say(f"each seed draws the same prompts of {options.file}: seeds are not compared")
                 seeds = seeds[:1]
             survey.layout, survey.layer_numbers = source.layout, source.layer_numbers
             cells = {length: prober.tasks(length, options.seed) for length in options.lengths}
@@ -199,12 +199,12 @@ class _Prober:
         return pooled([each for prober in of for each in prober.tasks(length, seed).values()])
 
     def draws_all_alike(self, seeds: Sequence[int]) -> bool:
-        """Whether each seed draws the same prompts: a file has no others."""
+        """Whether each seed draws the same prompts, as where a file has no others."""
         if self.options.file is None:
             return False
         [task], length = self.options.tasks, self.options.lengths[-1]
         drawn = [sorted(self.options.prompts(self.source, task=task, length=length, seed=seed)) for seed in seeds]
-        return drawn[0] == drawn[1]
+        return all(each == drawn[0] for each in drawn)
 
     def tasks(self, length: int | None, seed: int) -> dict[str, Measurement]:
         """Each task's measurement."""
