@@ -275,7 +275,7 @@ def _audit(args: Namespace, flags: Sequence[str]) -> int:
 
 
 def _follows(later: Path, earlier: Path) -> bool:
-    return later.is_file() and earlier.is_file() and later.stat().st_mtime > earlier.stat().st_mtime
+    return later.is_file() and earlier.exists() and later.stat().st_mtime > earlier.stat().st_mtime
 
 
 def _tell(out: Path) -> int:

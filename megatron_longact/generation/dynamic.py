@@ -323,7 +323,7 @@ def _check(config: InferenceConfig, model_config: Any) -> None:
             model_config.cuda_graph_impl == "local" and bool(model_config.fp8) and not model_config.fp8_param,
             "its graphs would replay the weights as they were quantised when they were captured",
         ),
-        "experts on ranks of several replicas": (
+        "--expert-model-parallel-size, or more of --expert-tensor-parallel-size than of tensor parallelism": (
             model_config.expert_model_parallel_size > 1
             or (model_config.expert_tensor_parallel_size or 1) > model_config.tensor_model_parallel_size,
             "a replica that has finished would leave the others waiting for its experts; the static one keeps step",
