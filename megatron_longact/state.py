@@ -17,12 +17,8 @@ _NOT_COMPARED = ("on_mismatch", "import_mask")
 _SELECTING = ("ratio", "select", "scope", "targets", "warmup_steps")
 """Settings that say which rows are chosen by their scores."""
 
-_MEASURING = {
-    "high": ("statistic", "tap", "min_context", "skip_first_tokens"),
-    "low": ("statistic", "tap", "min_context", "skip_first_tokens"),
-    "random": ("seed",),
-}
-"""By `select`, the settings that say what the scores are of."""
+_MEASURING = {"activations": ("statistic", "tap", "min_context", "skip_first_tokens"), "random": ("seed",)}
+"""Settings that say what the scores are of, by what they are made from."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +170,6 @@ def unusable(state: LongActState, config: LongActConfig) -> str:
 
 def _measured(settings: dict[str, Any]) -> tuple[Any, ...]:
     """What the scores are of; high and low have the same ones."""
-    select = settings.get("select")
+    select = str(settings.get("select"))
     of = "activations" if select in ("high", "low") else select
-    return of, *(settings.get(name) for name in _MEASURING.get(str(select), ()))
+    return of, *(settings.get(name) for name in _MEASURING.get(of, ()))

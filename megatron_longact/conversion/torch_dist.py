@@ -206,11 +206,15 @@ def iteration_name(load: str | Path, ckpt_step: int | None = None) -> str:
     """What is loaded, as `latest_iteration` has it; `ValueError` where the iteration that is asked for is not there."""
     latest = latest_iteration(load)
     name = latest if ckpt_step is None else str(ckpt_step)
-    if name.isdecimal() and not Path(load, f"iter_{int(name):07d}").is_dir():
+    if name.isdecimal() and not Path(load, _folder_of(name)).is_dir():
         there = sorted(int(path.name[5:]) for path in Path(load).glob("iter_*") if path.name[5:].isdecimal())
         release = "a converted model, which --ckpt-step does not name" if Path(load, "release").is_dir() else "none"
         raise ValueError(f"{load} has no iteration {name}, it has {', '.join(map(str, there)) or release}")
     return name
+
+
+def _folder_of(name: str) -> str:
+    return f"iter_{int(name):07d}" if name.isdecimal() else name
 
 
 def iteration_folder(load: Path, ckpt_step: int | None = None) -> Path:
@@ -221,7 +225,7 @@ def iteration_folder(load: Path, ckpt_step: int | None = None) -> Path:
     folder = load
     if not (load / "metadata.json").is_file():
         name = iteration_name(load, ckpt_step)
-        folder = load / (f"iter_{int(name):07d}" if name.isdecimal() else name)
+        folder = load / _folder_of(name)
     if not (folder / "metadata.json").is_file():
         raise ValueError(f"{folder} is no torch_dist checkpoint: save it with --ckpt-format torch_dist")
     return folder

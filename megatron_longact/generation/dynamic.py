@@ -54,7 +54,14 @@ from megatron.training.argument_utils import inference_cfg_from_args
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_longact.generation.engine import Ends, Prompt, Replicas, Rollouts, generation_mode
+from megatron_longact.generation.engine import (
+    Ends,
+    Prompt,
+    Replicas,
+    Rollouts,
+    generation_mode,
+    replicas_share_experts,
+)
 from megatron_longact.generation.sampling import Sampling, draw, sampled_log_probs, uniform_numbers
 from megatron_longact.generation.whole_sequences import whole_sequences
 
@@ -324,8 +331,7 @@ def _check(config: InferenceConfig, model_config: Any) -> None:
             "its graphs would replay the weights as they were quantised when they were captured",
         ),
         "--expert-model-parallel-size, or more of --expert-tensor-parallel-size than of tensor parallelism": (
-            model_config.expert_model_parallel_size > 1
-            or (model_config.expert_tensor_parallel_size or 1) > model_config.tensor_model_parallel_size,
+            replicas_share_experts(model_config),
             "a replica that has finished would leave the others waiting for its experts; the static one keeps step",
         ),
     }

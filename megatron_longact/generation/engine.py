@@ -91,6 +91,12 @@ class Ends:
         )
 
 
+def replicas_share_experts(sizes: Any) -> bool:
+    """Whether ranks of several replicas do; sizes: Megatron's arguments or a `TransformerConfig`, with like names."""
+    of_one = sizes.tensor_model_parallel_size
+    return sizes.expert_model_parallel_size > 1 or (sizes.expert_tensor_parallel_size or 1) > of_one
+
+
 class Replicas:
     """Who makes which responses: each model replica its own, and afterwards all ranks have all of them.
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_longact.conversion.model_files import NEEDS_TOKENIZER
 from megatron_longact.flags import add_groups, config_from_flags
+from megatron_longact.generation.engine import replicas_share_experts
 from megatron_longact.rl.config import AnswerFlags, RLConfig
 from megatron_longact.rl.data.arguments import DATA_GROUPS, NEEDLE, data_config_from_args
 from megatron_longact.rl.defaults import set_defaults, settle_defaults
@@ -200,11 +201,7 @@ def _refuse_unsupported(args: Namespace) -> None:
             "the static engine knows them all",
         ),
         "--expert-model-parallel-size and --inference-dynamic-batching": (
-            not static
-            and (
-                args.expert_model_parallel_size > 1
-                or (args.expert_tensor_parallel_size or 1) > args.tensor_model_parallel_size
-            ),
+            not static and replicas_share_experts(args),
             "a replica that has finished would leave the others waiting for its experts; leave "
             "--inference-dynamic-batching out: with the static engine those that share experts generate together",
         ),
